@@ -86,6 +86,8 @@ PROTOCOL = 1
 STARTED = time.monotonic()
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 
+WINDOWS = os.name == "nt"
+
 JSON = dict[str, Any]
 
 
@@ -104,10 +106,9 @@ def import_libraries() -> None:
     except ImportError as error:
         raise missing_dependency(error) from error
     # Their progress bars and advice are for people at a notebook; failures reach us as exceptions.
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 # ======================================================================================
@@ -124,37 +125,51 @@ class TrainerError(Exception):
 
     def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
         super().__init__(message)
-        self.code, self.message, self.hint, self.problems = code, message, hint, list(problems)
+        self.code, self.message, self.hint, self.problems = code, message, hint or HINTS[code], list(problems)
+
+
+HINTS = {  # the remedy, where the place that fails knows no better one
+    "usage": "train_lora.py --help shows the options.",
+    "config_invalid": "Correct the keys listed under problems; config_schema.json and the README describe every key.",
+    "config_unreadable": "Check the path after --config, and that the file is UTF-8 JSON as in example_config.json.",
+    "dependency_missing": "Install the requirements: pip install -r requirements.txt",
+    "dataset_empty": "Put images there, each with a caption file beside it.",
+    "dataset_unreadable": "Give the folder with your images as dataset_path.",
+    "model_not_found": "Give a whole diffusers folder (the one with model_index.json) or a Hub id such as sd15.",
+    "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
+    "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
+    "model_corrupt": "Download the model again; a half-finished download looks like this.",
+    "out_of_memory": "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
+    "loss_not_finite": 'Lower learning_rate, or set mixed_precision to "no" or "bf16". The last checkpoint is good.',
+    "disk_full": "Free some space and start the same command again.",
+    "output_not_writable": "Check output_path, its permissions and the file system.",
+    "output_in_use": "Wait for the other run, stop it, or choose another output_path.",
+    "resume_mismatch": "Put the settings back, choose another output_path, or start over with --fresh.",
+    "checkpoint_corrupt": "Restore a state file from a backup, or start over with --fresh.",
+    "device_unavailable": 'Set device to "auto", or install a torch build that fits the GPU and its driver.',
+    "internal": "Run again with --debug for a traceback.",
+}
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def missing_dependency(error: ImportError) -> TrainerError:
     name = (error.name or str(error)).partition(".")[0]
-    return TrainerError(
-        "dependency_missing",
-        f"The Python package '{name}' could not be imported: {error}",
-        "Install the requirements: pip install -r requirements.txt",
-    )
+    return TrainerError("dependency_missing", f"The Python package '{name}' could not be imported: {error}")
 
 
 def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     """Give any exception its stable code; what nobody foresaw is `internal`."""
     if isinstance(error, TrainerError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return TrainerError(
-            "disk_full", f"The disk is full: {error}", "Free some space and start the same command again."
-        )
     text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return TrainerError("disk_full", f"The disk is full: {error}")
     # torch raises its own class on GPUs, a plain RuntimeError from the CPU's allocator.
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return TrainerError(
-            "out_of_memory",
-            f"Out of memory while {phase}: {text}",
-            "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
-        )
-    return TrainerError(
-        "internal", f"Unexpected failure while {phase}: {text}", "Run again with --debug for a traceback."
-    )
+        return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
+    return TrainerError("internal", f"Unexpected failure while {phase}: {text}")
 
 
 # ======================================================================================
@@ -294,33 +309,31 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise TrainerError(
             "config_invalid",
             f"The config has {len(problems)} problem{'s' if len(problems) > 1 else ''}: {listing}{rest}",
-            "Correct the keys listed under problems; config_schema.json and the README describe every key.",
-            problems,
+            problems=problems,
         )
     return TrainingConfig(**{key: freeze(value, definitions[key]) for key, value in values.items()})
 
 
 def load_schema() -> JSON:
     try:
-        schema: JSON = json.loads(SCHEMA_PATH.read_text("utf-8"))
+        return dict(json.loads(SCHEMA_PATH.read_text("utf-8")))
     except (OSError, ValueError) as error:
-        raise TrainerError(
-            "config_unreadable", f"config_schema.json cannot be read: {error}", "It belongs beside train_lora.py."
-        ) from error
-    return schema
+        message = f"config_schema.json cannot be read: {error}"
+        raise TrainerError("config_unreadable", message, "It belongs beside train_lora.py.") from error
+
+
+def keys_marked(mark: str) -> list[str]:
+    """List the config keys that carry one of the schema's own marks."""
+    return [key for key, definition in load_schema()["definitions"].items() if definition.get(mark)]
 
 
 def read_source(source: str) -> str:
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
         return data.decode("utf-8-sig")  # Windows editors write a BOM
-    except UnicodeDecodeError as error:
-        raise TrainerError("config_unreadable", f"The config is not UTF-8: {error}", "Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TrainerError(
-            "config_unreadable", f"The config {source!r} cannot be read: {reason}", "Check the path after --config."
-        ) from error
+        raise TrainerError("config_unreadable", f"The config {source!r} cannot be read: {reason}") from error
 
 
 def parse_json(text: str) -> JSON:
@@ -329,17 +342,15 @@ def parse_json(text: str) -> JSON:
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
         result = dict(pairs)
         if len(result) < len(pairs):
-            twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise TrainerError(
-                "config_invalid", f"The key {twice!r} stands twice in the config.", "Remove one of the two."
+                "config_invalid", f"The key {twice!r} stands twice in the config.", "Remove one of them."
             )
         return result
 
     def finite(token: str) -> float:
         if not math.isfinite(value := float(token)):
-            raise TrainerError(
-                "config_invalid", f"The number {token[:40]} in the config is not finite.", "Use a finite number."
-            )
+            raise TrainerError("config_invalid", f"The config has the number {token[:40]}, which is not finite.")
         return value
 
     try:
@@ -350,12 +361,10 @@ def parse_json(text: str) -> JSON:
             f"The config is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
             "Look at that place and just before it: a missing comma, quote or bracket.",
         ) from error
-    except (RecursionError, ValueError) as error:
-        raise TrainerError("config_invalid", f"The config cannot be parsed: {error}", "Simplify it.") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, an integer of thousands of digits
+        raise TrainerError("config_invalid", f"The config cannot be parsed: {error}") from error
     if not isinstance(document, dict):
-        raise TrainerError(
-            "config_invalid", "The config must be a JSON object.", 'It starts with "{"; see example_config.json.'
-        )
+        raise TrainerError("config_invalid", f"The config must be a JSON object, not {kind(document)}.")
     return document
 
 
@@ -406,16 +415,11 @@ def parse_overrides(overrides: Sequence[str], definitions: JSON) -> tuple[JSON, 
     return values, problems
 
 
+KINDS = {bool: "a boolean", int: "an integer", float: "a number", str: "text", list: "an array", dict: "an object"}
+
+
 def kind(value: Any) -> str:
-    names = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        list: "an array",
-        dict: "an object",
-    }
-    return names.get(type(value), "null")
+    return KINDS.get(type(value), "null")
 
 
 def show(value: Any) -> str:
@@ -446,9 +450,7 @@ def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
 
 
 EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
-    "type": lambda rule, value: (
-        f"must be of type {' or '.join(rule) if isinstance(rule, list) else rule}, not {kind(value)}"
-    ),
+    "type": lambda rule, value: f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}, not {kind(value)}",
     "enum": lambda rule, value: f"must be one of {', '.join(map(show, rule))}, not {show(value)}",
     "minimum": lambda rule, value: f"must be at least {rule}, not {show(value)}",
     "maximum": lambda rule, value: f"must be at most {rule}, not {show(value)}",
@@ -460,7 +462,7 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "minItems": lambda rule, value: f"must have at least {rule} item{'s' if rule > 1 else ''}",
     "maxItems": lambda rule, value: f"must have at most {rule} items, not {len(value)}",
     "uniqueItems": lambda rule, value: "must not name anything twice",
-    "pattern": lambda rule, value: f"must match {rule}, which {show(value)} does not",
+    "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
     "additionalProperties": lambda rule, value: "has a key that is not allowed",
 }
 
@@ -478,12 +480,12 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
     ]
     for key, value in values.items():
         definition = definitions[key]
-        errors = sorted(Draft7Validator(definition).iter_errors(value), key=lambda error: list(map(str, error.path)))
-        for error in errors:
-            path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)
-            explain = EXPLANATIONS.get(str(error.validator))
-            message = explain(error.validator_value, error.instance) if explain else error.message
-            if error.validator == "additionalProperties":
+        errors = list(Draft7Validator(definition).iter_errors(value))
+        for found in errors:
+            path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.path)
+            explain = EXPLANATIONS[str(found.validator)]
+            message = explain(found.validator_value, found.instance)
+            if found.validator == "additionalProperties":
                 message += f"; allowed are {', '.join(definition['properties'])}"
             problems.append(problem(path, message))
         if not errors and value not in definition.get("x-available", [value]):
@@ -843,11 +845,11 @@ class StopWatcher:
 
 def interruption(number: int, saved: SavedFiles) -> JSON:
     name = signal.Signals(number).name if number in {int(item) for item in signal.Signals} else f"signal {number}"
-    kept = f"saved at step {saved.step}" if saved.state_path else "nothing was trained yet"
+    kept = f"saved at step {saved.step}; the same command goes on from there" if saved.state_path else "nothing to save"
     return {
         "step": saved.step,
         "signal": name,
-        "message": f"Stopped by {name}: {kept}. The same command goes on from there.",
+        "message": f"Stopped by {name}: {kept}.",
         "path": saved.path,
         "state_path": saved.state_path,
     }
@@ -882,11 +884,7 @@ class OutputFolder:
         except OSError as error:
             raise not_writable(self.path, error) from error
         if not lock_file(self._lock):
-            raise TrainerError(
-                "output_in_use",
-                f"Another run writes to {self.path}.",
-                "Wait for it, stop it, or choose another output_path.",
-            )
+            raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
         for folder in (self.path, self.checkpoints, self.samples):
             for entry in folder.iterdir():
                 if TEMPORARY.fullmatch(entry.name):
@@ -894,11 +892,10 @@ class OutputFolder:
 
 
 def not_writable(path: Path, error: OSError) -> TrainerError:
-    return TrainerError(
-        "output_not_writable",
-        f"Cannot write to {path}: {error.strerror or error}",
-        "Check output_path, its permissions and the file system.",
-    )
+    """Name what went wrong with a file of the output folder."""
+    if error.errno in DISK_FULL:
+        return as_trainer_error(error, "saving")
+    return TrainerError("output_not_writable", f"Cannot write to {path}: {error.strerror or error}")
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -927,7 +924,7 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -936,8 +933,6 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise as_trainer_error(error, f"writing {path.name}") from error
         raise not_writable(path, error) from error
 
 
@@ -945,17 +940,17 @@ def replace_file(source: Path, target: Path) -> None:
     deadline = time.monotonic() + 2.0
     while True:
         try:
-            os.replace(source, target)
+            source.replace(target)
             return
         except PermissionError:
             # On Windows a virus scanner or viewer may hold the target for a moment.
-            if sys.platform != "win32" or time.monotonic() > deadline:
+            if not WINDOWS or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
 
 
 def sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
+    if WINDOWS:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -1024,7 +1019,7 @@ FAMILIES = (
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": 83_653_863},
-        lora_width={"attention": 0, "transformer": 0},
+        lora_width={"attention": 199_296, "transformer": 423_936},
         unet={
             "block_out_channels": (320, 640, 1280, 1280),
             "layers_per_block": 2,
@@ -1047,7 +1042,7 @@ FAMILIES = (
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
         parameters={"unet": 865_910_724, "vae": 83_653_863},
-        lora_width={"attention": 0, "transformer": 0},
+        lora_width={"attention": 207_488, "transformer": 432_128},
         unet={
             "block_out_channels": (320, 640, 1280, 1280),
             "layers_per_block": 2,
@@ -1076,7 +1071,7 @@ FAMILIES = (
         base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
         hub_pattern=r"xl|pony|illustrious|noob",
         parameters={"unet": 2_567_463_684, "vae": 83_653_863},
-        lora_width={"attention": 0, "transformer": 0},
+        lora_width={"attention": 1_451_520, "transformer": 2_659_840},
         unet={
             "block_out_channels": (320, 640, 1280),
             "layers_per_block": 2,
@@ -1116,10 +1111,6 @@ class ModelSource:
         return size * self.vae_factor if isinstance(size, int) else self.family.native_resolution
 
 
-def family_list() -> str:
-    return ", ".join(f"{family.title} ({family.name})" for family in FAMILIES)
-
-
 def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
     """Recognise a family by structure, never by exact widths, so that distilled variants pass.
 
@@ -1132,17 +1123,10 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
     channels = unet.get("in_channels", 4)
     found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
     if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise TrainerError(
-            "model_unsupported",
-            f"The base model is {pipeline}, which this trainer does not know.",
-            f"It trains {family_list()}.",
-        )
+        raise TrainerError("model_unsupported", f"The base model is {pipeline}, which this trainer does not know.")
     if channels != unet.get("out_channels", 4):
-        raise TrainerError(
-            "model_unsupported",
-            f"The base model's UNet takes {channels} channels: an inpainting or editing model.",
-            f"Use the text-to-image model it was made from; this trainer knows {family_list()}.",
-        )
+        message = f"The base model's UNet takes {channels} channels: an inpainting or editing model."
+        raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
     return found[0]
 
 
@@ -1152,7 +1136,7 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
     Raises:
         TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
     """
-    local = os.path.isabs(config.base_model)
+    local = Path(config.base_model).is_absolute()
     folder = local_folder(config.base_model) if local else fetch(config, weights=weights, half=half)
     if folder is None:
         return guess_model(config)
@@ -1165,18 +1149,14 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
             f'Set model_type to "{family.name}" or "auto", or choose another base_model.',
         )
     if weights or local:
-        names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
         for component in component_folders(family):
-            choose_weights(names, component, config.variant, half)
+            component_shapes(folder, component, config.variant, half)
     prediction = config.prediction_type
     if prediction == "auto":
         prediction = str(scheduler.get("prediction_type", "epsilon"))
-    if prediction not in ("epsilon", "v_prediction"):
-        raise TrainerError(
-            "model_unsupported",
-            f"The model's scheduler predicts {prediction!r}; this trainer knows epsilon and v_prediction.",
-            "Set prediction_type if you know that the scheduler's config is wrong.",
-        )
+    if prediction not in family.architecture:
+        message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
+        raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
     return ModelSource(folder.name if local else config.base_model, folder, family, unet, vae, scheduler, prediction)
 
 
@@ -1185,23 +1165,12 @@ def local_folder(path: str) -> Path:
     if folder.is_dir() and (folder / "model_index.json").is_file():
         return folder
     if folder.suffix == ".safetensors":
-        raise TrainerError(
-            "model_unsupported",
-            f"{folder.name} is a single-file model; those are not available yet.",
-            "Use a diffusers folder (with model_index.json) or a Hub id.",
-        )
+        message = f"{folder.name} is a single-file model; those are not available yet."
+        raise TrainerError("model_unsupported", message, "Use a diffusers folder (with model_index.json) or a Hub id.")
     if folder.suffix in PICKLES:
-        raise TrainerError(
-            "model_unsafe",
-            f"{folder.name} holds pickled weights, which can run any code when they are read.",
-            "Convert it to safetensors, or use a Hub model that has safetensors files.",
-        )
+        raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
     what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "does not exist"
-    raise TrainerError(
-        "model_not_found",
-        f"base_model {folder} {what}.",
-        "Give a diffusers folder (the one with model_index.json) or a Hub id such as sd15.",
-    )
+    raise TrainerError("model_not_found", f"base_model {folder} {what}.")
 
 
 def guess_model(config: TrainingConfig) -> ModelSource:
@@ -1221,14 +1190,10 @@ def component_folders(family: ModelFamily) -> list[str]:
 
 def read_model_json(path: Path) -> JSON:
     try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainerError(
-            "model_corrupt",
-            f"The base model's {path.parent.name}/{path.name} cannot be read: {error}",
-            "Download the model again, or point base_model at a whole diffusers folder.",
-        ) from error
-    return document if isinstance(document, dict) else {}
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        name = f"{path.parent.name}/{path.name}"
+        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
 
 
 def choose_weights(
@@ -1251,68 +1216,85 @@ def choose_weights(
         if wish in by_variant:
             return wish, by_variant[wish]
     if any(name.endswith(PICKLES) for name in inside):
-        raise TrainerError(
-            "model_unsafe",
-            f"The base model's {component} has only pickled weights, which can run any code when they are read.",
-            "Use a copy with .safetensors files.",
-        )
-    raise TrainerError(
-        "model_not_found",
-        f"The base model has no {component}/*.safetensors.",
-        "Download the whole model; a half-finished download looks like this.",
-    )
+        raise TrainerError("model_unsafe", f"The base model's {component} has only pickled weights.")
+    raise TrainerError("model_not_found", f"The base model has no {component}/*.safetensors.")
+
+
+def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """Read tensor shapes from safetensors headers, without torch and without the weights.
+
+    Raises:
+        TrainerError: `model_corrupt`, also where a file is shorter than its header says.
+    """
+    shapes: dict[str, list[int]] = {}
+    for name in files:
+        try:
+            with (folder / name).open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, 100_000_000)))
+            header.pop("__metadata__", None)
+            end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+            shapes |= {key: entry["shape"] for key, entry in header.items()}
+        except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+            raise TrainerError("model_corrupt", f"The base model's {name} is not a safetensors file.") from error
+        if (size := (folder / name).stat().st_size) != end:
+            raise TrainerError("model_corrupt", f"The base model's {name} has {size} bytes instead of {end}.")
+    return shapes
+
+
+def component_shapes(source_folder: Path, component: str, variant: str | None, half: bool) -> dict[str, list[int]]:
+    names = list_files(source_folder)
+    return weight_shapes(source_folder, choose_weights(names, component, variant, half)[1])
+
+
+def list_files(folder: Path) -> list[str]:
+    """List a diffusers folder's files as `component/file`."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
 
 
 def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
-    """Bring a Hub model's files to the local cache; None: out of reach and not cached.
+    """Bring a Hub model's files to the local cache: configs, and with `weights` what a run needs.
 
-    Only configs without `weights`; else those, the tokenizers and one variant of each weight file.
+    Without `weights`, None means: out of reach and not cached.
+
+    Raises:
+        TrainerError: `model_not_found`, `dependency_missing`.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
+    try:
+        from huggingface_hub import HfApi, errors, snapshot_download
+    except ImportError as error:
+        if not weights:
+            return None
+        raise missing_dependency(error) from error
     repo, revision = config.base_model, config.revision
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-            return cached(repo, revision)
-        names = HfApi().list_repo_files(repo, revision=revision)
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
+        names = [sibling.rfilename for sibling in siblings]
         wanted = wanted_files(names, config.variant, half) if weights else list(CONFIG_FILES)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=5))
-    except GatedRepoError as error:
-        raise TrainerError(
-            "model_not_found",
-            f"{repo} is gated: its terms must be accepted first.",
-            f"Accept them on the model's page of the Hub ({repo}) and set the variable HF_TOKEN to your token.",
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise TrainerError(
-            "model_not_found",
-            f"There is no model {repo!r}{f' at revision {revision!r}' if revision else ''} on the Hub.",
-            "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist.",
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:  # no network: httpx's errors reach us in several classes
-        folder = cached(repo, revision)
-        if folder is None and weights:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
+    except TrainerError:
+        raise
+    except errors.GatedRepoError as error:
+        hint = "Accept its terms on its page of the Hub, and set the variable HF_TOKEN to your token."
+        raise TrainerError("model_not_found", f"{repo} is gated.", hint) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        hint = "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist."
+        raise TrainerError("model_not_found", f"There is no model {repo!r}{at} on the Hub.", hint) from error
+    except Exception as error:  # no network: the HTTP client's errors come in many classes
+        with contextlib.suppress(errors.LocalEntryNotFoundError, ValueError):
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        if weights:
             raise hub_unreachable(config) from error
-        return folder
+        return None
 
 
 def hub_unreachable(config: TrainingConfig) -> TrainerError:
-    return TrainerError(
-        "model_not_found",
-        f"The model {config.base_model!r} is neither a folder here, nor in the Hub's cache, and the Hub was not reached.",
-        "Connect to the network, or download the model elsewhere and give its folder as base_model.",
-    )
-
-
-def cached(repo: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        return None
+    message = f"{config.base_model!r} is no folder here and not in the Hub's cache, and the Hub was not reached."
+    hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
+    return TrainerError("model_not_found", message, hint)
 
 
 def wanted_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
@@ -1379,11 +1361,7 @@ def choose_device(wish: str) -> Hardware:
         return Hardware(
             "cpu", f"{os.cpu_count()} CPU cores", f"{wish}: no GPU that torch can use" if wish == "auto" else wish
         )
-    raise TrainerError(
-        "device_unavailable",
-        f"device {wish!r} cannot be used: {gpu_trouble()}.",
-        'Set device to "auto", or install a torch build that fits the GPU and its driver.',
-    )
+    raise TrainerError("device_unavailable", f"device {wish!r} cannot be used: {gpu_trouble()}.")
 
 
 def gpu_trouble() -> str:
@@ -1392,6 +1370,22 @@ def gpu_trouble() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"the installed torch {torch.__version__} is a build without CUDA"
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not work with this GPU or its driver"
+
+
+def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str, str]]:
+    if hardware.device != "cpu" or wish == "cpu":
+        return
+    if has_nvidia_gpu():
+        yield (
+            "gpu_unusable",
+            f"There is a GPU, but {gpu_trouble()}.",
+            "Install a torch build that fits the GPU and driver.",
+        )
+    yield (
+        "training_on_cpu",
+        "Training runs on the CPU, which is slow for full-size models.",
+        "Use a machine with a GPU.",
+    )
 
 
 def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
@@ -1420,32 +1414,14 @@ TARGETS = {
 }
 
 
-def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """Read tensor shapes from safetensors headers, without torch and without the weights."""
-    shapes: dict[str, list[int]] = {}
-    for name in files:
-        with (folder / name).open("rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length)) if length < 100_000_000 else None
-                shapes |= {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
-            except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
-                raise TrainerError(
-                    "model_corrupt", f"{name} of the base model is not a safetensors file.", "Download the model again."
-                ) from error
-    return shapes
-
-
 def count_parameters(source: ModelSource, variant: str | None, half: bool) -> dict[str, int]:
     """Count each component's parameters from its files' headers, else take the full-size family's."""
     family = source.family
     if source.folder is not None:
-        names = [path.relative_to(source.folder).as_posix() for path in source.folder.glob("*/*")]
         with contextlib.suppress(TrainerError):  # configs only: the weights are not here yet
-            files = {part: choose_weights(names, part, variant, half)[1] for part in component_folders(family)}
             return {
-                part: sum(math.prod(shape) for shape in weight_shapes(source.folder, listed).values())
-                for part, listed in files.items()
+                part: sum(map(math.prod, component_shapes(source.folder, part, variant, half).values()))
+                for part in component_folders(family)
             }
     return {**family.parameters, **{encoder.folder: encoder.parameters for encoder in family.text_encoders}}
 
@@ -1453,9 +1429,8 @@ def count_parameters(source: ModelSource, variant: str | None, half: bool) -> di
 def lora_width(source: ModelSource, targets: str, variant: str | None, half: bool) -> int:
     """Sum the inputs and outputs of all targeted layers; times the rank, the LoRA's parameters."""
     if source.folder is not None:
-        names = [path.relative_to(source.folder).as_posix() for path in source.folder.glob("*/*")]
         with contextlib.suppress(TrainerError):
-            shapes = weight_shapes(source.folder, choose_weights(names, "unet", variant, half)[1])
+            shapes = component_shapes(source.folder, "unet", variant, half)
             pattern = re.compile(TARGETS[targets] + r"\.weight")
             return sum(sum(shape[:2]) for name, shape in shapes.items() if pattern.fullmatch(name))
     return source.family.lora_width[targets]
@@ -1568,7 +1543,7 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
     root = Path(config.dataset_path)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.", "Give the folder with your images.")
+        raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.")
     image_library()
     described, complaints = read_metadata(root)
     paths = find_images(root)
@@ -1577,20 +1552,11 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
     examples = tuple(result for result in results if isinstance(result, Example))
     skipped = [*complaints, *(result for result in results if not isinstance(result, Example))]
     if skipped and config.on_bad_image == "error":
-        raise TrainerError(
-            "dataset_unreadable",
-            f"{len(skipped)} entries of the dataset cannot be used, and on_bad_image is error.",
-            'Mend or remove them, or set on_bad_image to "skip".',
-            skipped,
-        )
+        message = f"{len(skipped)} entries of the dataset cannot be used, and on_bad_image is error."
+        raise TrainerError("dataset_unreadable", message, 'Mend them, or set on_bad_image to "skip".', skipped)
     if not examples:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise TrainerError(
-            "dataset_empty",
-            f"No usable image in {root}" + (f": all {len(skipped)} are broken." if skipped else "."),
-            f"Put images there ({suffixes}), each with a caption file such as photo{config.caption_extension}.",
-            skipped,
-        )
+        message = f"No usable image in {root}" + (f": all {len(skipped)} are broken." if skipped else ".")
+        raise TrainerError("dataset_empty", message, problems=skipped)
     return Dataset(examples, tuple(skipped))
 
 
@@ -1831,17 +1797,16 @@ def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -
     return config.steps or 1000
 
 
-def make_plan(config: TrainingConfig) -> Plan:
+def make_plan(config: TrainingConfig, dataset: Dataset) -> Plan:
     """Decide everything; needs torch for the device and dtype, loads no weights.
 
     Raises:
-        TrainerError: for the device, the model or the dataset.
+        TrainerError: for the device or the model.
     """
     hardware = choose_device(config.device)
     dtype, why_dtype = choose_dtype(config.mixed_precision, hardware.device)
     half = dtype != torch.float32
     source = locate_model(config, weights=True, half=half)
-    dataset = scan_dataset(config)
     resolution = config.resolution or source.native_resolution
     buckets = make_buckets(config, dataset, resolution)
     plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)["total"]
@@ -1883,11 +1848,7 @@ def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
     elif schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
     else:
-        raise TrainerError(
-            "model_unsupported",
-            f"The model's scheduler has the beta_schedule {schedule!r}.",
-            "This trainer knows linear and scaled_linear.",
-        )
+        raise TrainerError("model_unsupported", f"The model's scheduler has the beta_schedule {schedule!r}.")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     return zero_terminal(alpha_bar) if scheduler.get("rescale_betas_zero_snr") else alpha_bar
 
@@ -2004,9 +1965,7 @@ def load_component(owner: Any, folder: Path, variant: str | None, dtype: torch.d
 
 
 def model_corrupt(folder: Path, reason: str) -> TrainerError:
-    return TrainerError(
-        "model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}", "Download the model again."
-    )
+    return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
 
 
 class PromptEncoder:
@@ -2080,7 +2039,7 @@ def add_lora(unet: Any, config: TrainingConfig) -> LoraLayers:
     unet.add_adapter(
         peft.LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.alpha,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float is fine
             lora_dropout=config.lora_dropout,
             target_modules=TARGETS[config.lora_targets],
         )
@@ -2089,14 +2048,13 @@ def add_lora(unet: Any, config: TrainingConfig) -> LoraLayers:
     for name, module in sorted(unet.named_modules()):
         if not isinstance(module, peft.tuners.lora.LoraLayer):
             continue
-        down, up = module.lora_A["default"], module.lora_B["default"]
-        down.float(), up.float()
-        bound = 1 / math.sqrt(down.weight[0].numel())
-        values = torch.rand(down.weight.shape, generator=generator(f"lora {name}", config.seed)) * 2 - 1
+        down: Any = module.lora_A["default"].float().weight
+        up: Any = module.lora_B["default"].float().weight
+        values = torch.rand(down.shape, generator=generator(f"lora {name}", config.seed)) * 2 - 1
         with torch.no_grad():
-            down.weight.copy_(values * bound)
-            up.weight.zero_()
-        layers[name] = (down.weight, up.weight)
+            down.copy_(values / math.sqrt(down[0].numel()))
+            up.zero_()
+        layers[name] = (down, up)
     return layers
 
 
@@ -2135,11 +2093,8 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise TrainerError(
-            "loss_not_finite",
-            f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written.",
-            'Lower learning_rate, or set save_dtype to "fp32".',
-        )
+        message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
+        raise TrainerError("loss_not_finite", message)
     return tensors
 
 
@@ -2169,13 +2124,6 @@ def read_header(path: Path) -> dict[str, str]:
 def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
     tags = (tag.strip() for example in dataset.examples for tag in example.caption.split(separator))
     return dict(collections.Counter(tag for tag in tags if tag).most_common())
-
-
-# An allow-list: nothing with a path, a user name or a token gets into a file that is published.
-PUBLIC_KEYS = (
-    "steps epochs batch_size gradient_accumulation_steps resolution learning_rate lr_scheduler lr_warmup_steps optimizer"
-    " weight_decay max_grad_norm seed lora_rank lora_alpha lora_dropout lora_type lora_targets mixed_precision save_dtype"
-).split()
 
 
 def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
@@ -2218,7 +2166,7 @@ def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, dige
         "train_lora.version": VERSION,
         "train_lora.run_id": run_id,
         "train_lora.trigger_words": json.dumps(config.trigger_words),
-        "train_lora.params": json.dumps({key: resolved[key] for key in PUBLIC_KEYS}),
+        "train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")}),
     }
     return dict(sorted(header.items()))
 
@@ -2255,7 +2203,7 @@ def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tensor.dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()))
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -2350,19 +2298,14 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
         if record["run_id"] == run_id:
             return ResumePoint(path, tensors, record)
     if corrupt:
-        raise TrainerError(
-            "checkpoint_corrupt",
-            f"No state in {folder} can be read ({', '.join(corrupt)}).",
-            "Restore a state file from a backup, or start over with --fresh.",
-        )
+        raise TrainerError("checkpoint_corrupt", f"No state in {folder} can be read ({', '.join(corrupt)}).")
     return None
 
 
 def run_identity(config: TrainingConfig, plan: Plan) -> JSON:
     """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
     resolved = plan.resolved(config)
-    keys = [key for key, definition in load_schema()["definitions"].items() if definition.get("x-defines-run")]
-    identity = {key: resolved[key] for key in keys} | {"dataset": plan.dataset.fingerprint}
+    identity = {key: resolved[key] for key in keys_marked("x-defines-run")} | {"dataset": plan.dataset.fingerprint}
     return dict(json.loads(json.dumps(identity)))
 
 
@@ -2371,12 +2314,8 @@ def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
     differing = [key for key in ours if ours[key] != theirs.get(key)]
     if differing:
         problems = [problem(key, f"was {show(theirs.get(key))}, is now {show(ours[key])}") for key in differing]
-        raise TrainerError(
-            "resume_mismatch",
-            f"{folder} holds a run with other settings: {', '.join(differing)}.",
-            "Put them back, choose another output_path, or start over with --fresh.",
-            problems,
-        )
+        message = f"{folder} holds a run with other settings: {', '.join(differing)}."
+        raise TrainerError("resume_mismatch", message, problems=problems)
 
 
 # ======================================================================================
@@ -2389,7 +2328,8 @@ def make_sampler(scheduler: Mapping[str, Any], prediction_type: str, steps: int,
     changes: JSON = {"prediction_type": prediction_type, "clip_sample": False}  # latents are never clipped
     if scheduler.get("rescale_betas_zero_snr"):
         changes["timestep_spacing"] = "trailing"
-    sampler = diffusers.DDIMScheduler.from_config(dict(scheduler) | changes)
+    owner: Any = diffusers.DDIMScheduler
+    sampler = owner.from_config(dict(scheduler) | changes)
     sampler.set_timesteps(steps, device=device)
     return sampler
 
@@ -2433,24 +2373,32 @@ class LoRATrainer:
     MOST_BAD_STEPS = 5  # in a row, before the run ends
 
     def __init__(
-        self, config: TrainingConfig, events: EventStream, stop: StopWatcher, folder: OutputFolder, fresh: bool = False
+        self,
+        config: TrainingConfig,
+        dataset: Dataset,
+        events: EventStream,
+        stop: StopWatcher,
+        folder: OutputFolder,
+        fresh: bool = False,
     ) -> None:
-        self.config, self.events, self.stop, self.folder, self.fresh = config, events, stop, folder, fresh
+        self.config, self.dataset, self.events, self.stop = config, dataset, events, stop
+        self.folder, self.fresh = folder, fresh
         self.state = TrainState()
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
+        self.stale = list(folder.samples.glob("step_*.png")) if fresh else []
 
     # ---- setup ------------------------------------------------------------------------
 
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
-        self.events.info("Checking the model, the dataset and the hardware.", phase="planning")
-        self.plan = make_plan(self.config)
+        self.events.info("Planning the run.", phase="planning")
+        self.plan = make_plan(self.config, self.dataset)
         for reason in self.plan.reasons:
             self.events.info(reason)
         for code, message, hint in self.plan_warnings():
             self.events.warning(code, message, hint)
         point = self.find_point()
-        if point and point.state.step >= self.plan.total_steps and self.is_finished():
+        if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
             self.state = point.state
             return True
         self.half = self.plan.dtype != torch.float32
@@ -2473,11 +2421,8 @@ class LoRATrainer:
         known = None if self.fresh else read_run_id(config_path)
         states = numbered(self.folder.checkpoints, "state_step")
         if states and known is None and not self.fresh:
-            raise TrainerError(
-                "resume_mismatch",
-                f"{self.folder.checkpoints} holds states, but config.json does not say of which run.",
-                "Restore config.json, choose another output_path, or start over with --fresh.",
-            )
+            message = f"{self.folder.checkpoints} holds states, but config.json does not say of which run."
+            raise TrainerError("resume_mismatch", message)
         point = find_resume_point(self.folder.checkpoints, known, self.events.warning) if known else None
         self.identity = run_identity(self.config, self.plan)
         if point:
@@ -2489,8 +2434,10 @@ class LoRATrainer:
             write_file(config_path, text)
         return point
 
-    def is_finished(self) -> bool:
-        return read_header(self.final_path).get("train_lora.run_id") == self.run_id
+    def is_finished(self, step: int) -> bool:
+        """Tell whether the final LoRA is on disk, of this run and of this step."""
+        header = read_header(self.final_path)
+        return (header.get("train_lora.run_id"), header.get("ss_steps")) == (self.run_id, str(step))
 
     def cache(self) -> None:
         """Encode every text and image once; let the encoders go. Needs self.plan."""
@@ -2553,8 +2500,7 @@ class LoRATrainer:
         """Load a component of the base model to the device, frozen."""
         folder = self.plan.source.folder
         assert folder is not None
-        names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-        variant, _ = choose_weights(names, component, self.config.variant, self.half)
+        variant, _ = choose_weights(list_files(folder), component, self.config.variant, self.half)
         module = load_component(owner, folder / component, variant, dtype or self.plan.dtype, dtype_key)
         return module.to(self.device)
 
@@ -2618,7 +2564,7 @@ class LoRATrainer:
                 return None
             batch = self.collate(step * self.config.gradient_accumulation_steps + index)
             loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
-            self.scaler.scale(loss).backward()
+            torch.autograd.backward(self.scaler.scale(loss))
             losses.append(loss.detach())
         return float(torch.stack(losses).sum())  # the one place that waits for the GPU
 
@@ -2695,11 +2641,8 @@ class LoRATrainer:
         message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({listing(names)})."
         self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
         if self.state.bad_steps >= self.MOST_BAD_STEPS:
-            raise TrainerError(
-                "loss_not_finite",
-                f"{self.state.bad_steps + 1} steps in a row were not finite; the run has diverged.",
-                'Lower learning_rate, or set mixed_precision to "no" or "bf16". The last checkpoint is good.',
-            )
+            message = f"{self.state.bad_steps + 1} steps in a row were not finite; the run has diverged."
+            raise TrainerError("loss_not_finite", message)
         return False
 
     def report(self, loss: float, rate: float, grad_norm: float) -> None:
@@ -2757,7 +2700,7 @@ class LoRATrainer:
             write_file(path, png_bytes(image, text))
             self.events.emit("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
         self.unet.train()
-        self.events.info("Training.", phase="training")
+        self.events.phase = "training"
 
     def denoise(self, noise: Tensor, prompt: str) -> Tensor | None:
         config, side = self.config, float(self.plan.resolution)
@@ -2808,22 +2751,25 @@ class LoRATrainer:
         write_file(path, serialize(tensors, lora_header(self.config, self.plan, self.state.step, self.run_id, digest)))
 
     def prune(self) -> None:
-        """Remove what newer files replaced: states but two, LoRAs over checkpoint_limit, files of a --fresh run before."""
+        """Remove what newer files replaced: states but two, LoRAs over the limit, all of a run before --fresh."""
         limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
+        old, self.stale = self.stale, []
         for stem, limit in limits.items():
             files = [path for _, path in numbered(self.folder.checkpoints, stem)]
             ours = [path for path in files if written_by(path) == self.run_id]
-            foreign = [path for path in files if written_by(path) not in (self.run_id, None)]
-            for path in [*(ours[limit:] if limit else []), *foreign]:
-                path.unlink(missing_ok=True)
+            old += [path for path in files if written_by(path) not in (self.run_id, None)]
+            old += ours[limit:] if limit else []
+        if written_by(self.final_path) not in (self.run_id, None):
+            old.append(self.final_path)
+        for path in old:
+            path.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Write the final LoRA and say `complete`; run again on a finished run, it only says so."""
-        if not self.is_finished() or self.stop.saved.step != self.state.step:
-            self.events.info("Saving the final LoRA.", phase="saving")
-            if self.stop.saved.step != self.state.step:
-                self.save(lora=False)
-            self.write_lora(self.final_path)
+        """Write the final LoRA and say `complete`."""
+        self.events.info("Saving the final LoRA.", phase="saving")
+        if self.stop.saved.step != self.state.step:
+            self.save(lora=False)
+        self.write_lora(self.final_path)
         self.complete()
 
     def complete(self) -> None:
@@ -2904,22 +2850,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
     return parser.parse_args(argv)
-
-
-def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str, str]]:
-    if hardware.device != "cpu" or wish == "cpu":
-        return
-    if has_nvidia_gpu():
-        yield (
-            "gpu_unusable",
-            f"There is a GPU, but {gpu_trouble()}.",
-            "Install a torch build that fits the GPU and driver.",
-        )
-    yield (
-        "training_on_cpu",
-        "Training runs on the CPU, which is slow for full-size models.",
-        "Use a machine with a GPU.",
-    )
 
 
 def validate(config: TrainingConfig, events: EventStream) -> None:
@@ -3024,14 +2954,15 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     if options.validate_only:
         validate(config, events)
         return 0
+    events.info("Checking the dataset and the model.", phase="checking")
+    dataset = check_inputs(config)
     folder = OutputFolder(Path(config.output_path))
-    check_inputs(config)
     folder.open()
     events.open_log(folder.path / "events.jsonl")
     stop.watch_folder(folder.path)
     events.info("Importing torch and diffusers.", phase="importing")
     import_libraries()
-    trainer = LoRATrainer(config, events, stop, folder, options.fresh)
+    trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh)
     if trainer.setup():
         trainer.complete()
         return 0
@@ -3045,12 +2976,11 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     return 128 + number
 
 
-def check_inputs(config: TrainingConfig) -> None:
-    """Fail on a missing dataset or model before the output folder is made."""
-    if not Path(config.dataset_path).is_dir():
-        scan_dataset(config)
-    if os.path.isabs(config.base_model):
-        local_folder(config.base_model)
+def check_inputs(config: TrainingConfig) -> Dataset:
+    """Fail on an unusable dataset or model before the output folder is made or torch imported."""
+    if locate_model(config, weights=False, half=True).folder is None:
+        raise hub_unreachable(config)
+    return scan_dataset(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

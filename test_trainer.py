@@ -1,0 +1,2033 @@
+#!/usr/bin/env python3
+"""Tests of train_lora.py: `python test_trainer.py`, or pytest. The sections mirror the script's.
+
+Everything runs offline on the CPU; the models are tiny, with random weights, in the real diffusers
+layout. Tests that need torch are skipped where it is not installed; the others still run.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from PIL import Image, ImageDraw
+
+import train_lora as trainer
+
+ROOT = Path(__file__).resolve().parent
+SCRIPT = ROOT / "train_lora.py"
+SCHEMA = json.loads((ROOT / "config_schema.json").read_text("utf-8"))
+EVENT_SCHEMA = json.loads((ROOT / "docs" / "events.schema.json").read_text("utf-8"))
+EVENT_VALIDATOR = jsonschema.Draft7Validator(EVENT_SCHEMA)
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and descriptors")
+
+Json = dict[str, Any]
+
+if HAS_TORCH:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    trainer.import_libraries()
+    import diffusers
+    import torch
+    import transformers
+
+
+# ======================================================================================
+# tools: running the script, tiny models, small datasets
+# ======================================================================================
+
+
+class Run:
+    """A finished run of the script: exit code, events (each checked against docs/events.schema.json), stderr."""
+
+    def __init__(self, code: int, stdout: bytes, stderr: bytes) -> None:
+        self.code, self.stderr = code, stderr.decode("utf-8", "replace")
+        self.events: list[Json] = [json.loads(line) for line in stdout.splitlines()]
+        check_events(self.events)
+
+    @property
+    def last(self) -> Json:
+        return self.events[-1]
+
+    def of(self, event_type: str) -> list[Json]:
+        return [event for event in self.events if event["type"] == event_type]
+
+
+def check_events(events: list[Json]) -> None:
+    for event in events:
+        EVENT_VALIDATOR.validate(event)
+    assert events[0]["type"] == "start"
+    ends = [event["type"] for event in events if event["type"] in trainer.LAST_TYPES]
+    assert ends == [events[-1]["type"]], "exactly one last event, and it is last"
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def run(*arguments: str | Path, **options: Any) -> Run:
+    done = subprocess.run(command(*arguments), capture_output=True, timeout=300, **options)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def write_config(folder: Path, **keys: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(keys), "utf-8")
+    return path
+
+
+def draw_image(path: Path, size: tuple[int, int], shade: int = 0) -> None:
+    image = Image.new("RGB", size, (shade * 37 % 256, 200, 90))
+    ImageDraw.Draw(image).ellipse((8, 8, size[0] // 2, size[1] // 2), fill=(250, 20, shade * 53 % 256))
+    image.save(path)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images in several shapes, with captions."""
+    folder = tmp_path_factory.mktemp("images")
+    for number, size in enumerate([(64, 64), (96, 64), (64, 100), (128, 128), (200, 90)]):
+        draw_image(folder / f"{number}.png", size, number)
+        (folder / f"{number}.txt").write_text(f"picture {number}, blob", "utf-8")
+    return folder
+
+
+KINDS = ("sd15", "sd21", "sd21v", "sdxl")
+
+
+def build_model(folder: Path, kind: str) -> None:
+    """Make a tiny Stable Diffusion with random weights: real layout, real classes, real tokenizer files."""
+    torch.manual_seed(0)
+    xl = kind == "sdxl"
+    blocks = ["CrossAttn", ""]
+    down = [f"{cross}DownBlock2D" for cross in (reversed(blocks) if xl else blocks)]
+    up = [f"{cross}UpBlock2D" for cross in (blocks if xl else reversed(blocks))]
+    extra: Json = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 8 * 6 + 32,
+        "transformer_layers_per_block": (1, 2),
+    }
+    unet: Any = diffusers.UNet2DConditionModel(
+        sample_size=12 if kind in ("sd21v", "sdxl") else 8,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=(32, 64),
+        layers_per_block=2 if xl else 1,
+        cross_attention_dim=64 if xl else 32,
+        attention_head_dim=8 if kind == "sd15" else (4, 8),
+        norm_num_groups=8,
+        use_linear_projection=kind != "sd15",
+        **(extra if xl else {}),
+    )
+    unet.save_pretrained(folder / "unet")
+    vae: Any = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        scaling_factor=0.13025 if xl else 0.18215,
+        force_upcast=xl,
+    )
+    vae.save_pretrained(folder / "vae")
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    for suffix in ("", "_2") if xl else ("",):
+        build_text_encoder(folder, suffix, vocabulary, "<|endoftext|>" if kind == "sd15" or not suffix else "!")
+    prediction = "v_prediction" if kind == "sd21v" else "epsilon"
+    write_json(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": prediction})
+    index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"} | PIPELINE_INDEX
+    if xl:
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
+    else:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    write_json(folder / "model_index.json", index)
+
+
+SCHEDULER: Json = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+PIPELINE_INDEX: Json = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+}
+
+
+def build_text_encoder(folder: Path, suffix: str, vocabulary: dict[str, int], pad: str) -> None:
+    end = vocabulary["<|endoftext|>"]
+    settings = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=32,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    owner: Any = transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
+    owner(settings).save_pretrained(folder / f"text_encoder{suffix}")
+    tokenizer = folder / f"tokenizer{suffix}"
+    write_json(tokenizer / "vocab.json", vocabulary)
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings_json = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, **special}
+    write_json(tokenizer / "tokenizer_config.json", settings_json)
+
+
+def write_json(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document), "utf-8")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        build_model(folder / kind, kind)
+    return folder
+
+
+class Recorder(trainer.EventStream):
+    """An event stream into a list, for runs inside this process."""
+
+    def __init__(self) -> None:
+        self.events: list[Json] = []
+        self.warnings: list[Json] = []
+        self.phase = "test"
+
+    def emit(self, event_type: str, **fields: Any) -> None:
+        self.events.append({"type": event_type, **fields})
+
+    def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
+        self.phase = phase or self.phase
+        self.emit("info", message=message, **fields)
+
+
+class Quiet(trainer.StopWatcher):
+    """A watcher that hears nothing; `after` asks for a stop once that many polls have passed."""
+
+    def __init__(self, after: float = math.inf) -> None:
+        self.signal, self.save_requested, self.saved, self.after = None, False, trainer.SavedFiles(), after
+
+    @property
+    def requested(self) -> bool:
+        self.after -= 1
+        return self.after < 0
+
+    def arm(self) -> None: ...
+
+
+def small(images: Path, model: Path, output: Path, **changes: Any) -> Json:
+    """A config that trains in a second."""
+    return {
+        "dataset_path": str(images),
+        "base_model": str(model),
+        "output_path": str(output),
+        "trigger_words": ["zorb"],
+        "steps": 4,
+        "batch_size": 2,
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+        "bucket_step": 16,
+        "validation_steps": 0,
+        "sample_steps": 3,
+        "save_dtype": "fp32",
+        **changes,
+    }
+
+
+def prepare(tmp_path: Path, config: Json, *, stop: Quiet | None = None, fresh: bool = False) -> trainer.LoRATrainer:
+    """A trainer in this process, set up but not yet trained."""
+    path = tmp_path / "in_process.json"
+    write_json(path, config)
+    folder = trainer.OutputFolder(Path(config["output_path"]))
+    folder.open()
+    loaded = trainer.load_config(str(path))
+    made = trainer.LoRATrainer(loaded, trainer.scan_dataset(loaded), Recorder(), stop or Quiet(), folder, fresh)
+    made.finished_before = made.setup()  # type: ignore[attr-defined]
+    return made
+
+
+def train(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
+    made = prepare(tmp_path, config, **options)
+    if made.train():
+        made.finish()
+    elif made.state.step > made.stop.saved.step:
+        made.save()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    return made
+
+
+def emitted(made: trainer.LoRATrainer, event_type: str) -> list[Json]:
+    events: Any = made.events
+    return [event for event in events.events if event["type"] == event_type]
+
+
+def tensors_of(path: Path) -> dict[str, Any]:
+    import safetensors.torch
+
+    return dict(safetensors.torch.load_file(path))
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    left, right = tensors_of(one), tensors_of(other)
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different
+
+
+# ======================================================================================
+# the file itself
+# ======================================================================================
+
+
+def banners() -> list[tuple[int, str]]:
+    lines = SCRIPT.read_text("utf-8").splitlines()
+    rule = "# " + "=" * 86
+    return [
+        (number, lines[number + 1][2:])
+        for number in range(len(lines) - 2)
+        if lines[number] == lines[number + 2] == rule
+    ]
+
+
+def test_the_docstring_lists_the_sections_in_order() -> None:
+    listed = re.findall(r"^    ([a-zA-Z][\w ,]*?)  +\S", trainer.__doc__ or "", re.MULTILINE)
+    assert listed == [title for _, title in banners()]
+
+
+def test_no_section_uses_a_later_one() -> None:
+    tree = ast.parse(SCRIPT.read_text("utf-8"))
+    starts = [line for line, _ in banners()]
+
+    def section(line: int) -> int:
+        return sum(start < line for start in starts)
+
+    defined: dict[str, int] = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = section(node.lineno)
+        elif isinstance(node, ast.Assign):
+            defined |= {name.id: section(node.lineno) for name in node.targets if isinstance(name, ast.Name)}
+    allowed = {("import_libraries", "TrainerError"), ("import_libraries", "missing_dependency")}
+    forward = []
+    for owner in tree.body:
+        if isinstance(owner, (ast.FunctionDef, ast.ClassDef)):
+            names = [node for node in ast.walk(owner) if isinstance(node, ast.Name)]
+            own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+            forward += [
+                (owner.name, name.id)
+                for name in names
+                if name.id not in own and defined.get(name.id, 0) > section(owner.lineno)
+            ]
+    assert set(forward) <= allowed
+
+
+def test_the_script_has_its_three_classes_and_one_main() -> None:
+    for name in ("TrainingConfig", "ProgressEvent", "LoRATrainer", "main"):
+        assert hasattr(trainer, name)
+    for verb in ("setup", "train", "loss", "sample", "save", "finish"):
+        assert callable(getattr(trainer.LoRATrainer, verb))
+
+
+def test_only_the_families_section_names_a_family() -> None:
+    source = SCRIPT.read_text("utf-8")
+    families = next(line for line, title in banners() if title == "model families")
+    after = source.splitlines()[families:]
+    end = next(index for index, line in enumerate(after) if line == "# hardware and memory")
+    assert not re.search(r"\.name ==|is_xl|== \"sd", "\n".join(after[end:]))
+
+
+def test_importing_the_script_imports_nothing_heavy() -> None:
+    heavy = ("torch", "diffusers", "PIL", "numpy", "jsonschema")
+    code = f"import sys, train_lora; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_requirements_and_the_inline_metadata_list_the_same_packages() -> None:
+    header = re.search(r"# dependencies = \[\n(.*?)# \]", SCRIPT.read_text("utf-8"), re.DOTALL)
+    assert header
+    inline = re.findall(r'"([^"]+)"', header[1])
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    listed = [line.partition("#")[0].strip() for line in lines]
+    assert [line for line in listed if line] == inline
+    assert len(inline) == 9
+
+
+def test_the_top_level_holds_only_what_the_design_lists() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.partition("/")[0] for name in listed.stdout.split()}
+    files = {
+        "train_lora.py",
+        "config_schema.json",
+        "example_config.json",
+        "requirements.txt",
+        "Dockerfile",
+        "README.md",
+    }
+    expected = files | {"test_trainer.py", "LICENSE", "demo", "docs", "benchmarks"}
+    assert {name for name in top if not name.startswith(".")} == expected
+
+
+# ======================================================================================
+# config
+# ======================================================================================
+
+
+def parse(tmp_path: Path, document: Any, overrides: tuple[str, ...] = ()) -> trainer.TrainingConfig:
+    path = tmp_path / "config.json"
+    text = document if isinstance(document, (str, bytes)) else json.dumps(document)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return trainer.load_config(str(path), overrides)
+
+
+def problems_of(tmp_path: Path, document: Any, overrides: tuple[str, ...] = ()) -> dict[str, str]:
+    with pytest.raises(trainer.TrainerError) as caught:
+        parse(tmp_path, document, overrides)
+    assert caught.value.code in ("config_invalid", "config_unreadable")
+    return {item["path"]: item["message"] for item in caught.value.problems} or {"": caught.value.message}
+
+
+REQUIRED: Json = {
+    "dataset_path": "images",
+    "base_model": "owner/model",
+    "output_path": "out",
+    "trigger_words": ["zorb"],
+}
+
+
+def test_the_config_class_and_the_schema_have_the_same_keys() -> None:
+    fields = [field.name for field in trainer.dataclasses.fields(trainer.TrainingConfig)]
+    assert fields == list(SCHEMA["definitions"])
+    for field in trainer.dataclasses.fields(trainer.TrainingConfig):
+        assert field.default is trainer.dataclasses.MISSING, "defaults live in the schema only"
+
+
+def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> None:
+    jsonschema.Draft7Validator.check_schema(SCHEMA)
+    refs = {key: {"$ref": f"#/definitions/{key}"} for key in SCHEMA["definitions"]}
+    assert SCHEMA["properties"]["training_params"]["properties"] == refs
+    assert {key: value for key, value in SCHEMA["properties"].items() if key in refs} == refs
+    for key, definition in SCHEMA["definitions"].items():
+        assert definition["description"], key
+        if "default" in definition:
+            jsonschema.validate(definition["default"], definition)
+            assert definition["default"] in definition.get("x-available", [definition["default"]])
+        for example in definition.get("examples", []):
+            jsonschema.validate(example, definition)
+
+
+def test_the_example_shows_every_key_and_is_valid() -> None:
+    document = json.loads((ROOT / "example_config.json").read_text("utf-8"))
+    jsonschema.validate(document, SCHEMA)
+    keys = {*document, *document["training_params"]} - {"$schema", "training_params"}
+    assert keys == set(SCHEMA["definitions"])
+    config = trainer.load_config(str(ROOT / "example_config.json"))
+    assert config.base_model == trainer.SHORT_NAMES["sd15"]
+
+
+def test_the_example_passes_validation_but_for_its_paths() -> None:
+    result = run("--config", ROOT / "example_config.json", "--validate-only", env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.code == 1
+    assert result.last["code"] == "dataset_unreadable"
+    assert len(result.last["problems"]) == 1
+
+
+def test_flat_and_nested_configs_are_the_same(tmp_path: Path) -> None:
+    flat = parse(tmp_path, REQUIRED | {"steps": 7, "lora_rank": 8})
+    nested = parse(tmp_path, {**REQUIRED, "training_params": {"steps": 7, "lora_rank": 8}})
+    everything_nested = parse(tmp_path, {"training_params": REQUIRED | {"steps": 7, "lora_rank": 8}})
+    assert flat == nested == everything_nested
+    for document in (REQUIRED, {"training_params": REQUIRED}):
+        jsonschema.validate(document, SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"training_params": {"steps": 3}}, SCHEMA)
+
+
+def test_a_key_in_both_shapes_must_have_one_value(tmp_path: Path) -> None:
+    assert parse(tmp_path, REQUIRED | {"steps": 7, "training_params": {"steps": 7}}).steps == 7
+    assert "steps" in problems_of(tmp_path, REQUIRED | {"steps": 7, "training_params": {"steps": 8}})
+
+
+def test_all_problems_are_reported_at_once_before_torch_is_imported(tmp_path: Path) -> None:
+    document = {
+        "dataset_path": 3,
+        "trigger_words": [],
+        "stepz": 1,
+        "training_params": {"lora_rank": 0, "device": "tpu"},
+    }
+    config = write_config(tmp_path, **document)
+    code = f"import sys, train_lora; train_lora.main(['--config', {str(config)!r}]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    result = Run(done.returncode, done.stdout, done.stderr)
+    assert result.code == 0
+    found = {item["path"]: item["message"] for item in result.last["problems"]}
+    expected = {"dataset_path", "base_model", "output_path", "trigger_words", "stepz", "lora_rank", "device"}
+    assert set(found) == expected
+    assert "steps" in found["stepz"]
+    assert "at least 1" in found["lora_rank"]
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "words"),
+    [
+        ({"steps": "many"}, "steps", "integer or null, not text"),
+        ({"deterministic": "False"}, "deterministic", "boolean, not text"),
+        ({"steps": True}, "steps", "not a boolean"),
+        ({"batch_size": 1.5}, "batch_size", "integer"),
+        ({"optimizer": "sgd"}, "optimizer", '"adamw8bit"'),
+        ({"resolution": 500}, "resolution", "multiple of 8"),
+        ({"adam_beta1": 1}, "adam_beta1", "less than 1"),
+        ({"learning_rate": 0}, "learning_rate", "more than 0"),
+        ({"trigger_words": ["ok", " "]}, "trigger_words[1]", "blank"),
+        ({"trigger_words": ["a", "a"]}, "trigger_words", "twice"),
+        ({"metadata": {"colour": "red"}}, "metadata", "title"),
+        ({"output_name": "../evil"}, "output_name", "match"),
+        ({"dataset_path": "a\0b"}, "dataset_path", "match"),
+        ({"dataset_path": "\ud800"}, "dataset_path", "surrogates"),
+        ({"training_params": 3}, "training_params", "object"),
+        ({"training_params": {"lora_rnk": 3}}, "training_params.lora_rnk", "lora_rank"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(tmp_path: Path, change: Json, path: str, words: str) -> None:
+    found = problems_of(tmp_path, REQUIRED | change)
+    assert words in found[path]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"steps": 1,,}', "line 1, column 13"),
+        ("", "line 1, column 1"),
+        ("[]", "object"),
+        ("{" * 3, "line 1"),
+        ('{"a":' * 100_000, "parsed"),
+        ('{"steps": NaN}', "not finite"),
+        ('{"steps": 1e999}', "not finite"),
+        ('{"steps": ' + "9" * 5000 + "}", "parsed"),
+        ('{"steps": 1, "steps": 2}', "twice"),
+        (b'{"steps": "\xff"}', "utf-8"),
+    ],
+)
+def test_malformed_json_is_an_error_with_a_place_or_a_reason(tmp_path: Path, text: str | bytes, words: str) -> None:
+    assert words in problems_of(tmp_path, text)[""]
+
+
+def test_a_byte_order_mark_and_whole_floats_are_accepted(tmp_path: Path) -> None:
+    config = parse(tmp_path, b"\xef\xbb\xbf" + json.dumps(REQUIRED | {"steps": 1000.0}).encode())
+    assert config.steps == 1000
+    assert isinstance(config.steps, int)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, definition in SCHEMA["definitions"].items() if "x-available" in definition]
+)
+def test_what_comes_later_is_refused_and_never_ignored(tmp_path: Path, key: str) -> None:
+    definition = SCHEMA["definitions"][key]
+    candidates = [*definition.get("enum", []), *definition.get("examples", []), True, 0.25, 2, "x", ["wandb"]]
+    valid = [value for value in candidates if jsonschema.Draft7Validator(definition).is_valid(value)]
+    later = next(value for value in valid if value not in definition["x-available"])
+    assert "not available yet" in problems_of(tmp_path, REQUIRED | {key: later})[key]
+    for value in definition["x-available"]:
+        parse(tmp_path, REQUIRED | {key: value})
+
+
+def test_set_overrides_a_key_wherever_it_stands(tmp_path: Path) -> None:
+    document = REQUIRED | {"training_params": {"steps": 7}}
+    config = parse(
+        tmp_path, document, ("steps=9", "output_name=mine", 'trigger_words=["a", "b"]', "deterministic=true")
+    )
+    assert (config.steps, config.output_name, config.trigger_words, config.deterministic) == (
+        9,
+        "mine",
+        ("a", "b"),
+        True,
+    )
+    found = problems_of(tmp_path, REQUIRED, ("stepz=9", "steps", "steps=x"))
+    assert set(found) == {"--set stepz", "--set steps", "steps"}
+
+
+def test_paths_are_relative_to_the_config_and_overrides_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = parse(tmp_path, REQUIRED | {"base_model": "base"}, ("output_path=here",))
+    assert config.dataset_path == str(tmp_path / "images")
+    assert config.base_model == str(tmp_path / "base")
+    assert config.output_path == str(elsewhere / "here")
+    assert parse(tmp_path, REQUIRED | {"base_model": "sdxl"}).base_model == trainer.SHORT_NAMES["sdxl"]
+    assert parse(tmp_path, REQUIRED | {"base_model": "x.safetensors"}).base_model == str(tmp_path / "x.safetensors")
+
+
+def test_the_config_can_come_from_stdin(tmp_path: Path) -> None:
+    result = run("--config", "-", input=json.dumps({"stepz": 1}).encode(), cwd=tmp_path)
+    assert (result.code, result.last["code"]) == (1, "config_invalid")
+
+
+def test_odd_combinations_warn(tmp_path: Path) -> None:
+    odd = {"steps": 5, "epochs": 2, "lr_warmup_steps": 5, "learning_rate": 0.5}
+    codes = [code for code, _, _ in trainer.config_warnings(parse(tmp_path, REQUIRED | odd))]
+    assert codes == ["steps_over_epochs", "warmup_too_long", "learning_rate_high"]
+
+
+# ======================================================================================
+# events
+# ======================================================================================
+
+
+def test_help_shows_every_option_and_examples() -> None:
+    done = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
+    for word in ("--config", "--validate-only", "--set", "--fresh", "--debug", "--version", "examples:"):
+        assert word in done.stdout
+    version = subprocess.run(command("--version"), capture_output=True, text=True, check=True)
+    assert version.stdout == f"train_lora.py {trainer.VERSION}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--confg", "x"], ["--config"], ["--config", "a", "b"]])
+def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.code, result.last["code"]) == (2, "usage")
+
+
+def test_events_are_strict_json_whatever_they_hold() -> None:
+    fields = {"loss": math.nan, "path": Path("x"), "text": "\ud800 é", "deep": [{"a": math.inf}]}
+    line = trainer.ProgressEvent("info", 0, "", 0.0, fields).line()
+    assert json.loads(line, parse_constant=lambda token: pytest.fail(token))["loss"] is None
+    assert line.isascii()
+    assert b"\\ud800" not in line
+
+
+def test_an_error_reaches_a_person_on_stderr_too(tmp_path: Path) -> None:
+    result = run("--config", tmp_path / "missing.json")
+    assert result.last["code"] == "config_unreadable"
+    assert "missing.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+NOISE = """
+import ctypes, os, subprocess, sys, warnings
+import train_lora
+load = train_lora.import_libraries
+def noisy():
+    print("python print"); os.write(1, b"raw write\\n"); subprocess.run(["echo", "a child process"])
+    ctypes.CDLL(None).puts(b"C puts"); ctypes.CDLL(None).fflush(None); warnings.warn("careful")
+    load()
+train_lora.import_libraries = noisy
+sys.exit(train_lora.main(sys.argv[1:]))
+"""
+
+
+@posix
+@needs_torch
+def test_a_noisy_library_cannot_reach_stdout(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out"))
+    arguments = [sys.executable, "-c", NOISE, "--config", str(config), "--validate-only"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=120)
+    result = Run(done.returncode, done.stdout, done.stderr)
+    assert result.last["type"] == "validated"
+    for noise in ("python print", "raw write", "a child process", "C puts"):
+        assert noise in result.stderr
+
+
+@posix
+def test_a_closed_or_full_stdout_is_said_on_stderr(tmp_path: Path) -> None:
+    line = shlex.join(command("--config", tmp_path / "none.json"))
+    closed = subprocess.run(["sh", "-c", f"{line} >&-"], capture_output=True, text=True)
+    assert closed.returncode == 1
+    assert "stdout is closed" in closed.stderr
+    if Path("/dev/full").exists():
+        full = subprocess.run(["sh", "-c", f"{line} >/dev/full"], capture_output=True, text=True)
+        assert full.returncode == 1
+        assert "No space left" in full.stderr
+        assert "Traceback" not in full.stderr
+
+
+@posix
+@needs_torch
+def test_when_the_reader_goes_away_the_run_saves_and_exits_141(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    with subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if json.loads(line)["type"] == "progress":
+                break
+        process.stdout.close()
+        assert process.wait(timeout=30) == 141
+    log = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    check_events(log)
+    assert Path(log[-1]["state_path"]).exists()
+
+
+@posix
+def test_a_slow_reader_loses_progress_and_nothing_else() -> None:
+    code = (
+        "import train_lora as t\n"
+        "s = t.EventStream(); s.QUEUE_LIMIT = 50\n"
+        "s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
+        "for n in range(5000):\n"
+        "    s.emit('progress', **{k: n for k in 'step total_steps percent loss loss_avg learning_rate grad_norm epoch'"
+        " ' steps_per_second eta_seconds vram_gb'.split()})\n"
+        "    n % 100 or s.info(f'note {n}')\n"
+        "s.emit('complete', step=1, final_path='', total_time=1, loss=None); s.close()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        time.sleep(2)
+        assert process.stdout
+        events = [json.loads(line) for line in process.stdout]
+    assert len([event for event in events if event["type"] == "info"]) == 50
+    progress = len([event for event in events if event["type"] == "progress"])
+    assert progress < 5000
+    assert progress + events[-1]["dropped"] == 5000
+
+
+def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"type": "start"}\n{"type": "prog')
+    code = (
+        "import sys, pathlib, train_lora as t\n"
+        "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
+        "s.open_log(pathlib.Path(sys.argv[1])); s.info('hello'); s.close()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "events.jsonl")], cwd=ROOT, check=True, capture_output=True
+    )
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["start", "start", "info"]
+
+
+# ======================================================================================
+# stopping
+# ======================================================================================
+
+
+def stop_when(process: subprocess.Popen[bytes], ready: Any, number: int) -> Run:
+    """Send a signal once an event is `ready`; the finished run."""
+    lines = []
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line)
+        if ready(json.loads(line)):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    return Run(process.wait(timeout=60), b"".join(lines) + rest, b"")
+
+
+@posix
+@needs_torch
+@pytest.mark.parametrize("phase", ["importing", "loading", "caching"])
+def test_a_stop_before_training_leaves_at_once_with_nothing_to_save(
+    tmp_path: Path, images: Path, models: Path, phase: str
+) -> None:
+    config = write_config(tmp_path, **small(images, models / "sdxl", tmp_path / "out"))
+    with subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        result = stop_when(process, lambda event: event.get("phase") == phase, signal.SIGTERM)
+    assert result.code == 143
+    assert result.last["type"] == "interrupted"
+    assert (result.last["path"], result.last["state_path"], result.last["signal"]) == (None, None, "SIGTERM")
+    assert list((tmp_path / "out/checkpoints").iterdir()) == []
+
+
+@posix
+@needs_torch
+def test_a_stopped_run_saves_goes_on_and_ends_as_if_it_had_not_been_stopped(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = write_config(
+        tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=60, lora_dropout=0.1, lr_scheduler="cosine")
+    )
+    whole = run("--config", config, "--set", f"output_path={tmp_path / 'whole'}")
+    assert (whole.code, whole.last["type"]) == (0, "complete")
+    losses: dict[int, float] = {}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with subprocess.Popen(
+            command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            result = stop_when(process, lambda event: event["type"] == "progress", number)
+        assert result.code == code
+        assert result.last["signal"] == signal.Signals(number).name
+        assert Path(result.last["path"]).exists()
+        assert Path(result.last["state_path"]).exists()
+        losses |= {event["step"]: event["loss"] for event in result.of("progress")}
+    last = run("--config", config)
+    assert (last.code, last.last["type"]) == (0, "complete")
+    losses |= {event["step"]: event["loss"] for event in last.of("progress")}
+    assert losses == {event["step"]: event["loss"] for event in whole.of("progress")}
+    assert_same_tensors(tmp_path / "out/lora_final.safetensors", tmp_path / "whole/lora_final.safetensors")
+    state = "checkpoints/state_step_60.safetensors"
+    assert_same_tensors(tmp_path / "out" / state, tmp_path / "whole" / state)
+    log = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    assert [event["type"] for event in log if event["seq"] == 0] == ["start"] * 3
+
+
+@posix
+@needs_torch
+def test_files_named_save_and_stop_do_what_they_say(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    with subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        lines = []
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line)
+            kind = json.loads(line)["type"]
+            if kind == "progress" and len([item for item in lines if b'"progress"' in item]) == 1:
+                (tmp_path / "out/save").touch()
+            if kind == "checkpoint":
+                (tmp_path / "out/stop").touch()
+                break
+        result = Run(0, b"".join(lines) + process.stdout.read(), b"")
+        assert process.wait(timeout=60) == 143
+    assert result.last["type"] == "interrupted"
+    assert not (tmp_path / "out/stop").exists()
+
+
+@needs_torch
+def test_a_stop_abandons_the_step_at_the_next_micro_batch(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=3)
+    made = train(tmp_path, config, stop=Quiet(after=4))
+    assert made.state.step == 1
+    resumed = train(tmp_path, config)
+    assert resumed.state.step == 4
+    whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
+    assert_same_tensors(resumed.final_path, whole.final_path)
+
+
+@needs_torch
+def test_a_stop_is_heard_between_denoising_steps(tmp_path: Path, images: Path, models: Path) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", sample_steps=20), stop=Quiet(after=5))
+    made.sample(0)
+    assert emitted(made, "sample") == []
+
+
+# ======================================================================================
+# output folder
+# ======================================================================================
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file.bin"
+    trainer.write_file(target, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(trainer.TrainerError) as caught:
+        trainer.write_file(target, b"new")
+    assert caught.value.code == "disk_full"
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@posix
+def test_files_follow_the_umask_and_replace_links(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    link = tmp_path / "link.bin"
+    link.symlink_to(precious)
+    previous = os.umask(0o027)
+    try:
+        trainer.write_file(link, b"data")
+    finally:
+        os.umask(previous)
+    assert precious.read_text() == "mine"
+    assert not link.is_symlink()
+    assert link.stat().st_mode & 0o777 == 0o640
+
+
+def test_one_run_per_output_folder_and_leftovers_of_ours_are_swept(tmp_path: Path) -> None:
+    first = trainer.OutputFolder(tmp_path / "out")
+    first.open()
+    ours = first.checkpoints / ".state_step_2.safetensors.0a1b2c3d.train_lora.tmp"
+    theirs = first.checkpoints / "other.tmp"
+    ours.touch()
+    theirs.touch()
+    code = (
+        "import sys, pathlib, train_lora as t\n"
+        "try: t.OutputFolder(pathlib.Path(sys.argv[1])).open()\n"
+        "except t.TrainerError as e: print(e.code)\n"
+    )
+    again = [sys.executable, "-c", code, str(first.path)]
+    assert subprocess.run(again, cwd=ROOT, capture_output=True, text=True).stdout.strip() == "output_in_use"
+    first._lock.close()  # type: ignore[union-attr]
+    assert subprocess.run(again, cwd=ROOT, capture_output=True, text=True).stdout == ""
+    assert not ours.exists()
+    assert theirs.exists()
+
+
+@needs_torch
+def test_the_output_folder_holds_exactly_what_the_readme_lists(tmp_path: Path, images: Path, models: Path) -> None:
+    changes = {"checkpoint_steps": 2, "validation_steps": 2, "output_name": "my", "sample_prompts": ["a", "b"]}
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=6, **changes))
+    result = run("--config", config)
+    assert (result.code, result.last["type"]) == (0, "complete")
+    out = tmp_path / "out"
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert names == {
+        ".lock",
+        "config.json",
+        "events.jsonl",
+        "my_final.safetensors",
+        *(f"checkpoints/my_step_{step}.safetensors" for step in (2, 4, 6)),
+        *(f"checkpoints/state_step_{step}.safetensors" for step in (4, 6)),
+        *(f"samples/step_{step}_{index}.png" for step in (2, 4, 6) for index in (0, 1)),
+    }
+    assert [event["step"] for event in result.of("checkpoint")] == [2, 4, 6]
+    assert [event["step"] for event in result.of("progress")] == [1, 2, 3, 4, 5, 6]
+    assert (out / "events.jsonl").read_bytes().splitlines() == [json.dumps(event).encode() for event in result.events]
+    text: Any = Image.open(out / "samples/step_4_1.png")
+    assert (text.text["prompt"], text.text["seed"], text.text["step"]) == ("b", "43", "4")
+    resolved = json.loads((out / "config.json").read_text())["config"]
+    assert (resolved["resolution"], resolved["steps"], resolved["lora_alpha"]) == (64, 6, 4)
+    before = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "events.jsonl"
+    }
+    again = run("--config", config)
+    assert (again.code, again.last["type"], again.last["step"]) == (0, "complete", 6)
+    unchanged = {path: path.stat().st_mtime_ns for path in before if path.name != ".lock"}
+    assert unchanged.items() <= before.items()
+
+
+@posix
+def test_an_output_that_cannot_be_written_is_an_error_and_nothing_is_made(tmp_path: Path, images: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.touch()
+    config = write_config(tmp_path, **small(images, tmp_path, blocker / "out"))
+    (tmp_path / "model_index.json").write_text("{}")
+    result = run("--config", config)
+    assert (result.code, result.last["code"]) == (1, "output_not_writable")
+
+
+# ======================================================================================
+# model families
+# ======================================================================================
+
+SD15_UNET: Json = {"in_channels": 4, "out_channels": 4}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "unet", "family"),
+    [
+        ("StableDiffusionPipeline", {}, "sd15"),
+        ("StableDiffusionPipeline", {"use_linear_projection": False, "cross_attention_dim": 32}, "sd15"),
+        ("StableDiffusionPipeline", {"use_linear_projection": True}, "sd21"),
+        ("StableDiffusionXLPipeline", {"use_linear_projection": True, "addition_embed_type": "text_time"}, "sdxl"),
+    ],
+)
+def test_families_are_told_apart_by_structure(pipeline: str, unet: Json, family: str) -> None:
+    assert trainer.detect_family({"_class_name": pipeline}, SD15_UNET | unet).name == family
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "unet"),
+    [
+        ("StableDiffusionInpaintPipeline", {}),
+        ("StableDiffusionPipeline", {"in_channels": 9}),
+        ("StableDiffusionXLPipeline", {"use_linear_projection": True}),
+        ("StableDiffusionXLImg2ImgPipeline", {"use_linear_projection": True, "addition_embed_type": "text_time"}),
+        ("FluxPipeline", {}),
+        ("StableDiffusionPipeline", {"_class_name": "UNet2DModel"}),
+    ],
+)
+def test_other_models_are_refused_by_name(pipeline: str, unet: Json) -> None:
+    with pytest.raises(trainer.TrainerError) as caught:
+        trainer.detect_family({"_class_name": pipeline}, SD15_UNET | unet)
+    assert caught.value.code == "model_unsupported"
+    assert "sd15" in caught.value.hint or "text-to-image" in caught.value.hint
+
+
+PLAIN, HALF = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"
+SHARDS = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "wish", "half", "expected"),
+    [
+        ([PLAIN, HALF], None, True, ("fp16", [HALF])),
+        ([PLAIN, HALF], None, False, (None, [PLAIN])),
+        ([HALF], None, False, ("fp16", [HALF])),
+        ([PLAIN], "fp16", True, (None, [PLAIN])),
+        ([PLAIN, "unet/diffusion_pytorch_model.non_ema.safetensors"], None, True, (None, [PLAIN])),
+        ([*SHARDS, "unet/diffusion_pytorch_model.bin"], None, False, (None, SHARDS)),
+    ],
+)
+def test_one_variant_of_the_weights_is_chosen(names: list[str], wish: str, half: bool, expected: Any) -> None:
+    assert trainer.choose_weights(names, "unet", wish, half) == expected
+
+
+def test_pickled_weights_are_never_an_alternative(tmp_path: Path) -> None:
+    for names, code in ((["unet/diffusion_pytorch_model.bin"], "model_unsafe"), ([], "model_not_found")):
+        with pytest.raises(trainer.TrainerError) as caught:
+            trainer.choose_weights(names, "unet", None, False)
+        assert caught.value.code == code
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("break_it", "code"),
+    [
+        (lambda model: None, "model_not_found"),
+        (lambda model: (model.mkdir(), (model / "readme.txt").touch()), "model_not_found"),
+        (lambda model: model.with_suffix(".ckpt").touch(), "model_not_found"),
+    ],
+)
+def test_a_missing_model_is_an_error_before_anything_is_made(
+    tmp_path: Path, images: Path, break_it: Any, code: str
+) -> None:
+    model = tmp_path / "model"
+    break_it(model)
+    result = run("--config", write_config(tmp_path, **small(images, model, tmp_path / "out")))
+    assert (result.code, result.last["code"]) == (1, code)
+    assert not (tmp_path / "out").exists()
+
+
+def copy_model(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
+
+
+def pickle_only(model: Path) -> None:
+    (model / "unet/diffusion_pytorch_model.safetensors").rename(model / "unet/diffusion_pytorch_model.bin")
+
+
+def truncate(model: Path) -> None:
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def drop_weights(model: Path) -> None:
+    import safetensors.torch
+
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    tensors = tensors_of(path)
+    safetensors.torch.save_file({key: tensors[key] for key in sorted(tensors)[3:]}, path)
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("break_it", "code"),
+    [
+        (pickle_only, "model_unsafe"),
+        (truncate, "model_corrupt"),
+        (drop_weights, "model_corrupt"),
+        (lambda model: (model / "unet/config.json").write_text("{"), "model_corrupt"),
+        (lambda model: (model / "tokenizer/vocab.json").unlink(), "model_corrupt"),
+    ],
+)
+def test_a_broken_model_is_told_from_an_unsafe_one(
+    tmp_path: Path, images: Path, models: Path, break_it: Any, code: str
+) -> None:
+    model = copy_model(models / "sd15", tmp_path / "model")
+    break_it(model)
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, small(images, model, tmp_path / "out"))
+    assert caught.value.code == code
+
+
+@needs_torch
+def test_a_hub_model_is_taken_from_the_cache_when_offline(tmp_path: Path, images: Path, models: Path) -> None:
+    repository = tmp_path / "hub/models--someone--tiny-sd"
+    copy_model(models / "sd15", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    config = write_config(tmp_path, **small(images, Path("x"), tmp_path / "out") | {"base_model": "someone/tiny-sd"})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    result = run("--config", config, env=environment)
+    assert (result.code, result.last["type"]) == (0, "complete")
+    assert trainer.read_header(Path(result.last["final_path"]))["ss_sd_model_name"] == "someone/tiny-sd"
+    missing = run("--config", config, "--set", "base_model=someone/else", "--fresh", env=environment)
+    assert (missing.code, missing.last["code"]) == (1, "model_not_found")
+
+
+@needs_torch
+def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, images: Path) -> None:
+    config = write_config(tmp_path, **REQUIRED | {"dataset_path": str(images), "base_model": "sdxl"})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    result = run("--config", config, "--validate-only", env=environment)
+    assert result.last["model"]["family"] == "sdxl"
+    assert result.last["model"]["guessed"] is True
+    assert "model_guessed" in [event["code"] for event in result.of("warning")]
+
+
+def test_model_type_must_not_contradict_the_model(tmp_path: Path, images: Path) -> None:
+    model = tmp_path / "model"
+    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        write_json(model / name, SD15_UNET)
+    config = parse(tmp_path, small(images, model, tmp_path / "out", model_type="sdxl"))
+    with pytest.raises(trainer.TrainerError, match="sd15"):
+        trainer.locate_model(config, weights=False, half=False)
+
+
+# ======================================================================================
+# hardware and memory
+# ======================================================================================
+
+
+@needs_torch
+def test_the_device_is_chosen_in_order_and_a_missing_one_is_an_error() -> None:
+    hardware = trainer.choose_device("auto")
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert hardware.device.startswith(expected)
+    assert trainer.choose_device("cpu").device == "cpu"
+    with pytest.raises(trainer.TrainerError) as caught:
+        trainer.choose_device("cuda:15")
+    assert caught.value.code == "device_unavailable"
+    assert trainer.choose_dtype("auto", "cpu")[0] == torch.float32
+    assert trainer.choose_dtype("bf16", "cpu")[0] == torch.bfloat16
+
+
+def full_size_unet(family: trainer.ModelFamily) -> Any:
+    """The family's real UNet on the meta device: right names and shapes, no memory."""
+    heads = {"sd15": 8, "sd21": [5, 10, 20, 20], "sdxl": [5, 10, 20]}[family.name]
+    xl = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    down = list(family.unet["down_block_types"])
+    up = [name.replace("Down", "Up") for name in reversed(down)]
+    with torch.device("meta"):
+        owner: Any = diffusers.UNet2DConditionModel
+        return owner(
+            **family.unet,
+            up_block_types=up,
+            cross_attention_dim={"sd15": 768, "sd21": 1024, "sdxl": 2048}[family.name],
+            attention_head_dim=heads,
+            use_linear_projection=family.linear_projection,
+            **(xl if family.time_ids else {}),
+        )
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("name", "attention", "transformer"), [("sd15", 128, 192), ("sd21", 128, 192), ("sdxl", 560, 722)]
+)
+def test_full_size_models_have_the_expected_modules_and_sizes(name: str, attention: int, transformer: int) -> None:
+    family = next(family for family in trainer.FAMILIES if family.name == name)
+    unet = full_size_unet(family)
+    assert sum(weight.numel() for weight in unet.parameters()) == family.parameters["unet"]
+    for targets, count in (("attention", attention), ("transformer", transformer)):
+        pattern = re.compile(trainer.TARGETS[targets] + r"\.weight")
+        shapes = {key: weight.shape for key, weight in unet.named_parameters() if pattern.fullmatch(key)}
+        assert len(shapes) == count
+        assert sum(sum(shape[:2]) for shape in shapes.values()) == family.lora_width[targets]
+
+
+@needs_torch
+def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, images: Path, models: Path) -> None:
+    config = parse(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
+    source = trainer.locate_model(config, weights=False, half=False)
+    terms = trainer.estimate_vram(config, source, 96, half=False, checkpointing=False)
+    made = prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
+    lora = sum(weight.numel() for weight in made.parameters)
+    assert terms["lora"] == lora * 4
+    assert terms["weights"] == sum(w.numel() for w in made.unet.parameters()) * 4 - lora * 4
+    assert terms["total"] >= sum(value for term, value in terms.items() if term != "total")
+    fewer = trainer.estimate_vram(config, source, 96, half=False, checkpointing=True)
+    assert fewer["activations"] < terms["activations"]
+
+
+def test_checkpointing_is_turned_on_when_the_run_would_not_fit() -> None:
+    gpu = trainer.Hardware("cuda:0", "GPU", "", 8 * 1024**3, 7 * 1024**3)
+    assert trainer.choose_checkpointing("auto", 8 * 1024**3, gpu)[0] is True
+    assert trainer.choose_checkpointing("auto", 6 * 1024**3, gpu)[0] is False
+    assert trainer.choose_checkpointing(True, 0, gpu)[0] is True
+
+
+# ======================================================================================
+# dataset
+# ======================================================================================
+
+
+def scan(tmp_path: Path, folder: Path, **changes: Any) -> trainer.Dataset:
+    return trainer.scan_dataset(parse(tmp_path, REQUIRED | {"dataset_path": str(folder), **changes}))
+
+
+def test_captions_come_from_metadata_then_sidecars_then_trigger_words(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    (folder / "3_blue bird").mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.png", "3_blue bird/d.png"):
+        draw_image(folder / name, (64, 64), len(name))
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "from metadata"}\n\nnot json\n', "utf-8")
+    (folder / "a.txt").write_text("from sidecar", "utf-8")
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbf a Zorb, resting \n")
+    dataset = scan(tmp_path, folder)
+    captions = {example.name: example.caption for example in dataset.examples}
+    assert captions == {
+        "3_blue bird/d.png": "zorb, blue bird",
+        "a.png": "zorb, from metadata",
+        "b.png": "a Zorb, resting",
+        "c.png": "zorb",
+    }
+    assert [example.repeats for example in dataset.examples] == [3, 1, 1, 1]
+    assert dataset.skipped[0]["path"] == "metadata.jsonl:3"
+    sources = {"metadata.jsonl": 1, "sidecar": 1, "trigger words": 1, "folder name": 1}
+    assert dataset.captions_by_source() == sources
+
+
+def test_trigger_words_count_as_whole_words_only() -> None:
+    assert trainer.with_trigger_words("a zorbing ball", ["zorb", "ball"], ",") == "zorb, a zorbing ball"
+    assert trainer.with_trigger_words("", ["a b", "c"], ";") == "a b; c"
+
+
+def test_pictures_are_read_upright_opaque_and_in_eight_bits(tmp_path: Path) -> None:
+    import numpy
+
+    def pixel(image: Image.Image, **options: Any) -> tuple[int, ...]:
+        buffer = io.BytesIO()
+        image.save(buffer, options.pop("format", "PNG"), **options)
+        loaded = trainer.load_rgb(buffer.getvalue())
+        value = loaded.getpixel((0, 0))
+        assert loaded.mode == "RGB" and isinstance(value, tuple)
+        return value
+
+    assert pixel(Image.new("RGBA", (4, 4), (255, 0, 0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("LA", (4, 4), (0, 128))) == (127, 127, 127)
+    assert pixel(Image.new("CMYK", (4, 4), (0, 0, 0, 255)), format="TIFF") == (0, 0, 0)
+    assert pixel(Image.fromarray(numpy.full((4, 4), 32768, "uint16"))) == (128, 128, 128)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30])
+    assert pixel(palette) == (10, 20, 30)
+    assert pixel(palette, transparency=0) == (255, 255, 255)
+    assert pixel(Image.new("1", (4, 4), 1)) == (255, 255, 255)
+    turned = Image.new("RGB", (4, 2), "red")
+    turned.putpixel((3, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # stored turned clockwise: shown, the right end is on top
+    assert pixel(turned, exif=exif) == (0, 0, 255)
+
+
+@posix
+def test_bad_files_are_skipped_with_a_reason_and_nothing_outside_is_opened(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "images", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    draw_image(folder / "good.png", (64, 64))
+    draw_image(outside / "secret.png", (64, 64))
+    (folder / "link.png").symlink_to(outside / "secret.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "empty.jpg").touch()
+    (folder / "page.jpg").write_text("<html>")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:100])
+    Image.new("1", (30000, 30000)).save(folder / "bomb.png")
+    os.mkfifo(folder / "pipe.png")
+    dataset = scan(tmp_path, folder)
+    assert [example.name for example in dataset.examples] == ["good.png"]
+    assert {item["path"] for item in dataset.skipped} == {"bomb.png", "cut.png", "empty.jpg", "page.jpg"}
+    with pytest.raises(trainer.TrainerError) as caught:
+        scan(tmp_path, folder, on_bad_image="error")
+    assert caught.value.code == "dataset_unreadable"
+    assert len(caught.value.problems) == 4
+    (folder / "good.png").unlink()
+    with pytest.raises(trainer.TrainerError) as caught:
+        scan(tmp_path, folder)
+    assert (caught.value.code, len(caught.value.problems)) == ("dataset_empty", 4)
+
+
+def test_what_is_usable_but_hardly_meant_is_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw_image(folder / "a.png", (64, 64))
+    draw_image(folder / "b.png", (64, 64))
+    (folder / "c.png").touch()
+    codes = [code for code, _, _ in trainer.dataset_warnings(scan(tmp_path, folder), 512)]
+    assert codes == ["image_skipped", "captions_missing", "images_tiny", "duplicates"]
+
+
+def test_buckets_keep_the_area_and_take_the_nearest_aspect_ratio() -> None:
+    sizes = trainer.bucket_sizes(512, 64)
+    assert sizes[0] == (512, 512)
+    for width, height in sizes[1:]:
+        assert width % 64 == height % 64 == 0
+        assert 0.7 * 512**2 <= width * height <= 512**2
+        assert max(width, height) <= 4 * min(width, height)
+    assert trainer.choose_bucket(1000, 1000, sizes) == (512, 512)
+    assert trainer.choose_bucket(1920, 1080, sizes) == (640, 384)
+    assert trainer.choose_bucket(1080, 1920, sizes) == (384, 640)
+    assert trainer.bucket_sizes(64, 64) == [(64, 64)]
+
+
+def test_an_image_is_scaled_to_cover_and_cropped_in_the_centre() -> None:
+    image = Image.new("RGB", (200, 100), "red")
+    image.paste((0, 0, 255), (50, 0, 150, 100))
+    fitted, crop = trainer.fit_image(image, (64, 64))
+    assert (fitted.size, crop) == ((64, 64), (32, 0))
+    assert fitted.getpixel((2, 32)) == fitted.getpixel((61, 32)) == (0, 0, 255)
+
+
+def test_an_epoch_shows_every_image_once_in_pure_batches() -> None:
+    buckets = {(64, 64): list(range(7)), (96, 48): [7, 7, 7, 8]}
+    batches = trainer.epoch_batches(buckets, 3, seed=1, epoch=2)
+    assert sorted(index for batch in batches for index in batch) == sorted([*range(7), 7, 7, 7, 8])
+    assert len(batches) == trainer.batches_per_epoch(buckets, 3) == 5
+    assert all({index < 7 for index in batch} != {True, False} for batch in batches)
+    assert batches == trainer.epoch_batches(buckets, 3, seed=1, epoch=2)
+    assert batches != trainer.epoch_batches(buckets, 3, seed=1, epoch=3)
+
+
+def test_draws_are_pure_functions_of_what_they_are_for() -> None:
+    keys = {trainer.draw_key(purpose, *numbers) for purpose in ("a", "b") for numbers in ((1, 23), (12, 3), (1, 2, 3))}
+    assert len(keys) == 6
+    assert all(0 <= key < 2**63 for key in keys)
+    import hashlib
+
+    expected = int.from_bytes(hashlib.blake2b(b"noise/42/7/0", digest_size=8).digest(), "big") // 2
+    assert trainer.draw_key("noise", 42, 7, 0) == expected, "changing this breaks every run that is to be resumed"
+
+
+# ======================================================================================
+# diffusion maths
+# ======================================================================================
+
+
+@needs_torch
+@pytest.mark.parametrize("change", [{}, {"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}])
+def test_the_noise_schedule_is_the_one_of_diffusers(change: Json) -> None:
+    reference: Any = diffusers.DDIMScheduler
+    expected = reference.from_config(SCHEDULER | change).alphas_cumprod
+    ours = trainer.noise_schedule(SCHEDULER | change)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours.float(), expected, atol=2e-6, rtol=1e-4)
+
+
+@needs_torch
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_noise_and_targets_are_those_of_diffusers(prediction: str) -> None:
+    owner: Any = diffusers.DDPMScheduler
+    reference = owner.from_config(SCHEDULER)
+    alpha_bar = trainer.noise_schedule(SCHEDULER)
+    latents, noise = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
+    timesteps = torch.tensor([0, 1, 250, 998, 999])
+    noisy = trainer.add_noise(latents, noise, alpha_bar, timesteps)
+    torch.testing.assert_close(noisy, reference.add_noise(latents, noise, timesteps), atol=2e-6, rtol=2e-6)
+    target = trainer.TARGET_OF[prediction](latents, noise, alpha_bar, timesteps)
+    expected = noise if prediction == "epsilon" else reference.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(target, expected, atol=2e-6, rtol=2e-6)
+
+
+@needs_torch
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(trainer.TrainerError, match="beta_schedule"):
+        trainer.noise_schedule(SCHEDULER | {"beta_schedule": "sigmoid"})
+
+
+@needs_torch
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_with_restarts"])
+def test_learning_rates_follow_diffusers_schedules(name: str, warmup: int) -> None:
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = "constant_with_warmup" if name == "constant" and warmup else name
+    schedule = get_scheduler(
+        reference, optimizer, num_warmup_steps=warmup, num_training_steps=40, num_cycles=trainer.RESTARTS
+    )
+    for step in range(40):
+        ours = trainer.learning_rate_factor(name, step, 40, warmup)
+        assert ours == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+# ======================================================================================
+# model
+# ======================================================================================
+
+
+def load_pipeline(model: Path) -> Any:
+    name = json.loads((model / "model_index.json").read_text())["_class_name"]
+    pipeline = getattr(diffusers, name).from_pretrained(model, torch_dtype=torch.float32)
+    owner: Any = diffusers.DDIMScheduler
+    pipeline.scheduler = owner.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_and_images_are_encoded_as_the_pipeline_does(
+    tmp_path: Path, images: Path, models: Path, kind: str
+) -> None:
+    made = prepare(tmp_path, small(images, models / kind, tmp_path / "out"))
+    pipeline = load_pipeline(models / kind)
+    text = made.plan.dataset.examples[2].caption
+    encoded = pipeline.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(made.texts[text].context, encoded[0])
+    if kind == "sdxl":
+        torch.testing.assert_close(made.texts[text].pooled, encoded[2])
+    for index, cached in made.images.items():
+        example = made.plan.dataset.examples[index]
+        size = (cached.mean.shape[2] * 8, cached.mean.shape[1] * 8)
+        image, crop = trainer.fit_image(trainer.load_rgb(example.path.read_bytes()), size)
+        pixels = pipeline.image_processor.preprocess(image)
+        latents = pipeline.vae.encode(pixels).latent_dist
+        scale = pipeline.vae.config.scaling_factor
+        torch.testing.assert_close(cached.mean, latents.mean[0] * scale)
+        torch.testing.assert_close(cached.std, latents.std[0] * scale)
+        expected = [example.height, example.width, crop[1], crop[0], size[1], size[0]]
+        assert cached.time_ids.tolist() == expected
+
+
+@needs_torch
+def test_encoders_are_gone_after_caching(tmp_path: Path, images: Path, models: Path) -> None:
+    import gc
+
+    made = prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
+    gc.collect()
+    alive = [item for item in gc.get_objects() if type(item).__name__.startswith("CLIPTextModel")]
+    assert alive == []
+    assert made.vae.encoder is None
+
+
+@needs_torch
+def test_captions_over_the_limit_are_counted(tmp_path: Path, models: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw_image(folder / "long.png", (64, 64))
+    (folder / "long.txt").write_text("abc " * 60)
+    made = prepare(tmp_path, small(folder, models / "sd15", tmp_path / "out"))
+    assert "captions_cut" in [event["code"] for event in emitted(made, "warning")]
+
+
+@needs_torch
+def test_the_lora_starts_as_the_identity_in_fp32_and_depends_on_the_seed_only(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", mixed_precision="bf16")
+    one = prepare(tmp_path, config | {"output_path": str(tmp_path / "1")})
+    torch.manual_seed(99)
+    two = prepare(tmp_path, config | {"output_path": str(tmp_path / "2")})
+    other = prepare(tmp_path, config | {"output_path": str(tmp_path / "3"), "seed": 1})
+    assert one.unet.conv_in.weight.dtype == torch.bfloat16
+    for name, (down, up) in one.layers.items():
+        assert down.dtype == up.dtype == torch.float32
+        assert not up.any()
+        bound = 1 / math.sqrt(down[0].numel())
+        assert 0.5 * bound < down.abs().max() <= bound
+        assert torch.equal(down, two.layers[name][0])
+        assert not torch.equal(down, other.layers[name][0])
+
+
+# ======================================================================================
+# LoRA files
+# ======================================================================================
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stock_pipeline_draws_the_same_image_from_the_file(
+    tmp_path: Path, images: Path, models: Path, kind: str
+) -> None:
+    import numpy
+
+    changes: Json = {
+        "steps": 6,
+        "validation_steps": 6,
+        "lora_alpha": 2,
+        "sample_prompts": ["a zorb"],
+        "learning_rate": 3e-2,
+    }
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", sample_steps=6, **changes))
+    ours = numpy.asarray(Image.open(tmp_path / "out/samples/step_6_0.png"), dtype=int)
+    pipeline = load_pipeline(models / kind)
+    side = made.plan.resolution
+
+    def draw() -> Any:
+        noise = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(42))
+        settings = {"num_inference_steps": 6, "guidance_scale": 7.0, "height": side, "width": side, "latents": noise}
+        return numpy.asarray(pipeline("a zorb", negative_prompt="", **settings).images[0], dtype=int)
+
+    before = draw()
+    pipeline.load_lora_weights(made.final_path)
+    assert abs(before - ours).max() > 8, "the LoRA must matter for this test to mean anything"
+    assert abs(draw() - ours).max() <= 2
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path, models: Path, kind: str) -> None:
+    import safetensors.torch
+
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", lora_rank=4, lora_alpha=2))
+    name, (down, up) = next((name, pair) for name, pair in made.layers.items() if name.endswith("to_q"))
+    tensors = tensors_of(made.final_path)
+    for alpha in (2.0, 6.0):
+        changed = tmp_path / f"{alpha}.safetensors"
+        safetensors.torch.save_file(
+            {key: torch.tensor(alpha) if key.endswith(".alpha") else value for key, value in tensors.items()}, changed
+        )
+        pipeline = load_pipeline(models / kind)
+        layer = pipeline.unet.get_submodule(name)
+        inputs = torch.randn(3, down.shape[1])
+        before = layer(inputs)
+        pipeline.load_lora_weights(changed)
+        effect = pipeline.unet.get_submodule(name)(inputs) - before
+        torch.testing.assert_close(effect, alpha / 4 * inputs @ down.detach().T @ up.detach().T, atol=1e-6, rtol=1e-4)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_full_size_key_names_are_those_of_kohya(name: str) -> None:
+    family = next(family for family in trainer.FAMILIES if family.name == name)
+    pattern = re.compile(trainer.TARGETS["transformer"])
+    modules = [key for key, _ in full_size_unet(family).named_modules() if pattern.fullmatch(key)]
+    source = trainer.ModelSource("m", None, family, family.unet, {}, {}, "epsilon")
+    layers = {key: (torch.ones(1, 1), torch.ones(1, 1)) for key in modules}
+    keys = trainer.kohya_tensors(layers, 1.0, torch.float16, source)
+    assert len(keys) == 3 * len(modules)
+    blocks = {re.sub(r"_(transformer_blocks|proj).*", "", key) for key in keys}
+    if name == "sd15":
+        expected = {f"down_blocks_{block}_attentions_{layer}" for block in range(3) for layer in range(2)}
+        expected |= {f"up_blocks_{block}_attentions_{layer}" for block in (1, 2, 3) for layer in range(3)}
+        expected |= {"mid_block_attentions_0"}
+    else:
+        expected = {f"input_blocks_{number}_1" for number in (4, 5, 7, 8)} | {"middle_block_1"}
+        expected |= {f"output_blocks_{number}_1" for number in range(6)}
+    assert blocks == {f"lora_unet_{block}" for block in expected}
+
+
+@needs_torch
+def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path, images: Path, models: Path) -> None:
+    expected = {
+        "sd15": ("stable-diffusion-v1/lora", "sd_v1", "False"),
+        "sd21v": ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
+        "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+    }
+    for kind, (architecture, version, is_v2) in expected.items():
+        extra = {"metadata": {"title": "Zorb", "author": "me"}, "save_dtype": "fp16", "steps": 1}
+        made = train(tmp_path, small(images, models / kind, tmp_path / kind, **extra))
+        header = trainer.read_header(made.final_path)
+        assert header["modelspec.architecture"] == architecture
+        assert (header["ss_base_model_version"], header["ss_v2"]) == (version, is_v2)
+        assert header["modelspec.title"] == "Zorb"
+        assert header["modelspec.trigger_phrase"] == "zorb"
+        assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")
+        assert json.loads(header["ss_tag_frequency"])["dataset"]["zorb"] == 5
+        assert json.loads(header["train_lora.params"])["steps"] == 1
+        data = made.final_path.read_bytes()
+        import hashlib
+
+        length = int.from_bytes(data[:8], "little")
+        assert header["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
+        assert str(tmp_path) not in json.dumps(header)
+        assert {tensor.dtype for tensor in tensors_of(made.final_path).values()} == {torch.float16}
+
+
+# ======================================================================================
+# checkpoints
+# ======================================================================================
+
+
+@needs_torch
+def test_a_state_reads_back_bit_by_bit_and_a_damaged_one_is_noticed(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor(7.0), "c": torch.randn(5).bfloat16()}
+    path = tmp_path / "state.safetensors"
+    data = trainer.encode_state(tensors, {"run_id": "x", "number": 0.1})
+    path.write_bytes(data)
+    back, record = trainer.decode_state(path)
+    assert record == {"run_id": "x", "number": 0.1}
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    for damaged in (data[:-1], data[:50], b"", data[:-1] + bytes([data[-1] ^ 1]), data.replace(b"0.1", b"0.2")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            trainer.decode_state(path)
+
+
+RESUMED: list[Json] = [
+    {},
+    {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
+    {"lora_dropout": 0.3, "batch_size": 1},
+    {"gradient_checkpointing": True},
+    {"mixed_precision": "bf16"},
+]
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("changes", RESUMED, ids=lambda changes: "+".join(changes) or "plain")
+def test_resuming_is_exact(tmp_path: Path, images: Path, models: Path, kind: str, changes: Json) -> None:
+    config = small(images, models / kind, tmp_path / "whole", steps=8, **changes)
+    whole = train(tmp_path, config)
+    config["output_path"] = str(tmp_path / "parts")
+    for polls in (3, 4):
+        torch.manual_seed(polls)  # what was drawn before must not matter
+        train(tmp_path, config, stop=Quiet(after=polls))
+    parts = train(tmp_path, config)
+    assert parts.state.step == 8
+    assert parts.state.losses == whole.state.losses
+    assert_same_tensors(parts.final_path, whole.final_path)
+    state = "checkpoints/state_step_8.safetensors"
+    assert_same_tensors(tmp_path / "parts" / state, tmp_path / "whole" / state)
+
+
+@needs_torch
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
+    train(tmp_path, config, stop=Quiet(after=6))
+    states = sorted((tmp_path / "out/checkpoints").glob("state_*"))
+    assert [path.name for path in states] == ["state_step_2.safetensors", "state_step_4.safetensors"]
+    (tmp_path / "out/lora_final.safetensors").unlink()
+    states[1].write_bytes(states[1].read_bytes()[:-7])
+    resumed = train(tmp_path, config)
+    assert [event["code"] for event in emitted(resumed, "warning")].count("checkpoint_corrupt") == 1
+    assert_same_tensors(resumed.final_path, whole.final_path)
+    for path in (tmp_path / "out/checkpoints").glob("state_*"):
+        path.write_bytes(b"junk")
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, config)
+    assert caught.value.code == "checkpoint_corrupt"
+
+
+@needs_torch
+def test_other_settings_do_not_resume_but_more_steps_do(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    train(tmp_path, config)
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, config | {"lora_rank": 8, "seed": 7})
+    assert caught.value.code == "resume_mismatch"
+    assert {item["path"] for item in caught.value.problems} == {"lora_rank", "seed"}
+    longer = train(tmp_path, config | {"steps": 6, "sample_prompts": ["new"], "log_steps": 2})
+    assert [event["step"] for event in emitted(longer, "progress")] == [6]
+    straight = train(tmp_path, config | {"steps": 6, "output_path": str(tmp_path / "straight")})
+    assert_same_tensors(longer.final_path, straight.final_path)
+
+
+@needs_torch
+def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    train(tmp_path, config)
+    fresh = prepare(tmp_path, config | {"lora_rank": 2, "checkpoint_steps": 3}, fresh=True)
+    checkpoints = tmp_path / "out/checkpoints"
+    assert (checkpoints / "state_step_4.safetensors").exists()
+    assert fresh.train()
+    fresh.finish()
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"lora_step_3.safetensors", "state_step_3.safetensors", "state_step_4.safetensors"}
+    assert trainer.written_by(checkpoints / "state_step_4.safetensors") == fresh.run_id
+
+
+@needs_torch
+def test_states_without_their_config_are_never_overwritten(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    train(tmp_path, config)
+    (tmp_path / "out/config.json").write_text("{")
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, config)
+    assert caught.value.code == "resume_mismatch"
+
+
+@needs_torch
+def test_checkpoint_limit_keeps_the_newest(tmp_path: Path, images: Path, models: Path) -> None:
+    train(tmp_path, small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1, checkpoint_limit=2))
+    names = {path.name for path in (tmp_path / "out/checkpoints").iterdir()}
+    assert names == {f"{stem}_step_{step}.safetensors" for stem in ("lora", "state") for step in (3, 4)}
+
+
+@needs_torch
+def test_another_thread_count_is_said_when_resuming(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    train(tmp_path, config, stop=Quiet(after=2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        made = prepare(tmp_path, config)
+    finally:
+        torch.set_num_threads(threads)
+    assert "resume_not_exact" in [event["code"] for event in emitted(made, "warning")]
+
+
+# ======================================================================================
+# samples
+# ======================================================================================
+
+
+@needs_torch
+def test_samples_do_not_touch_the_training(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "without", lora_dropout=0.2)
+    without = train(tmp_path, config)
+    sampled = {"output_path": str(tmp_path / "with"), "validation_steps": 1, "sample_at_start": True}
+    with_samples = train(tmp_path, config | sampled)
+    assert [event["step"] for event in emitted(with_samples, "sample")] == [0, 1, 2, 3, 4]
+    assert_same_tensors(without.final_path, with_samples.final_path)
+    assert with_samples.state.losses == without.state.losses
+
+
+# ======================================================================================
+# trainer
+# ======================================================================================
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sd21v", "sdxl"])
+def test_the_loss_equals_an_independent_computation(tmp_path: Path, images: Path, models: Path, kind: str) -> None:
+    made = prepare(tmp_path, small(images, models / kind, tmp_path / "out"))
+    batch = made.collate(0)
+    drawn = {
+        name: torch.randn(batch.mean.shape, generator=trainer.generator(name, 42, 0, 0))
+        for name in ("posterior", "noise")
+    }
+    timesteps = torch.randint(1000, (len(batch.names),), generator=trainer.generator("timesteps", 42, 0, 0))
+    pipeline = load_pipeline(models / kind)
+    owner: Any = diffusers.DDPMScheduler
+    scheduler = owner.from_config(pipeline.scheduler.config)
+    latents = batch.mean + batch.std * drawn["posterior"]
+    noisy = scheduler.add_noise(latents, drawn["noise"], timesteps)
+    with torch.no_grad():
+        prediction = pipeline.unet(noisy, timesteps, batch.context, added_cond_kwargs=batch.conditions).sample
+    velocity = kind == "sd21v"
+    target = scheduler.get_velocity(latents, drawn["noise"], timesteps) if velocity else drawn["noise"]
+    expected = torch.nn.functional.mse_loss(prediction, target)
+    assert float(made.loss(batch, 0, 0)) == pytest.approx(float(expected), abs=1e-6, rel=1e-6)
+
+
+@needs_torch
+def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", max_grad_norm=1e-3))
+    made.accumulate(0)
+    before = math.sqrt(sum(float(weight.grad.square().sum()) for weight in made.parameters))
+    seen = []
+    monkeypatch.setattr(
+        made.optimizer, "step", lambda: seen.extend(float(w.grad.square().sum()) for w in made.parameters)
+    )
+    assert made.update() == pytest.approx(before, rel=1e-5)
+    assert before > 1e-2
+    assert math.sqrt(sum(seen)) == pytest.approx(1e-3, rel=1e-2)
+
+
+@needs_torch
+def test_accumulating_equals_one_larger_batch(tmp_path: Path, images: Path, models: Path) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=2))
+    total = made.accumulate(0)
+    grads = [weight.grad.clone() for weight in made.parameters]
+    losses = [made.loss(made.collate(index), 0, index) for index in (0, 1)]
+    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, made.parameters)
+    assert total == pytest.approx(float(losses[0] + losses[1]) / 2, rel=1e-6)
+    for ours, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-7, rtol=1e-4)
+
+
+@needs_torch
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, images: Path, models: Path) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        config = small(images, models / "sdxl", tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        made = prepare(tmp_path, config)
+        assert made.unet.is_gradient_checkpointing is checkpointing
+        made.accumulate(0)
+        grads.append([weight.grad.clone() for weight in made.parameters])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@needs_torch
+def test_training_moves_every_weight_and_lowers_the_loss(tmp_path: Path, images: Path, models: Path) -> None:
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=60, batch_size=5))
+    assert all(up.any() for _, up in made.layers.values())
+    losses = [event["loss"] for event in emitted(made, "progress")]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@needs_torch
+def test_a_step_that_is_not_finite_changes_nothing_and_names_the_images(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=3))
+    poisoned = made.plan.batch(made.config, 1)[0]
+    made.images[poisoned] = trainer.dataclasses.replace(
+        made.images[poisoned], mean=made.images[poisoned].mean * math.nan
+    )
+    assert made.train()
+    warnings = [event for event in emitted(made, "warning") if event["code"] == "step_not_finite"]
+    assert made.plan.dataset.examples[poisoned].name in warnings[0]["message"]
+    assert all(bool(torch.isfinite(weight).all()) for weight in made.parameters)
+    assert all(math.isfinite(loss) for loss in made.state.losses)
+
+
+@needs_torch
+def test_divergence_ends_the_run_and_no_broken_lora_is_written(tmp_path: Path, images: Path, models: Path) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=20, checkpoint_steps=2))
+    made.images = {
+        index: trainer.dataclasses.replace(image, mean=image.mean * math.inf) for index, image in made.images.items()
+    }
+    with pytest.raises(trainer.TrainerError) as caught:
+        made.train()
+    assert caught.value.code == "loss_not_finite"
+    assert made.state.step == made.MOST_BAD_STEPS
+    with torch.no_grad():
+        made.parameters[0].fill_(math.nan)
+    with pytest.raises(trainer.TrainerError):
+        made.finish()
+    assert not made.final_path.exists()
+
+
+@needs_torch
+def test_fp16_with_a_scaler_trains_and_resumes(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", mixed_precision="fp16", steps=6)
+    try:
+        whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
+    except RuntimeError as error:
+        pytest.skip(f"no fp16 on this CPU: {error}")
+    train(tmp_path, config, stop=Quiet(after=3))
+    resumed = train(tmp_path, config)
+    assert resumed.scaler.state_dict() == whole.scaler.state_dict()
+    assert_same_tensors(resumed.final_path, whole.final_path)
+
+
+@needs_torch
+def test_the_state_is_saved_between_checkpoints_when_minutes_have_passed(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", autosave_minutes=1e-9, checkpoint_steps=3)
+    made = train(tmp_path, config)
+    saved = [(event["step"], event["path"] is not None) for event in emitted(made, "checkpoint")]
+    assert saved == [(1, False), (2, False), (3, True), (4, False)]
+
+
+@needs_torch
+def test_epochs_give_the_length_when_steps_do_not(tmp_path: Path, images: Path, models: Path) -> None:
+    changes = {"steps": None, "epochs": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert made.plan.total_steps == math.ceil(5 * 3 / 2)
+
+
+def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
+    cases = {
+        "out_of_memory": [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+        "disk_full": [OSError(errno.ENOSPC, "No space left on device")],
+        "internal": [KeyError("x")],
+    }
+    for code, errors in cases.items():
+        for error in errors:
+            made = trainer.as_trainer_error(error, "training")
+            assert made.code == code
+            assert made.hint
+
+
+# ======================================================================================
+# command line
+# ======================================================================================
+
+
+@needs_torch
+def test_validation_reports_model_dataset_memory_and_hardware(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd21v", tmp_path / "out", epochs=2))
+    result = run("--config", config, "--validate-only")
+    assert result.code == 0
+    last = result.last
+    assert last["valid"] is True
+    assert (last["model"]["family"], last["model"]["prediction_type"]) == ("sd21", "v_prediction")
+    assert last["model"]["native_resolution"] == 96
+    assert last["dataset"]["images"] == 5
+    assert sum(last["dataset"]["buckets"].values()) == 5
+    assert last["hardware"]["device"]
+    assert last["memory"]["total_gb"] > 0
+    assert last["config"]["resolution"] == 96
+    assert [item["code"] for item in last["warnings"]] == [event["code"] for event in result.of("warning")]
+    assert not (tmp_path / "out").exists()
+
+
+@needs_torch
+def test_validation_lists_every_problem_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file/out"
+    config = write_config(tmp_path, **small(tmp_path / "no", tmp_path / "nothing", output, device="cuda:15"))
+    result = run("--config", config, "--validate-only")
+    assert result.code == 1
+    assert {item["path"] for item in result.last["problems"]} == {
+        "dataset_unreadable",
+        "model_not_found",
+        "device_unavailable",
+        "output_not_writable",
+    }
+
+
+def test_validation_works_without_torch_and_says_so(tmp_path: Path, images: Path) -> None:
+    model = tmp_path / "model"
+    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(model / "unet/config.json", SD15_UNET | {"sample_size": 64})
+    write_json(model / "vae/config.json", {"block_out_channels": [128, 256, 512, 512]})
+    write_json(model / "scheduler/scheduler_config.json", SCHEDULER)
+    header = json.dumps({"a": {"dtype": "F16", "shape": [3, 5], "data_offsets": [0, 30]}}).encode()
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(30))
+    config = write_config(tmp_path, **small(images, model, tmp_path / "out"))
+    code = "import sys; sys.modules['torch'] = None; import train_lora; sys.exit(train_lora.main(sys.argv[1:]))"
+
+    def without_torch(*arguments: str) -> Run:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True)
+        return Run(done.returncode, done.stdout, done.stderr)
+
+    result = without_torch("--config", str(config), "--validate-only")
+    assert (result.code, result.last["type"]) == (0, "validated")
+    assert result.last["hardware"] is None
+    assert [event["code"] for event in result.of("warning")][0] == "torch_missing"
+    trained = without_torch("--config", str(config))
+    assert (trained.code, trained.last["code"]) == (1, "dependency_missing")
+
+
+def test_a_bug_of_ours_is_one_internal_error_and_a_traceback_only_with_debug(tmp_path: Path, images: Path) -> None:
+    write_json(tmp_path / "model_index.json", {})
+    config = write_config(tmp_path, **small(images, tmp_path, tmp_path / "out"))
+    code = (
+        "import sys, train_lora\n"
+        "def broken(*_): raise KeyError('bug')\n"
+        "train_lora.import_libraries = broken\n"
+        "sys.exit(train_lora.main(sys.argv[1:]))\n"
+    )
+    for extra, traceback in (([], False), (["--debug"], True)):
+        arguments = [sys.executable, "-c", code, "--config", str(config), *extra]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True)
+        result = Run(done.returncode, done.stdout, done.stderr)
+        assert (result.code, result.last["code"]) == (1, "internal")
+        assert ("Traceback" in result.stderr) is traceback
+
+
+# ======================================================================================
+# README, docs and the demo
+# ======================================================================================
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def table_row(key: str, definition: Json) -> str:
+    default = f"`{json.dumps(definition['default'])}`" if "default" in definition else "required"
+    meaning = definition["description"]
+    available = definition.get("x-available")
+    if available is not None and len(available) == 1:
+        meaning += " Not available yet."
+    elif available is not None:
+        meaning += f" Available: {', '.join(f'`{json.dumps(value)}`' for value in available)}."
+    return f"| `{key}` | {default} | {meaning} |"
+
+
+def test_the_readme_table_is_the_schema() -> None:
+    table = README.partition("<!-- parameters -->")[2].partition("<!-- /parameters -->")[0].strip().splitlines()
+    assert table[2:] == [table_row(key, definition) for key, definition in SCHEMA["definitions"].items()]
+
+
+def test_the_readme_has_its_headings_and_stays_short() -> None:
+    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    assert headings == [
+        "Features",
+        "Installation",
+        "Configuration",
+        "Usage",
+        "Output",
+        "Datasets",
+        "Monitoring",
+        "Docker",
+        "Troubleshooting",
+        "Performance",
+        "Extension points",
+    ]
+    assert len(README.splitlines()) <= 350
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_every_json_block_of_the_readme_is_valid() -> None:
+    found = [
+        json.loads(line)
+        for block in blocks("json")
+        for line in ([block] if block.lstrip()[0:2] == "{\n" else block.splitlines())
+    ]
+    assert len(found) >= 2
+    for document in found:
+        if "type" in document:
+            EVENT_VALIDATOR.validate(document)
+        else:
+            jsonschema.validate(document, SCHEMA)
+
+
+def test_the_readme_explains_every_error_code() -> None:
+    codes = set(re.findall(r'TrainerError\(\s*"(\w+)"', SCRIPT.read_text("utf-8"))) | set(trainer.HINTS)
+    assert codes == set(trainer.HINTS)
+    for code in codes:
+        assert f"`{code}`" in README.partition("## Troubleshooting")[2], code
+
+
+def test_every_event_type_is_in_the_schema_and_the_readme() -> None:
+    types = {"start", "info", "warning", "progress", "validation", "sample", "checkpoint", *trainer.LAST_TYPES}
+    described = set(re.findall(r'"const": "(\w+)"', json.dumps(EVENT_SCHEMA)))
+    assert described == types
+    for name in types:
+        assert f"`{name}`" in README.partition("## Monitoring")[2]
+
+
+@needs_torch
+@posix
+@pytest.mark.parametrize("language", ["python", "bash"])
+def test_the_integration_examples_run_as_they_stand(tmp_path: Path, language: str) -> None:
+    usage = README.partition("## Usage")[2].partition("## Output")[0]
+    found = [block for block in blocks(language) if block in usage and "train_lora.py" in block and len(block) > 200]
+    assert found
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for block in found:
+        interpreter = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
+        done = subprocess.run(
+            [*interpreter, block], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_docker_files_agree_with_the_tree() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert "ARG BASE_IMAGE=nvidia/cuda:11.8.0-base-ubuntu22.04" in dockerfile
+    for word in ("USER ", "HEALTHCHECK ", "VOLUME ", "ENTRYPOINT [", "requirements.txt"):
+        assert word in dockerfile
+    for line in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists(), name
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
