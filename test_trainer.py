@@ -8,6 +8,7 @@ layout. Tests that need torch are skipped where it is not installed; the others 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -39,6 +40,8 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and descriptors")
 
 Json = dict[str, Any]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run faster so, here and in the child processes
 
 if HAS_TORCH:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -111,6 +114,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 KINDS = ("sd15", "sd21", "sd21v", "sdxl")
 
 
+def new(owner: Any, **settings: Any) -> Any:
+    """Build one of diffusers' models, whose constructors are not typed."""
+    return owner(**settings)
+
+
 def build_model(folder: Path, kind: str) -> None:
     """Make a tiny Stable Diffusion with random weights: real layout, real classes, real tokenizer files."""
     torch.manual_seed(0)
@@ -124,7 +132,8 @@ def build_model(folder: Path, kind: str) -> None:
         "projection_class_embeddings_input_dim": 8 * 6 + 32,
         "transformer_layers_per_block": (1, 2),
     }
-    unet: Any = diffusers.UNet2DConditionModel(
+    unet = new(
+        diffusers.UNet2DConditionModel,
         sample_size=12 if kind in ("sd21v", "sdxl") else 8,
         down_block_types=down,
         up_block_types=up,
@@ -137,7 +146,8 @@ def build_model(folder: Path, kind: str) -> None:
         **(extra if xl else {}),
     )
     unet.save_pretrained(folder / "unet")
-    vae: Any = diffusers.AutoencoderKL(
+    vae = new(
+        diffusers.AutoencoderKL,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 16, 16),
@@ -153,7 +163,7 @@ def build_model(folder: Path, kind: str) -> None:
         build_text_encoder(folder, suffix, vocabulary, "<|endoftext|>" if kind == "sd15" or not suffix else "!")
     prediction = "v_prediction" if kind == "sd21v" else "epsilon"
     write_json(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": prediction})
-    index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"} | PIPELINE_INDEX
+    index: Json = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"} | PIPELINE_INDEX
     if xl:
         index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
         index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
@@ -209,6 +219,19 @@ def build_text_encoder(folder: Path, suffix: str, vocabulary: dict[str, int], pa
 def write_json(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document), "utf-8")
+
+
+def hollow_model(folder: Path) -> Path:
+    """Make an SD 1.5 that is whole for all that reads only configs and headers; needs no torch."""
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(folder / "unet/config.json", {"in_channels": 4, "out_channels": 4, "sample_size": 64})
+    write_json(folder / "vae/config.json", {"block_out_channels": [128, 256, 512, 512]})
+    write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    header = json.dumps({"a": {"dtype": "F16", "shape": [3, 5], "data_offsets": [0, 30]}}).encode()
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(30))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -276,7 +299,11 @@ def prepare(tmp_path: Path, config: Json, *, stop: Quiet | None = None, fresh: b
     folder.open()
     loaded = trainer.load_config(str(path))
     made = trainer.LoRATrainer(loaded, trainer.scan_dataset(loaded), Recorder(), stop or Quiet(), folder, fresh)
-    made.finished_before = made.setup()  # type: ignore[attr-defined]
+    try:
+        made.setup()
+    except trainer.TrainerError:
+        folder._lock.close()  # type: ignore[union-attr]
+        raise
     return made
 
 
@@ -432,10 +459,10 @@ REQUIRED: Json = {
 
 
 def test_the_config_class_and_the_schema_have_the_same_keys() -> None:
-    fields = [field.name for field in trainer.dataclasses.fields(trainer.TrainingConfig)]
+    fields = [field.name for field in dataclasses.fields(trainer.TrainingConfig)]
     assert fields == list(SCHEMA["definitions"])
-    for field in trainer.dataclasses.fields(trainer.TrainingConfig):
-        assert field.default is trainer.dataclasses.MISSING, "defaults live in the schema only"
+    for field in dataclasses.fields(trainer.TrainingConfig):
+        assert field.default is dataclasses.MISSING, "defaults live in the schema only"
 
 
 def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> None:
@@ -931,8 +958,7 @@ def test_the_output_folder_holds_exactly_what_the_readme_lists(tmp_path: Path, i
 def test_an_output_that_cannot_be_written_is_an_error_and_nothing_is_made(tmp_path: Path, images: Path) -> None:
     blocker = tmp_path / "file"
     blocker.touch()
-    config = write_config(tmp_path, **small(images, tmp_path, blocker / "out"))
-    (tmp_path / "model_index.json").write_text("{}")
+    config = write_config(tmp_path, **small(images, hollow_model(tmp_path / "model"), blocker / "out"))
     result = run("--config", config)
     assert (result.code, result.last["code"]) == (1, "output_not_writable")
 
@@ -1076,8 +1102,14 @@ def test_a_hub_model_is_taken_from_the_cache_when_offline(tmp_path: Path, images
     result = run("--config", config, env=environment)
     assert (result.code, result.last["type"]) == (0, "complete")
     assert trainer.read_header(Path(result.last["final_path"]))["ss_sd_model_name"] == "someone/tiny-sd"
-    missing = run("--config", config, "--set", "base_model=someone/else", "--fresh", env=environment)
-    assert (missing.code, missing.last["code"]) == (1, "model_not_found")
+    elsewhere = f"output_path={tmp_path / 'other'}"
+    for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}):
+        for name in ("someone/else", "sdxl"):
+            options = ("--set", f"base_model={name}", "--set", elsewhere)
+            missing = run("--config", config, *options, env=environment | offline)
+            assert (missing.code, missing.last["code"]) == (1, "model_not_found")
+            assert missing.last["elapsed"] < 30
+    assert not (tmp_path / "other").exists()
 
 
 @needs_torch
@@ -1091,11 +1123,7 @@ def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, image
 
 
 def test_model_type_must_not_contradict_the_model(tmp_path: Path, images: Path) -> None:
-    model = tmp_path / "model"
-    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-        write_json(model / name, SD15_UNET)
-    config = parse(tmp_path, small(images, model, tmp_path / "out", model_type="sdxl"))
+    config = parse(tmp_path, small(images, hollow_model(tmp_path / "model"), tmp_path / "out", model_type="sdxl"))
     with pytest.raises(trainer.TrainerError, match="sd15"):
         trainer.locate_model(config, weights=False, half=False)
 
@@ -1294,7 +1322,9 @@ def test_an_image_is_scaled_to_cover_and_cropped_in_the_centre() -> None:
     image.paste((0, 0, 255), (50, 0, 150, 100))
     fitted, crop = trainer.fit_image(image, (64, 64))
     assert (fitted.size, crop) == ((64, 64), (32, 0))
-    assert fitted.getpixel((2, 32)) == fitted.getpixel((61, 32)) == (0, 0, 255)
+    for left in (2, 61):
+        red, _, blue = fitted.getpixel((left, 32))  # type: ignore[misc]
+        assert red <= 2 and blue >= 253
 
 
 def test_an_epoch_shows_every_image_once_in_pure_batches() -> None:
@@ -1404,8 +1434,8 @@ def test_texts_and_images_are_encoded_as_the_pipeline_does(
         pixels = pipeline.image_processor.preprocess(image)
         latents = pipeline.vae.encode(pixels).latent_dist
         scale = pipeline.vae.config.scaling_factor
-        torch.testing.assert_close(cached.mean, latents.mean[0] * scale)
-        torch.testing.assert_close(cached.std, latents.std[0] * scale)
+        torch.testing.assert_close(cached.mean, latents.mean[0] * scale, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cached.std, latents.std[0] * scale, atol=1e-4, rtol=1e-4)
         expected = [example.height, example.width, crop[1], crop[0], size[1], size[0]]
         assert cached.time_ids.tolist() == expected
 
@@ -1623,7 +1653,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, images: Pa
 
 @needs_torch
 def test_other_settings_do_not_resume_but_more_steps_do(tmp_path: Path, images: Path, models: Path) -> None:
-    config = small(images, models / "sd15", tmp_path / "out")
+    config = small(images, models / "sd15", tmp_path / "out", lora_alpha=4, checkpoint_steps=2)
     train(tmp_path, config)
     with pytest.raises(trainer.TrainerError) as caught:
         prepare(tmp_path, config | {"lora_rank": 8, "seed": 7})
@@ -1633,6 +1663,7 @@ def test_other_settings_do_not_resume_but_more_steps_do(tmp_path: Path, images: 
     assert [event["step"] for event in emitted(longer, "progress")] == [6]
     straight = train(tmp_path, config | {"steps": 6, "output_path": str(tmp_path / "straight")})
     assert_same_tensors(longer.final_path, straight.final_path)
+    assert trainer.read_header(longer.final_path)["ss_steps"] == "6"
 
 
 @needs_torch
@@ -1730,7 +1761,7 @@ def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monke
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", max_grad_norm=1e-3))
     made.accumulate(0)
     before = math.sqrt(sum(float(weight.grad.square().sum()) for weight in made.parameters))
-    seen = []
+    seen: list[float] = []
     monkeypatch.setattr(
         made.optimizer, "step", lambda: seen.extend(float(w.grad.square().sum()) for w in made.parameters)
     )
@@ -1778,9 +1809,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_images(
 ) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=3))
     poisoned = made.plan.batch(made.config, 1)[0]
-    made.images[poisoned] = trainer.dataclasses.replace(
-        made.images[poisoned], mean=made.images[poisoned].mean * math.nan
-    )
+    made.images[poisoned] = dataclasses.replace(made.images[poisoned], mean=made.images[poisoned].mean * math.nan)
     assert made.train()
     warnings = [event for event in emitted(made, "warning") if event["code"] == "step_not_finite"]
     assert made.plan.dataset.examples[poisoned].name in warnings[0]["message"]
@@ -1792,7 +1821,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_images(
 def test_divergence_ends_the_run_and_no_broken_lora_is_written(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=20, checkpoint_steps=2))
     made.images = {
-        index: trainer.dataclasses.replace(image, mean=image.mean * math.inf) for index, image in made.images.items()
+        index: dataclasses.replace(image, mean=image.mean * math.inf) for index, image in made.images.items()
     }
     with pytest.raises(trainer.TrainerError) as caught:
         made.train()
@@ -1836,7 +1865,7 @@ def test_epochs_give_the_length_when_steps_do_not(tmp_path: Path, images: Path, 
 
 
 def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
-    cases = {
+    cases: dict[str, list[BaseException]] = {
         "out_of_memory": [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
         "disk_full": [OSError(errno.ENOSPC, "No space left on device")],
         "internal": [KeyError("x")],
@@ -1887,15 +1916,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path) -> None:
 
 
 def test_validation_works_without_torch_and_says_so(tmp_path: Path, images: Path) -> None:
-    model = tmp_path / "model"
-    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    write_json(model / "unet/config.json", SD15_UNET | {"sample_size": 64})
-    write_json(model / "vae/config.json", {"block_out_channels": [128, 256, 512, 512]})
-    write_json(model / "scheduler/scheduler_config.json", SCHEDULER)
-    header = json.dumps({"a": {"dtype": "F16", "shape": [3, 5], "data_offsets": [0, 30]}}).encode()
-    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        (model / name).parent.mkdir(exist_ok=True)
-        (model / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(30))
+    model = hollow_model(tmp_path / "model")
     config = write_config(tmp_path, **small(images, model, tmp_path / "out"))
     code = "import sys; sys.modules['torch'] = None; import train_lora; sys.exit(train_lora.main(sys.argv[1:]))"
 
@@ -1906,14 +1927,21 @@ def test_validation_works_without_torch_and_says_so(tmp_path: Path, images: Path
     result = without_torch("--config", str(config), "--validate-only")
     assert (result.code, result.last["type"]) == (0, "validated")
     assert result.last["hardware"] is None
-    assert [event["code"] for event in result.of("warning")][0] == "torch_missing"
+    assert next(event["code"] for event in result.of("warning")) == "torch_missing"
     trained = without_torch("--config", str(config))
     assert (trained.code, trained.last["code"]) == (1, "dependency_missing")
 
 
+def test_validation_notices_a_half_downloaded_weight_file(tmp_path: Path, images: Path) -> None:
+    model = hollow_model(tmp_path / "model")
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    result = run("--config", write_config(tmp_path, **small(images, model, tmp_path / "out")), "--validate-only")
+    assert (result.code, result.last["code"]) == (1, "model_corrupt")
+
+
 def test_a_bug_of_ours_is_one_internal_error_and_a_traceback_only_with_debug(tmp_path: Path, images: Path) -> None:
-    write_json(tmp_path / "model_index.json", {})
-    config = write_config(tmp_path, **small(images, tmp_path, tmp_path / "out"))
+    config = write_config(tmp_path, **small(images, hollow_model(tmp_path / "model"), tmp_path / "out"))
     code = (
         "import sys, train_lora\n"
         "def broken(*_): raise KeyError('bug')\n"
