@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1047,8 +1048,6 @@ def test_a_missing_model_is_an_error_before_anything_is_made(
 
 
 def copy_model(source: Path, target: Path) -> Path:
-    import shutil
-
     shutil.copytree(source, target)
     return target
 
@@ -1408,7 +1407,7 @@ def test_learning_rates_follow_diffusers_schedules(name: str, warmup: int) -> No
 
 def load_pipeline(model: Path) -> Any:
     name = json.loads((model / "model_index.json").read_text())["_class_name"]
-    pipeline = getattr(diffusers, name).from_pretrained(model, torch_dtype=torch.float32)
+    pipeline = getattr(diffusers, name).from_pretrained(model, dtype=torch.float32)
     owner: Any = diffusers.DDIMScheduler
     pipeline.scheduler = owner.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -1753,7 +1752,7 @@ def test_the_loss_equals_an_independent_computation(tmp_path: Path, images: Path
     velocity = kind == "sd21v"
     target = scheduler.get_velocity(latents, drawn["noise"], timesteps) if velocity else drawn["noise"]
     expected = torch.nn.functional.mse_loss(prediction, target)
-    assert float(made.loss(batch, 0, 0)) == pytest.approx(float(expected), abs=1e-6, rel=1e-6)
+    assert made.loss(batch, 0, 0).item() == pytest.approx(float(expected), abs=1e-6, rel=1e-6)
 
 
 @needs_torch
@@ -1808,7 +1807,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_images(
     tmp_path: Path, images: Path, models: Path
 ) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=3))
-    poisoned = made.plan.batch(made.config, 1)[0]
+    poisoned = made.batch(1)[0]
     made.images[poisoned] = dataclasses.replace(made.images[poisoned], mean=made.images[poisoned].mean * math.nan)
     assert made.train()
     warnings = [event for event in emitted(made, "warning") if event["code"] == "step_not_finite"]
@@ -1862,6 +1861,16 @@ def test_epochs_give_the_length_when_steps_do_not(tmp_path: Path, images: Path, 
     changes = {"steps": None, "epochs": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
     assert made.plan.total_steps == math.ceil(5 * 3 / 2)
+
+
+@needs_torch
+def test_a_disk_that_will_not_hold_the_run_is_a_warning(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly_full)
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    assert "disk_space_low" in [event["code"] for event in emitted(made, "warning")]
 
 
 def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:

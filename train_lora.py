@@ -1456,7 +1456,7 @@ def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
 
 
 RESNET_FACTOR, TRANSFORMER_FACTOR = 14.0, 32.0
-CHECKPOINTED_SHARE = 0.12  # what is left of the activations with gradient checkpointing
+CHECKPOINTED_SHARE = 0.15  # what is left of the activations with gradient checkpointing
 GPU_OVERHEAD = 600 * 1024**2  # context, cuBLAS workspaces, fragmentation
 
 
@@ -1766,11 +1766,6 @@ class Plan:
     checkpointing: bool
     reasons: tuple[str, ...]
 
-    def batch(self, config: TrainingConfig, micro_batch: int) -> list[int]:
-        """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
-        epoch, position = divmod(micro_batch, batches_per_epoch(self.buckets, config.batch_size))
-        return epoch_batches(self.buckets, config.batch_size, config.seed, epoch)[position]
-
     def epoch(self, config: TrainingConfig, step: int) -> float:
         micro_batches = step * config.gradient_accumulation_steps
         return round(micro_batches / batches_per_epoch(self.buckets, config.batch_size), 3)
@@ -1860,21 +1855,21 @@ def zero_terminal(alpha_bar: Tensor) -> Tensor:
     return scaled**2
 
 
-def signal_and_noise(alpha_bar: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Give alpha and sigma [B, 1, 1, 1], float32, for timesteps [B]."""
-    chosen = alpha_bar[timesteps.cpu()].to(timesteps.device).view(-1, 1, 1, 1)
-    return chosen.sqrt().float(), (1 - chosen).sqrt().float()
+def signal_and_noise(alpha_bar: Tensor, timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give alpha and sigma [B, 1, 1, 1], float32, on the device, for timesteps [B] on the CPU."""
+    chosen = alpha_bar[timesteps].view(-1, 1, 1, 1)
+    return chosen.sqrt().float().to(device), (1 - chosen).sqrt().float().to(device)
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
     """Diffuse: alpha * x0 + sigma * noise (Ho et al. 2020, eq. 4)."""
-    alpha, sigma = signal_and_noise(alpha_bar, timesteps)
+    alpha, sigma = signal_and_noise(alpha_bar, timesteps, latents.device)
     return alpha * latents + sigma * noise
 
 
 def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
     """Give v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D)."""
-    alpha, sigma = signal_and_noise(alpha_bar, timesteps)
+    alpha, sigma = signal_and_noise(alpha_bar, timesteps, latents.device)
     return alpha * noise - sigma * latents
 
 
@@ -1944,13 +1939,13 @@ class Batch:
     conditions: dict[str, Tensor] | None
 
 
-def load_component(owner: Any, folder: Path, variant: str | None, dtype: torch.dtype, dtype_key: str) -> Any:
+def load_component(owner: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     """Load one component by its class, from safetensors only, and make sure that no weight is missing.
 
     Raises:
         TrainerError: `model_corrupt`.
     """
-    options = {dtype_key: dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     try:
         module, info = owner.from_pretrained(folder, output_loading_info=True, **options)
     except (MemoryError, torch.OutOfMemoryError):
@@ -1971,7 +1966,7 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
 class PromptEncoder:
     """The tokenizers and text encoders of a model, for as long as texts are encoded."""
 
-    def __init__(self, source: ModelSource, load: Callable[[Any, str, str], Any]) -> None:
+    def __init__(self, source: ModelSource, load: Callable[[Any, str], Any]) -> None:
         assert source.folder is not None
         self.rows = source.family.text_encoders
         self.tokenizers = []
@@ -1980,7 +1975,7 @@ class PromptEncoder:
                 self.tokenizers.append(transformers.CLIPTokenizer.from_pretrained(source.folder / row.tokenizer))
             except Exception as error:  # a missing or broken vocabulary shows in many classes
                 raise model_corrupt(source.folder / row.tokenizer, str(error)) from error
-        self.encoders = [load(getattr(transformers, row.class_name), row.folder, "dtype") for row in self.rows]
+        self.encoders = [load(getattr(transformers, row.class_name), row.folder) for row in self.rows]
 
     def is_cut(self, text: str) -> bool:
         """Tell whether the encoders see less than the whole text."""
@@ -2384,6 +2379,10 @@ class LoRATrainer:
         self.config, self.dataset, self.events, self.stop = config, dataset, events, stop
         self.folder, self.fresh = folder, fresh
         self.state = TrainState()
+        self.epoch_order: tuple[int, list[list[int]]] = (
+            -1,
+            [],
+        )  # the last epoch's batches, so as not to shuffle each step
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
         self.stale = list(folder.samples.glob("step_*.png")) if fresh else []
 
@@ -2457,7 +2456,7 @@ class LoRATrainer:
         del encoder
         self.events.info("Loading the VAE.", phase="loading")
         dtype = torch.float32 if source.vae.get("force_upcast") else self.plan.dtype
-        self.vae = self.load(diffusers.AutoencoderKL, "vae", "torch_dtype", dtype)
+        self.vae = self.load(diffusers.AutoencoderKL, "vae", dtype)
         self.cache_images()
         self.vae.encoder = self.vae.quant_conv = None
         self.vae.to("cpu")
@@ -2476,7 +2475,7 @@ class LoRATrainer:
         """Load the UNet, put the LoRA on it, make the optimizer. Needs self.plan."""
         config = self.config
         self.events.info("Loading the UNet.", phase="loading")
-        self.unet = self.load(diffusers.UNet2DConditionModel, "unet", "torch_dtype")
+        self.unet = self.load(diffusers.UNet2DConditionModel, "unet")
         self.layers = add_lora(self.unet, config)
         self.unet.train()
         if self.plan.checkpointing:
@@ -2495,13 +2494,24 @@ class LoRATrainer:
         self.target_of = TARGET_OF[self.plan.source.prediction_type]
         count = sum(weight.numel() for weight in self.parameters)
         self.events.info(f"Training {len(self.layers)} modules with {count:,} weights.")
+        self.check_disk_space(count)
 
-    def load(self, owner: Any, component: str, dtype_key: str, dtype: torch.dtype | None = None) -> Any:
+    def check_disk_space(self, weights: int) -> None:
+        """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
+        config, left = self.config, self.plan.total_steps - self.state.step
+        loras = 1 + min(left // (config.checkpoint_steps or left + 1), config.checkpoint_limit or left)
+        needed = weights * (3 * 12 + loras * (4 if config.save_dtype == "fp32" else 2))
+        free = shutil.disk_usage(self.folder.path).free
+        if needed > free:
+            message = f"The run will write about {gigabytes(needed)} GB, and {gigabytes(free)} GB are free."
+            self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
+
+    def load(self, owner: Any, component: str, dtype: torch.dtype | None = None) -> Any:
         """Load a component of the base model to the device, frozen."""
         folder = self.plan.source.folder
         assert folder is not None
         variant, _ = choose_weights(list_files(folder), component, self.config.variant, self.half)
-        module = load_component(owner, folder / component, variant, dtype or self.plan.dtype, dtype_key)
+        module = load_component(owner, folder / component, variant, dtype or self.plan.dtype)
         return module.to(self.device)
 
     def restore(self, point: ResumePoint) -> None:
@@ -2568,9 +2578,17 @@ class LoRATrainer:
             losses.append(loss.detach())
         return float(torch.stack(losses).sum())  # the one place that waits for the GPU
 
+    def batch(self, micro_batch: int) -> list[int]:
+        """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
+        config, buckets = self.config, self.plan.buckets
+        epoch, position = divmod(micro_batch, batches_per_epoch(buckets, config.batch_size))
+        if epoch != self.epoch_order[0]:
+            self.epoch_order = (epoch, epoch_batches(buckets, config.batch_size, config.seed, epoch))
+        return self.epoch_order[1][position]
+
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
-        indices = self.plan.batch(self.config, micro_batch)
+        indices = self.batch(micro_batch)
         images = [self.images[index] for index in indices]
         examples = [self.plan.dataset.examples[index] for index in indices]
         context, conditions = self.conditions(
@@ -2596,12 +2614,14 @@ class LoRATrainer:
             return torch.randn(batch.mean.shape, generator=source).to(self.device)
 
         source = generator("timesteps", self.config.seed, step, micro_batch)
-        timesteps = torch.randint(len(self.alpha_bar), (len(batch.names),), generator=source).to(self.device)
+        timesteps = torch.randint(
+            len(self.alpha_bar), (len(batch.names),), generator=source
+        )  # on the CPU, as the table
         latents = batch.mean + batch.std * draw("posterior")
         noise = draw("noise")
         torch.manual_seed(draw_key("dropout", self.config.seed, step, micro_batch))
         noisy = add_noise(latents, noise, self.alpha_bar, timesteps)
-        prediction = self.predict(noisy, timesteps, batch.context, batch.conditions)
+        prediction = self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions)
         target = self.target_of(latents, noise, self.alpha_bar, timesteps)
         return squared_error(prediction, target).mean()
 
