@@ -1012,7 +1012,7 @@ SHARDS = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for 
         ([PLAIN, HALF], None, True, ("fp16", [HALF])),
         ([PLAIN, HALF], None, False, (None, [PLAIN])),
         ([HALF], None, False, ("fp16", [HALF])),
-        ([PLAIN], "fp16", True, (None, [PLAIN])),
+        ([PLAIN, HALF], "fp16", False, ("fp16", [HALF])),
         ([PLAIN, "unet/diffusion_pytorch_model.non_ema.safetensors"], None, True, (None, [PLAIN])),
         ([*SHARDS, "unet/diffusion_pytorch_model.bin"], None, False, (None, SHARDS)),
     ],
@@ -1021,10 +1021,15 @@ def test_one_variant_of_the_weights_is_chosen(names: list[str], wish: str, half:
     assert trainer.choose_weights(names, "unet", wish, half) == expected
 
 
-def test_pickled_weights_are_never_an_alternative(tmp_path: Path) -> None:
-    for names, code in ((["unet/diffusion_pytorch_model.bin"], "model_unsafe"), ([], "model_not_found")):
+def test_pickled_weights_are_never_an_alternative() -> None:
+    pickled = ["unet/diffusion_pytorch_model.bin"]
+    for names, wish, code in (
+        (pickled, None, "model_unsafe"),
+        ([], None, "model_not_found"),
+        ([PLAIN], "ema", "model_not_found"),
+    ):
         with pytest.raises(trainer.TrainerError) as caught:
-            trainer.choose_weights(names, "unet", None, False)
+            trainer.choose_weights(names, "unet", wish, False)
         assert caught.value.code == code
 
 

@@ -67,6 +67,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,9 +106,7 @@ def import_libraries() -> None:
         import transformers
     except ImportError as error:
         raise missing_dependency(error) from error
-    # Their progress bars and advice are for people at a notebook; failures reach us as exceptions.
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
 
@@ -1211,6 +1210,8 @@ def choose_weights(
     for name in inside:
         if match := WEIGHTS.fullmatch(name.partition("/")[2]):
             by_variant[match["variant"] or match["old"]].append(name)
+    if variant and component == "unet" and variant not in by_variant:
+        raise TrainerError("model_not_found", f"The base model's unet has no {variant!r} variant of its weights.")
     wishes: list[str | None] = [*([variant] if variant else []), *(["fp16"] if half else []), None, "fp16"]
     for wish in wishes:
         if wish in by_variant:
@@ -1562,8 +1563,6 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
 
 def image_library() -> Any:
     """Import Pillow, with the decompression-bomb warning turned into an error."""
-    import warnings
-
     try:
         from PIL import Image
     except ImportError as error:
@@ -3010,10 +3009,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainerError as error:
         usage, options = error, argparse.Namespace(config=None, debug=False)
     if not options.debug:
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        import warnings
-
+        # Advice of libraries is for people at a notebook; their failures reach us as exceptions.
+        os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+        os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         warnings.simplefilter("ignore")
     events = EventStream()
     stop = StopWatcher(events)
