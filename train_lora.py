@@ -2383,6 +2383,7 @@ class LoRATrainer:
             [],
         )  # the last epoch's batches, so as not to shuffle each step
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
+        self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.stale = list(folder.samples.glob("step_*.png")) if fresh else []
 
     # ---- setup ------------------------------------------------------------------------
@@ -2543,19 +2544,25 @@ class LoRATrainer:
         if self.config.sample_at_start and self.state.step == 0:
             self.sample(0)
         self.stop.arm()
-        self.last_save = time.monotonic()
+        self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
-            started, step = time.monotonic(), self.state.step
+            step = self.state.step
             rate = self.set_learning_rate(step)
             loss = self.accumulate(step)
             if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
                 return False
             grad_norm = self.update()
             good = self.verdict(step, loss, grad_norm)
-            self.state = self.state.after(loss, good, time.monotonic() - started)
+            self.state = self.state.after(loss, good, self.lap())
             self.report(loss, rate, grad_norm)
             self.periodic()
         return True
+
+    def lap(self) -> float:
+        """Give the seconds since the last step's end: samples and saves are in, so the time left is honest."""
+        before, self.clock = self.clock, time.monotonic()
+        self.laps.append(self.clock - before)
+        return self.laps[-1]
 
     def set_learning_rate(self, step: int) -> float:
         config = self.config
@@ -2668,7 +2675,7 @@ class LoRATrainer:
         state, total = self.state, self.plan.total_steps
         if state.step % self.config.log_steps and state.step != total:
             return
-        speed = state.step / state.seconds if state.seconds else None
+        speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         self.events.emit(
             "progress",
@@ -2988,7 +2995,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     if trainer.train():
         trainer.finish()
         return 0
-    if trainer.state.step > stop.saved.step:
+    if trainer.state.step > stop.saved.step or (stop.saved.state_path and not stop.saved.path):
         trainer.save()
     number = stop.signal or int(signal.SIGTERM)
     events.emit("interrupted", **interruption(number, stop.saved))
