@@ -546,6 +546,8 @@ def test_all_problems_are_reported_at_once_before_torch_is_imported(tmp_path: Pa
         ({"trigger_words": ["a", "a"]}, "trigger_words", "twice"),
         ({"metadata": {"colour": "red"}}, "metadata", "title"),
         ({"output_name": "../evil"}, "output_name", "match"),
+        ({"output_name": "state"}, "output_name", "match"),
+        ({"sample_prompts": ["\udcff"]}, "sample_prompts", "surrogates"),
         ({"dataset_path": "a\0b"}, "dataset_path", "match"),
         ({"dataset_path": "\ud800"}, "dataset_path", "surrogates"),
         ({"training_params": 3}, "training_params", "object"),
@@ -608,6 +610,9 @@ def test_set_overrides_a_key_wherever_it_stands(tmp_path: Path) -> None:
     )
     found = problems_of(tmp_path, REQUIRED, ("stepz=9", "steps", "steps=x"))
     assert set(found) == {"--set stepz", "--set steps", "steps"}
+    assert "not finite" in problems_of(tmp_path, REQUIRED, ("weight_decay=NaN",))["--set weight_decay"]
+    assert "parsed" in problems_of(tmp_path, REQUIRED, ("steps=" + "[" * 100_000,))["--set steps"]
+    assert parse(tmp_path, REQUIRED, ("output_path=~nosuchuser/x",)).output_path.endswith("~nosuchuser/x")
 
 
 def test_paths_are_relative_to_the_config_and_overrides_to_the_working_directory(
@@ -709,6 +714,26 @@ def test_a_closed_or_full_stdout_is_said_on_stderr(tmp_path: Path) -> None:
 
 
 @posix
+def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path) -> None:
+    line = shlex.join(command("--config", tmp_path / "none.json"))
+    for closed in ("2>&-", "<&- 2>&-", "2>/dev/full"):
+        done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True)
+        result = Run(done.returncode, done.stdout, b"")
+        assert (result.code, result.last["code"]) == (1, "config_unreadable")
+    code = (
+        "import train_lora as t\n"
+        "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
+        "for n in range(3000): s.info(f'note {n} ' + 'x' * 100)\n"
+        "s.emit('complete', step=1, final_path='', total_time=1, loss=None); s.close()\n"
+    )
+    reading, writing = os.pipe()  # nobody reads: full after 64 KB
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, timeout=30)
+    os.close(reading)
+    os.close(writing)
+    assert len(done.stdout.splitlines()) == 3002
+
+
+@posix
 @needs_torch
 def test_when_the_reader_goes_away_the_run_saves_and_exits_141(tmp_path: Path, images: Path, models: Path) -> None:
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
@@ -749,7 +774,8 @@ def test_a_slow_reader_loses_progress_and_nothing_else() -> None:
 
 
 def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_bytes(b'{"type": "start"}\n{"type": "prog')
+    log = tmp_path / "events.jsonl"
+    log.write_bytes(b'{"type": "start"}\n{"type": "prog')
     code = (
         "import sys, pathlib, train_lora as t\n"
         "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
@@ -846,6 +872,24 @@ def test_files_named_save_and_stop_do_what_they_say(tmp_path: Path, images: Path
         assert process.wait(timeout=60) == 143
     assert result.last["type"] == "interrupted"
     assert not (tmp_path / "out/stop").exists()
+
+
+@posix
+@needs_torch
+def test_two_signals_at_once_are_one_request_and_lose_nothing(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    with subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+
+        def trained(event: Json) -> bool:
+            if event["type"] == "progress":
+                process.send_signal(signal.SIGINT)
+                return True
+            return False
+
+        result = stop_when(process, trained, signal.SIGTERM)
+    assert result.last["type"] == "interrupted"
+    assert result.last["step"] >= 1
+    assert Path(result.last["path"]).exists()
 
 
 @needs_torch
@@ -1126,6 +1170,40 @@ def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, image
     assert "model_guessed" in [event["code"] for event in result.of("warning")]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}),
+        ("unet/config.json", {}),
+        ("unet/config.json", []),
+        ("unet/config.json", {"block_out_channels": "x"}),
+        ("unet/config.json", {"sample_size": -8}),
+        ("unet/config.json", {"sample_size": 10**7}),
+        ("vae/config.json", {"block_out_channels": []}),
+        ("vae/config.json", {"scaling_factor": None}),
+    ],
+)
+def test_a_strange_model_config_is_named_and_crashes_nothing(
+    tmp_path: Path, images: Path, name: str, content: Any
+) -> None:
+    model = hollow_model(tmp_path / "model")
+    write_json(model / name, content)
+    with pytest.raises(trainer.TrainerError, match=name) as caught:
+        trainer.locate_model(parse(tmp_path, small(images, model, tmp_path / "out")), weights=False, half=False)
+    assert caught.value.code == "model_corrupt"
+
+
+@posix
+def test_a_pipe_in_a_models_place_does_not_hang(tmp_path: Path, images: Path) -> None:
+    for name in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors"):
+        model = hollow_model(tmp_path / name.replace("/", "_"))
+        (model / name).unlink()
+        os.mkfifo(model / name)
+        with pytest.raises(trainer.TrainerError):
+            trainer.locate_model(parse(tmp_path, small(images, model, tmp_path / "out")), weights=False, half=False)
+
+
 def test_model_type_must_not_contradict_the_model(tmp_path: Path, images: Path) -> None:
     config = parse(tmp_path, small(images, hollow_model(tmp_path / "model"), tmp_path / "out", model_type="sdxl"))
     with pytest.raises(trainer.TrainerError, match="sd15"):
@@ -1222,7 +1300,8 @@ def test_captions_come_from_metadata_then_sidecars_then_trigger_words(tmp_path: 
     (folder / "3_blue bird").mkdir(parents=True)
     for name in ("a.png", "b.png", "c.png", "3_blue bird/d.png"):
         draw_image(folder / name, (64, 64), len(name))
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "from metadata"}\n\nnot json\n', "utf-8")
+    lines = ['{"file_name": "a.png", "text": "from metadata"}', "", "not json", '{"file_name": "c.png", "text": null}']
+    (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
     (folder / "a.txt").write_text("from sidecar", "utf-8")
     (folder / "b.txt").write_bytes(b"\xef\xbb\xbf a Zorb, resting \n")
     dataset = scan(tmp_path, folder)
@@ -1234,7 +1313,7 @@ def test_captions_come_from_metadata_then_sidecars_then_trigger_words(tmp_path: 
         "c.png": "zorb",
     }
     assert [example.repeats for example in dataset.examples] == [3, 1, 1, 1]
-    assert dataset.skipped[0]["path"] == "metadata.jsonl:3"
+    assert [item["path"] for item in dataset.skipped] == ["metadata.jsonl:3", "metadata.jsonl:4"]
     sources = {"metadata.jsonl": 1, "sidecar": 1, "trigger words": 1, "folder name": 1}
     assert dataset.captions_by_source() == sources
 
@@ -1296,6 +1375,18 @@ def test_bad_files_are_skipped_with_a_reason_and_nothing_outside_is_opened(tmp_p
     with pytest.raises(trainer.TrainerError) as caught:
         scan(tmp_path, folder)
     assert (caught.value.code, len(caught.value.problems)) == ("dataset_empty", 4)
+
+
+def test_our_own_output_is_never_a_training_image(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("samples/mine.png", "out/samples/step_1_0.png"):
+        (folder / name).parent.mkdir(parents=True)
+        draw_image(folder / name, (64, 64))
+    inside = scan(tmp_path, folder, output_path=str(folder / "out"))
+    assert [example.name for example in inside.examples] == ["samples/mine.png"]
+    draw_image(folder / "photo.png", (64, 64))
+    same = scan(tmp_path, folder, output_path=str(folder))
+    assert [example.name for example in same.examples] == ["out/samples/step_1_0.png", "photo.png"]
 
 
 def test_what_is_usable_but_hardly_meant_is_a_warning(tmp_path: Path) -> None:
@@ -1379,12 +1470,6 @@ def test_noise_and_targets_are_those_of_diffusers(prediction: str) -> None:
     target = trainer.TARGET_OF[prediction](latents, noise, alpha_bar, timesteps)
     expected = noise if prediction == "epsilon" else reference.get_velocity(latents, noise, timesteps)
     torch.testing.assert_close(target, expected, atol=2e-6, rtol=2e-6)
-
-
-@needs_torch
-def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(trainer.TrainerError, match="beta_schedule"):
-        trainer.noise_schedule(SCHEDULER | {"beta_schedule": "sigmoid"})
 
 
 @needs_torch
@@ -1586,7 +1671,8 @@ def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path,
         length = int.from_bytes(data[:8], "little")
         assert header["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
         assert str(tmp_path) not in json.dumps(header)
-        assert {tensor.dtype for tensor in tensors_of(made.final_path).values()} == {torch.float16}
+        dtypes = {key.rpartition(".")[2]: tensor.dtype for key, tensor in tensors_of(made.final_path).items()}
+        assert dtypes == {"weight": torch.float16, "alpha": torch.float32}
 
 
 # ======================================================================================
@@ -1674,16 +1760,68 @@ def test_other_settings_do_not_resume_but_more_steps_do(tmp_path: Path, images: 
 def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
     tmp_path: Path, images: Path, models: Path
 ) -> None:
-    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
-    train(tmp_path, config)
-    fresh = prepare(tmp_path, config | {"lora_rank": 2, "checkpoint_steps": 3}, fresh=True)
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2, validation_steps=2)
+    first = train(tmp_path, config | {"sample_prompts": ["a", "b"], "output_name": "old"})
+    mine = tmp_path / "out/samples/step_by_step.png"
+    draw_image(mine, (64, 64))
     checkpoints = tmp_path / "out/checkpoints"
+    broken = small(images, copy_model(models / "sd15", tmp_path / "broken"), tmp_path / "out")
+    (tmp_path / "broken/tokenizer/vocab.json").unlink()
+    with pytest.raises(trainer.TrainerError):
+        prepare(tmp_path, broken, fresh=True)
+    assert trainer.read_run_id(tmp_path / "out/config.json") == first.run_id
+    fresh = prepare(tmp_path, config | {"lora_rank": 2, "checkpoint_steps": 3}, fresh=True)
     assert (checkpoints / "state_step_4.safetensors").exists()
     assert fresh.train()
     fresh.finish()
-    names = {path.name for path in checkpoints.iterdir()}
-    assert names == {"lora_step_3.safetensors", "state_step_3.safetensors", "state_step_4.safetensors"}
+    names = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*") if path.is_file()
+    }
+    assert names == {
+        ".lock",
+        "config.json",
+        "lora_final.safetensors",
+        *(f"checkpoints/{name}.safetensors" for name in ("lora_step_3", "state_step_3", "state_step_4")),
+        *(f"samples/{name}.png" for name in ("step_2_0", "step_4_0", "step_by_step")),
+    }
     assert trainer.written_by(checkpoints / "state_step_4.safetensors") == fresh.run_id
+
+
+@needs_torch
+def test_files_of_another_run_are_left_alone_without_fresh(tmp_path: Path, images: Path, models: Path) -> None:
+    other = train(tmp_path, small(images, models / "sd15", tmp_path / "other", checkpoint_steps=2))
+    copied = tmp_path / "out/checkpoints/lora_step_77.safetensors"
+    copied.parent.mkdir(parents=True)
+    shutil.copy(other.final_path, copied)
+    shutil.copy(other.final_path, tmp_path / "out/lora_final.safetensors")
+    train(tmp_path, small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1), stop=Quiet(after=2))
+    assert copied.exists()
+    assert (tmp_path / "out/lora_final.safetensors").exists()
+
+
+@needs_torch
+def test_what_a_kill_prevented_at_the_resumed_step_is_made_then(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2, validation_steps=2)
+    train(tmp_path, config, stop=Quiet(after=20))
+    (tmp_path / "out/lora_final.safetensors").unlink(missing_ok=True)
+    late = [tmp_path / "out" / name for name in ("checkpoints/lora_step_4.safetensors", "samples/step_4_0.png")]
+    for path in late:
+        path.unlink(missing_ok=True)
+    train(tmp_path, config)
+    assert all(path.exists() for path in late)
+
+
+@needs_torch
+def test_a_model_that_was_replaced_does_not_resume(tmp_path: Path, images: Path, models: Path) -> None:
+    model = copy_model(models / "sd15", tmp_path / "model")
+    config = small(images, model, tmp_path / "out", resolution=64)
+    train(tmp_path, config, stop=Quiet(after=2))
+    shutil.rmtree(model)
+    copy_model(models / "sd21", model)
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, config)
+    assert caught.value.code == "resume_mismatch"
+    assert [item["path"] for item in caught.value.problems] == ["unet"]
 
 
 @needs_torch
@@ -1836,6 +1974,11 @@ def test_divergence_ends_the_run_and_no_broken_lora_is_written(tmp_path: Path, i
     with pytest.raises(trainer.TrainerError):
         made.finish()
     assert not made.final_path.exists()
+    untrained = prepare(tmp_path, small(images, models / "sd15", tmp_path / "short", steps=2))
+    untrained.images = made.images
+    assert untrained.train()
+    with pytest.raises(trainer.TrainerError, match="nothing was trained"):
+        untrained.finish()
 
 
 @needs_torch
@@ -1859,6 +2002,23 @@ def test_the_state_is_saved_between_checkpoints_when_minutes_have_passed(
     made = train(tmp_path, config)
     saved = [(event["step"], event["path"] is not None) for event in emitted(made, "checkpoint")]
     assert saved == [(1, False), (2, False), (3, True), (4, False)]
+
+
+@needs_torch
+def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, images: Path, models: Path) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", validation_steps=2))
+    (tmp_path / "out/samples/step_2_0.png").mkdir()
+    assert made.train()
+    assert "sample_not_written" in [event["code"] for event in emitted(made, "warning")]
+
+
+@needs_torch
+def test_a_folder_that_goes_during_the_run_is_made_again(tmp_path: Path, images: Path, models: Path) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out")
+    assert made.train()
+    made.finish()
+    assert made.final_path.exists()
 
 
 @needs_torch
@@ -1982,7 +2142,7 @@ def table_row(key: str, definition: Json) -> str:
     meaning = definition["description"]
     available = definition.get("x-available")
     if available is not None and len(available) == 1:
-        meaning += " Not available yet."
+        meaning += " Only the default works yet."
     elif available is not None:
         meaning += f" Available: {', '.join(f'`{json.dumps(value)}`' for value in available)}."
     return f"| `{key}` | {default} | {meaning} |"

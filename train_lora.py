@@ -57,6 +57,7 @@ import io
 import json
 import math
 import os
+import queue
 import random
 import re
 import shutil
@@ -151,6 +152,17 @@ HINTS = {  # the remedy, where the place that fails knows no better one
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def blame(code: str) -> Iterator[None]:
+    """Give an operating system's error inside the block (or the decorated function) its stable code."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise TrainerError("disk_full", f"The disk is full: {error}") from error
+        raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.") from error
 
 
 def missing_dependency(error: ImportError) -> TrainerError:
@@ -295,6 +307,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     schema = load_schema()
     definitions: JSON = schema["definitions"]
     raw = parse_json(read_source(source))
+    if not isinstance(raw, dict):
+        raise TrainerError("config_invalid", f"The config must be a JSON object, not {kind(raw)}.")
     flat, problems = merge_shapes(raw, definitions)
     changed, more = parse_overrides(overrides, definitions)
     base = Path.cwd() if source == "-" else Path(source).resolve().parent
@@ -335,17 +349,18 @@ def read_source(source: str) -> str:
         raise TrainerError("config_unreadable", f"The config {source!r} cannot be read: {reason}") from error
 
 
-def parse_json(text: str) -> JSON:
-    """Parse strictly: one object, no duplicate keys, no NaN, no number that overflows a float."""
+def parse_json(text: str) -> Any:
+    """Parse strictly: no duplicate keys, no NaN, no number that overflows a float.
+
+    Raises:
+        TrainerError: `config_unreadable` for what is no JSON, `config_invalid` for the rest.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise TrainerError(
-                "config_invalid", f"The key {twice!r} stands twice in the config.", "Remove one of them."
-            )
-        return result
+        twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise TrainerError("config_invalid", f"The key {twice[0]!r} stands twice in the config.")
+        return dict(pairs)
 
     def finite(token: str) -> float:
         if not math.isfinite(value := float(token)):
@@ -353,18 +368,13 @@ def parse_json(text: str) -> JSON:
         return value
 
     try:
-        document = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except json.JSONDecodeError as error:
-        raise TrainerError(
-            "config_unreadable",
-            f"The config is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
-            "Look at that place and just before it: a missing comma, quote or bracket.",
-        ) from error
+        message = f"The config is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        hint = "Look at that place and just before it: a missing comma, quote or bracket."
+        raise TrainerError("config_unreadable", message, hint) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, an integer of thousands of digits
         raise TrainerError("config_invalid", f"The config cannot be parsed: {error}") from error
-    if not isinstance(document, dict):
-        raise TrainerError("config_invalid", f"The config must be a JSON object, not {kind(document)}.")
-    return document
 
 
 def problem(path: str, message: str) -> dict[str, str]:
@@ -408,8 +418,10 @@ def parse_overrides(overrides: Sequence[str], definitions: JSON) -> tuple[JSON, 
             problems.append(unknown_key(f"--set {key}", key, definitions))
         else:
             try:
-                values[key] = json.loads(text)
-            except ValueError:
+                values[key] = parse_json(text)
+            except TrainerError as error:
+                if error.code == "config_invalid":
+                    problems.append(problem(f"--set {key}", error.message))
                 values[key] = text
     return values, problems
 
@@ -436,13 +448,17 @@ def names_a_path(value: str, base: Path) -> bool:
         return False
 
 
+def absolute(path: str, base: Path) -> str:
+    return os.path.normpath(base / os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown ~user
+
+
 def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     """Make paths absolute, spell out short model names, turn 1000.0 into 1000."""
     role = definition.get("format")
     if isinstance(value, str) and role == "model":
-        value = SHORT_NAMES.get(value, value) if not names_a_path(value, base) else str(base / Path(value).expanduser())
+        value = absolute(value, base) if names_a_path(value, base) else SHORT_NAMES.get(value, value)
     elif isinstance(value, str) and role == "path" and value:
-        value = os.path.normpath(base / Path(value).expanduser())
+        value = absolute(value, base)
     elif isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
         value = int(value)
     return value
@@ -490,14 +506,14 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         if not errors and value not in definition.get("x-available", [value]):
             allowed = ", ".join(map(show, definition["x-available"]))
             problems.append(problem(key, f"{show(value)} is not available yet; this version takes {allowed}"))
-        if not errors and not encodable(value):
+        if not errors and not encodable(value, is_path="format" in definition):
             problems.append(problem(key, "has characters that no file name or prompt can hold (lone surrogates)"))
     return problems
 
 
-def encodable(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")  # non-UTF-8 file names are fine
+def encodable(value: Any, *, is_path: bool) -> bool:
+    try:  # file names that are not UTF-8 come as surrogate escapes
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape" if is_path else "strict")
     except UnicodeEncodeError:
         return False
     return True
@@ -595,6 +611,19 @@ HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
 LAST_TYPES = ("validated", "complete", "interrupted", "error")
 
 
+def open_missing_descriptors() -> bool:
+    """Open the null device for what is closed of 0, 1 and 2, so that no file of ours gets that number; True: 1 was."""
+    missing = []
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            missing.append(os.open(os.devnull, os.O_RDWR))  # takes the lowest free number: this one
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    return 1 in missing
+
+
 class EventStream:
     """The one writer of stdout: events go through a queue, so a slow reader never slows training.
 
@@ -607,13 +636,8 @@ class EventStream:
     LOG_S = 10.0  # progress lines on a stderr that is no terminal
 
     def __init__(self) -> None:
-        for descriptor in (0, 1, 2):
-            try:
-                os.fstat(descriptor)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-                if descriptor == 1:
-                    raise SystemExit("train_lora.py: stdout is closed; events have nowhere to go") from None
+        if open_missing_descriptors():
+            raise SystemExit("train_lora.py: stdout is closed; events have nowhere to go")
         self._talk = not os.isatty(1)
         self._live = self._talk and os.isatty(2)
         self._fd = os.dup(1)  # not inheritable
@@ -622,12 +646,13 @@ class EventStream:
         self.phase = "starting"
         self._seq = 0
         self._dropped = 0
-        self._ended = False
+        self.ended = ""
         self._last_info: tuple[str, float] = ("", 0.0)
         self._last_log = -math.inf
         self._log: IO[bytes] | None = None
         self._unlogged: list[bytes] = []
         self._queue: collections.deque[bytes] = collections.deque()
+        self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
         self._changed = threading.Condition(threading.RLock())
         self._on_reader_gone: Callable[[], None] = lambda: None
 
@@ -642,14 +667,15 @@ class EventStream:
         self._unlogged.append(line)
         self._write(line)
         threading.Thread(target=self._drain, name="events", daemon=True).start()
+        threading.Thread(target=self._speak, name="stderr", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, ...)."""
         with self._changed:
-            if self._ended:
+            if self.ended:
                 return
-            self._ended = event_type in LAST_TYPES
-            if self._ended and self._dropped:
+            self.ended = event_type if event_type in LAST_TYPES else ""
+            if self.ended and self._dropped:
                 fields["dropped"] = self._dropped
             event = self._make(event_type, fields)
             self._keep(event.line())
@@ -676,11 +702,17 @@ class EventStream:
 
     def open_log(self, path: Path) -> None:
         """Append to events.jsonl from here on, after what was emitted so far; a torn last line goes."""
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         with self._changed:
             self._log = path.open("a+b")
             self._log.seek(0)
-            whole = self._log.read().rfind(b"\n") + 1
-            self._log.truncate(whole)
+            content = self._log.read()
+            whole = content.rfind(b"\n") + 1
+            if content[whole:].startswith(b'{"type"'):
+                self._log.truncate(whole)
+            elif content[whole:]:
+                self._log.write(b"\n")  # not ours: keep it
             for line in self._unlogged:
                 self._log.write(line)
             self._log.flush()
@@ -690,6 +722,9 @@ class EventStream:
         """Wait until the reader has taken everything, or the time is up."""
         with self._changed:
             self._changed.wait_for(lambda: not self._queue, timeout)
+        deadline = time.monotonic() + 1.0
+        while self._spoken.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _make(self, event_type: str, fields: Mapping[str, Any]) -> ProgressEvent:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
@@ -742,9 +777,16 @@ class EventStream:
         if progress:
             self._last_log = now
         start = "\r\x1b[K" if self._live else ""
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(start + text + ("" if progress and self._live else "\n"))
-            sys.stderr.flush()
+        with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
+            self._spoken.put_nowait(start + text + ("" if progress and self._live else "\n"))
+
+    def _speak(self) -> None:
+        while True:
+            text = self._spoken.get()
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            self._spoken.task_done()
 
 
 # ======================================================================================
@@ -769,6 +811,7 @@ class StopWatcher:
     """
 
     GRACE_S = 8.0  # docker kills after 10
+    ECHO_S = 1.0  # Ctrl-C reaches the whole group, and a parent may pass on a signal that we got: one request
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGUSR1")
     SAVE = int(getattr(signal, "SIGUSR1", 10))
     READER_GONE = 13  # SIGPIPE's number, so the exit code is 141
@@ -799,7 +842,8 @@ class StopWatcher:
     def watch_folder(self, folder: Path) -> None:
         """Take the files `stop` and `save` in the output folder for signals."""
         for name in ("stop", "save"):
-            (folder / name).unlink(missing_ok=True)
+            if (folder / name).is_file():
+                (folder / name).unlink()
         threading.Thread(target=self._poll, args=(folder,), name="stop files", daemon=True).start()
 
     def request(self, number: int) -> None:
@@ -816,9 +860,10 @@ class StopWatcher:
         number = self.signal or int(signal.SIGTERM)
         self._events.emit("interrupted", **interruption(number, self.saved))
         self._events.close(timeout=1.0)
-        os._exit(128 + number)
+        os._exit({"complete": 0, "validated": 0, "error": 1}.get(self._events.ended, 128 + number))
 
     def _listen(self) -> None:
+        first = math.inf
         while True:
             number = self._receive.recv(1)[0]
             if number == self.SAVE:
@@ -826,8 +871,11 @@ class StopWatcher:
                 continue
             with self._lock:
                 again, armed, self.signal = self.requested, self._armed, self.signal or number
-            if again or not armed:
+            if not armed or (again and time.monotonic() - first > self.ECHO_S):
                 self.leave()
+            if again:
+                continue
+            first = time.monotonic()
             timer = threading.Timer(self.GRACE_S, self.leave)
             timer.daemon = True
             timer.start()
@@ -836,10 +884,10 @@ class StopWatcher:
         while True:
             time.sleep(0.5)
             for name, number in (("stop", int(signal.SIGTERM)), ("save", self.SAVE)):
-                if (folder / name).exists():
-                    with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):
+                    if (folder / name).is_file():
                         (folder / name).unlink()
-                    self.request(number)
+                        self.request(number)
 
 
 def interruption(number: int, saved: SavedFiles) -> JSON:
@@ -876,25 +924,16 @@ class OutputFolder:
         Raises:
             TrainerError: `output_not_writable`, `output_in_use`.
         """
-        try:
+        with blame("output_not_writable"):
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("wb")
-        except OSError as error:
-            raise not_writable(self.path, error) from error
-        if not lock_file(self._lock):
-            raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
-        for folder in (self.path, self.checkpoints, self.samples):
-            for entry in folder.iterdir():
-                if TEMPORARY.fullmatch(entry.name):
-                    entry.unlink(missing_ok=True)
-
-
-def not_writable(path: Path, error: OSError) -> TrainerError:
-    """Name what went wrong with a file of the output folder."""
-    if error.errno in DISK_FULL:
-        return as_trainer_error(error, "saving")
-    return TrainerError("output_not_writable", f"Cannot write to {path}: {error.strerror or error}")
+            self._lock = (self.path / ".lock").open("ab")
+            if not lock_file(self._lock):
+                raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
+            for folder in (self.path, self.checkpoints, self.samples):
+                for entry in folder.iterdir():
+                    if TEMPORARY.fullmatch(entry.name) and entry.is_file():
+                        entry.unlink(missing_ok=True)
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -921,18 +960,20 @@ def write_file(path: Path, data: bytes) -> None:
         TrainerError: `disk_full`, `output_not_writable`; an older file of that name is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_file(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise not_writable(path, error) from error
+    with blame("output_not_writable"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            replace_file(temporary, path)
+            sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -1080,7 +1121,46 @@ FAMILIES = (
     ),
 )
 
-CONFIG_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
+UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+
+# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
+MODEL_SCHEMAS: dict[str, JSON] = {
+    "model_index.json": {"type": "object"},
+    "unet/config.json": {
+        "type": "object",
+        "minProperties": 1,
+        "properties": {
+            "block_out_channels": COUNTS,
+            "layers_per_block": {"anyOf": [COUNT, COUNTS]},
+            "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
+            "down_block_types": {"type": "array", "items": {"type": "string"}},
+            "in_channels": COUNT,
+            "out_channels": COUNT,
+            "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
+        },
+    },
+    "vae/config.json": {
+        "type": "object",
+        "properties": {
+            "block_out_channels": COUNTS,
+            "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
+            "shift_factor": {"type": ["number", "null"]},
+        },
+    },
+    "scheduler/scheduler_config.json": {
+        "type": "object",
+        "properties": {
+            "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
+            "beta_start": UNIT,
+            "beta_end": UNIT,
+            "beta_schedule": {"enum": ["linear", "scaled_linear"]},
+            "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
+            "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
+        },
+    },
+}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>[\w-]+))?\.safetensors"
@@ -1129,6 +1209,7 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
     return found[0]
 
 
+@blame("model_not_found")
 def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelSource:
     """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
 
@@ -1139,7 +1220,7 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
     folder = local_folder(config.base_model) if local else fetch(config, weights=weights, half=half)
     if folder is None:
         return guess_model(config)
-    model_index, unet, vae, scheduler = (read_model_json(folder / name) for name in CONFIG_FILES)
+    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_SCHEMAS)
     family = detect_family(model_index, unet)
     if config.model_type not in ("auto", family.name):
         raise TrainerError(
@@ -1187,12 +1268,19 @@ def component_folders(family: ModelFamily) -> list[str]:
     return ["unet", "vae", *(encoder.folder for encoder in family.text_encoders)]
 
 
-def read_model_json(path: Path) -> JSON:
+def read_model_json(folder: Path, name: str) -> JSON:
+    """Read one of a model's configs and check what we rely on."""
+    from jsonschema import Draft7Validator
+
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        name = f"{path.parent.name}/{path.name}"
+        if not (folder / name).is_file():
+            raise ValueError("there is no such file")
+        document = json.loads((folder / name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
+    for error in Draft7Validator(MODEL_SCHEMAS[name]).iter_errors(document):
+        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {error.json_path}: {error.message}.")
+    return dict(document)
 
 
 def choose_weights(
@@ -1230,13 +1318,17 @@ def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for name in files:
         try:
+            if not (folder / name).is_file():
+                raise ValueError("not a regular file")
             with (folder / name).open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(min(length, 100_000_000)))
             header.pop("__metadata__", None)
             end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-            shapes |= {key: entry["shape"] for key, entry in header.items()}
-        except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+            shapes |= {key: [int(side) for side in entry["shape"]] for key, entry in header.items()}
+        except OSError as error:
+            raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error.strerror}.") from error
+        except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise TrainerError("model_corrupt", f"The base model's {name} is not a safetensors file.") from error
         if (size := (folder / name).stat().st_size) != end:
             raise TrainerError("model_corrupt", f"The base model's {name} has {size} bytes instead of {end}.")
@@ -1273,7 +1365,7 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
             raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
         siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
         names = [sibling.rfilename for sibling in siblings]
-        wanted = wanted_files(names, config.variant, half) if weights else list(CONFIG_FILES)
+        wanted = wanted_files(names, config.variant, half) if weights else list(MODEL_SCHEMAS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
     except TrainerError:
         raise
@@ -1535,6 +1627,7 @@ class Dataset:
         return dict(collections.Counter(example.caption_source for example in self.examples))
 
 
+@blame("dataset_unreadable")
 def scan_dataset(config: TrainingConfig) -> Dataset:
     """Find, open and fully decode every image once; bad ones are listed, not raised.
 
@@ -1547,7 +1640,7 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
         raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.")
     image_library()
     described, complaints = read_metadata(root)
-    paths = find_images(root)
+    paths = find_images(root, Path(config.output_path))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(lambda path: check_image(path, root, config, described), paths))
     examples = tuple(result for result in results if isinstance(result, Example))
@@ -1572,12 +1665,13 @@ def image_library() -> Any:
     return Image
 
 
-def find_images(root: Path) -> list[Path]:
-    """List image files below the root, sorted; links that lead out and special files are left out."""
+def find_images(root: Path, output: Path) -> list[Path]:
+    """List image files below the root, sorted; links that lead out, special files and our own output are left out."""
     inside = root.resolve()
+    own = {output.resolve(), output.resolve() / "samples"} - {inside}
     found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for folder, folders, names in os.walk(root, onerror=reraise):
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(folder, name).resolve() not in own]
         for name in names:
             path = Path(folder, name)
             wanted = path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
@@ -1586,20 +1680,30 @@ def find_images(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def reraise(error: OSError) -> NoReturn:
+    raise error
+
+
 def read_metadata(root: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Read metadata.jsonl (`file_name`, `text`): ({relative name: caption}, complaints)."""
     path = root / "metadata.jsonl"
     captions: dict[str, str] = {}
     complaints = []
-    lines = path.read_text("utf-8-sig", "replace").splitlines() if path.is_file() else []
+    ours = path.is_file() and path.resolve().is_relative_to(root.resolve())
+    lines = path.read_text("utf-8-sig", "replace").split("\n") if ours else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            captions[Path(entry["file_name"]).as_posix()] = str(entry["text"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            complaints.append(problem(f"metadata.jsonl:{number}", "needs a JSON object with file_name and text"))
+            name, text = entry["file_name"], entry["text"]
+            if not isinstance(text, str):
+                raise TypeError("text must be a string")
+            captions[Path(name).as_posix()] = text
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            complaints.append(
+                problem(f"metadata.jsonl:{number}", "is skipped: it needs file_name and text, both strings")
+            )
     return captions, complaints
 
 
@@ -1611,11 +1715,13 @@ def check_image(
     try:
         data = path.read_bytes()
         width, height = load_rgb(data).size
+        caption, source = find_caption(path, name, config, described)
     except Exception as error:  # Pillow's plugins raise anything from struct.error to SyntaxError on broken files
-        return problem(name, f"is skipped: {type(error).__name__}: {error}")
-    caption, source = find_caption(path, name, config, described)
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        return problem(name, f"is skipped: {'no image of a known format' if unknown else error}")
     folder = REPEATS_FOLDER.fullmatch(path.parent.name) if path.parent != root else None
     repeats = config.repeats * (int(folder[1]) if folder else 1)
+    caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
     caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
     return Example(name, path, caption, source, max(1, repeats), width, height, hashlib.sha256(data).hexdigest())
 
@@ -1827,11 +1933,7 @@ def generator(purpose: str, *numbers: int) -> torch.Generator:
 
 
 def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
-    """Compute alpha_bar [T] in float64 on the CPU from a diffusers scheduler config.
-
-    Raises:
-        TrainerError: `model_unsupported` for a beta schedule that Stable Diffusion does not use.
-    """
+    """Compute alpha_bar [T] in float64 on the CPU from a diffusers scheduler config (linear or scaled_linear)."""
     count = int(scheduler.get("num_train_timesteps", 1000))
     start, end = float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02))
     schedule = scheduler.get("beta_schedule", "linear")
@@ -1839,10 +1941,8 @@ def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
         betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
     elif schedule == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
     else:
-        raise TrainerError("model_unsupported", f"The model's scheduler has the beta_schedule {schedule!r}.")
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     return zero_terminal(alpha_bar) if scheduler.get("rescale_betas_zero_snr") else alpha_bar
 
@@ -1975,17 +2075,21 @@ class PromptEncoder:
             except Exception as error:  # a missing or broken vocabulary shows in many classes
                 raise model_corrupt(source.folder / row.tokenizer, str(error)) from error
         self.encoders = [load(getattr(transformers, row.class_name), row.folder) for row in self.rows]
+        self.length = min(encoder.config.max_position_embeddings for encoder in self.encoders)  # 77 for all of CLIP
+        for row, tokenizer, encoder in zip(self.rows, self.tokenizers, self.encoders, strict=True):
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise model_corrupt(source.folder / row.tokenizer, "it has more tokens than its text encoder")
 
     def is_cut(self, text: str) -> bool:
         """Tell whether the encoders see less than the whole text."""
-        return any(len(t(text, truncation=False).input_ids) > t.model_max_length for t in self.tokenizers)
+        return any(len(tokenizer(text, truncation=False).input_ids) > self.length for tokenizer in self.tokenizers)
 
     def encode(self, text: str) -> TextEmbedding:
         """Encode one text as diffusers' pipelines do: 77 tokens, padded as the tokenizer says."""
         states, pooled = [], None
         for row, tokenizer, encoder in zip(self.rows, self.tokenizers, self.encoders, strict=True):
             tokens = tokenizer(
-                text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                text, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
             ).to(encoder.device)
             mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
             with torch.no_grad():
@@ -2084,7 +2188,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
         key = "lora_unet_" + name.replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = down.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.detach().to("cpu", dtype).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)  # fp32: half precision would round it
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
@@ -2287,7 +2391,9 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
             tensors, record = decode_state(path)
         except (ValueError, KeyError) as error:
             corrupt.append(path.name)
-            warn("checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "The state before it is used.")
+            warn(
+                "checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "An older state is used if there is one."
+            )
             continue
         if record["run_id"] == run_id:
             return ResumePoint(path, tensors, record)
@@ -2299,7 +2405,9 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
 def run_identity(config: TrainingConfig, plan: Plan) -> JSON:
     """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
     resolved = plan.resolved(config)
-    identity = {key: resolved[key] for key in keys_marked("x-defines-run")} | {"dataset": plan.dataset.fingerprint}
+    unet = hashlib.sha256(json.dumps(plan.source.unet, sort_keys=True).encode()).hexdigest()
+    identity = {key: resolved[key] for key in keys_marked("x-defines-run")}
+    identity |= {"dataset": plan.dataset.fingerprint, "unet": unet}
     return dict(json.loads(json.dumps(identity)))
 
 
@@ -2384,7 +2492,7 @@ class LoRATrainer:
         )  # the last epoch's batches, so as not to shuffle each step
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
-        self.stale = list(folder.samples.glob("step_*.png")) if fresh else []
+        self.replaced_id: str | None = None  # the run that --fresh replaces; its files go after our first save
 
     # ---- setup ------------------------------------------------------------------------
 
@@ -2407,6 +2515,7 @@ class LoRATrainer:
         self.adapt()
         if point:
             self.restore(point)
+        self.write_config()  # only now: a --fresh that fails to load must not cut the old run off from its states
         return False
 
     def plan_warnings(self) -> Iterator[tuple[str, str, str]]:
@@ -2415,9 +2524,10 @@ class LoRATrainer:
         yield from hardware_warnings(self.plan.hardware, self.config.device)
 
     def find_point(self) -> ResumePoint | None:
-        """Find what to go on from, settle the run's id, and write config.json."""
-        config_path = self.folder.path / "config.json"
-        known = None if self.fresh else read_run_id(config_path)
+        """Find what to go on from, and settle the run's id."""
+        known = read_run_id(self.folder.path / "config.json")
+        if self.fresh:
+            known, self.replaced_id = None, known
         states = numbered(self.folder.checkpoints, "state_step")
         if states and known is None and not self.fresh:
             message = f"{self.folder.checkpoints} holds states, but config.json does not say of which run."
@@ -2427,11 +2537,11 @@ class LoRATrainer:
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
         self.run_id = known or uuid.uuid4().hex
-        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved(self.config)}
-        text = json.dumps(strict(document), indent=2).encode() + b"\n"
-        if not config_path.exists() or config_path.read_bytes() != text:
-            write_file(config_path, text)
         return point
+
+    def write_config(self) -> None:
+        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved(self.config)}
+        write_file(self.folder.path / "config.json", json.dumps(strict(document), indent=2).encode() + b"\n")
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the final LoRA is on disk, of this run and of this step."""
@@ -2467,7 +2577,10 @@ class LoRATrainer:
         members = [(index, size) for size, indices in self.plan.buckets.items() for index in dict.fromkeys(indices)]
         for number, (index, size) in enumerate(members, 1):
             example = self.plan.dataset.examples[index]
-            image, crop = fit_image(load_rgb(example.path.read_bytes()), size)
+            try:
+                image, crop = fit_image(load_rgb(example.path.read_bytes()), size)
+            except Exception as error:  # it was whole when it was checked
+                raise TrainerError("dataset_unreadable", f"{example.name} has changed meanwhile: {error}") from error
             self.images[index] = encode_image(self.vae, image, (example.width, example.height), crop)
             self.events.info("Encoding images.", phase="caching", current=number, total=len(members))
 
@@ -2544,6 +2657,7 @@ class LoRATrainer:
         if self.config.sample_at_start and self.state.step == 0:
             self.sample(0)
         self.stop.arm()
+        self.catch_up()
         self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
             step = self.state.step
@@ -2557,6 +2671,16 @@ class LoRATrainer:
             self.report(loss, rate, grad_norm)
             self.periodic()
         return True
+
+    def catch_up(self) -> None:
+        """Make what was due at the step we resume from, where a kill came before it was on disk."""
+        config, step = self.config, self.state.step
+        if step and is_due(step, config.checkpoint_steps) and not self.stop.saved.path:
+            self.save()
+        if step and is_due(step, config.validation_steps):
+            last = self.folder.samples / f"step_{step}_{len(config.prompts) - 1}.png"
+            if written_by(last) != self.run_id:
+                self.sample(step)
 
     def lap(self) -> float:
         """Give the seconds since the last step's end: samples and saves are in, so the time left is honest."""
@@ -2696,11 +2820,11 @@ class LoRATrainer:
         """Do what is due after a step: save, then sample."""
         config, step = self.config, self.state.step
         minutes = (time.monotonic() - self.last_save) / 60
-        if self.stop.save_requested or (config.checkpoint_steps and step % config.checkpoint_steps == 0):
+        if self.stop.save_requested or is_due(step, config.checkpoint_steps):
             self.save()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save(lora=False)
-        if config.validation_steps and step % config.validation_steps == 0:
+        if is_due(step, config.validation_steps):
             self.sample(step)
 
     # ---- sample, save, finish ---------------------------------------------------------
@@ -2723,7 +2847,11 @@ class LoRATrainer:
             self.vae.to("cpu")
             path = self.folder.samples / f"step_{step}_{index}.png"
             text = {"prompt": prompt, "seed": str(seed), "step": str(step), "run_id": self.run_id}
-            write_file(path, png_bytes(image, text))
+            try:
+                write_file(path, png_bytes(image, text))
+            except TrainerError as error:  # a picture is not worth a run
+                self.events.warning("sample_not_written", error.message, error.hint)
+                break
             self.events.emit("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
         self.unet.train()
         self.events.phase = "training"
@@ -2777,21 +2905,23 @@ class LoRATrainer:
         write_file(path, serialize(tensors, lora_header(self.config, self.plan, self.state.step, self.run_id, digest)))
 
     def prune(self) -> None:
-        """Remove what newer files replaced: states but two, LoRAs over the limit, all of a run before --fresh."""
+        """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
         limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
-        old, self.stale = self.stale, []
         for stem, limit in limits.items():
-            files = [path for _, path in numbered(self.folder.checkpoints, stem)]
-            ours = [path for path in files if written_by(path) == self.run_id]
-            old += [path for path in files if written_by(path) not in (self.run_id, None)]
-            old += ours[limit:] if limit else []
-        if written_by(self.final_path) not in (self.run_id, None):
-            old.append(self.final_path)
-        for path in old:
-            path.unlink(missing_ok=True)
+            ours = [path for _, path in numbered(self.folder.checkpoints, stem) if written_by(path) == self.run_id]
+            for path in ours[limit:] if limit else []:
+                path.unlink(missing_ok=True)
+        if self.replaced_id:
+            candidates = [*self.folder.path.glob("*/*.safetensors"), *self.folder.path.glob("*.safetensors")]
+            for path in [*candidates, *self.folder.samples.glob("*.png")]:
+                if written_by(path) == self.replaced_id:
+                    path.unlink(missing_ok=True)
+            self.replaced_id = None
 
     def finish(self) -> None:
         """Write the final LoRA and say `complete`."""
+        if self.state.step and not self.state.losses:
+            raise TrainerError("loss_not_finite", "Not one step was finite: nothing was trained.")
         self.events.info("Saving the final LoRA.", phase="saving")
         if self.stop.saved.step != self.state.step:
             self.save(lora=False)
@@ -2806,6 +2936,10 @@ class LoRATrainer:
             total_time=round(self.state.seconds, 3),
             loss=self.state.loss_avg,
         )
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def set_determinism(wanted: bool) -> None:
@@ -2828,12 +2962,19 @@ def free_memory() -> None:
 def read_run_id(config_path: Path) -> str | None:
     try:
         return str(json.loads(config_path.read_text("utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def written_by(path: Path) -> str | None:
-    """Tell which run wrote a LoRA or state file; None where that cannot be told."""
+    """Tell which run wrote a LoRA, state or sample file; None where that cannot be told."""
+    if path.suffix == ".png":
+        with contextlib.suppress(Exception):  # not there, not a picture, not ours: all mean the same here
+            from PIL import Image
+
+            with Image.open(path, formats=["PNG"]) as image:
+                return str(image.info["run_id"])
+        return None
     header = read_header(path)
     if "record" in header:
         with contextlib.suppress(ValueError):
@@ -2923,11 +3064,12 @@ def check_hardware(config: TrainingConfig, events: EventStream) -> tuple[Hardwar
     return hardware, choose_dtype(config.mixed_precision, hardware.device)[0]
 
 
+@blame("output_not_writable")
 def check_writable(path: Path) -> None:
     """Make sure that the output folder can be made, without making it."""
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise not_writable(path, OSError(errno.EACCES, f"{parent} is not a folder that can be written to"))
+        raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
 
 
 def emit_validated(
@@ -2984,8 +3126,9 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     dataset = check_inputs(config)
     folder = OutputFolder(Path(config.output_path))
     folder.open()
-    events.open_log(folder.path / "events.jsonl")
-    stop.watch_folder(folder.path)
+    with blame("output_not_writable"):
+        events.open_log(folder.path / "events.jsonl")
+        stop.watch_folder(folder.path)
     events.info("Importing torch and diffusers.", phase="importing")
     import_libraries()
     trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh)
