@@ -1314,8 +1314,8 @@ def test_captions_come_from_metadata_then_sidecars_then_trigger_words(tmp_path: 
     }
     assert [example.repeats for example in dataset.examples] == [3, 1, 1, 1]
     assert [item["path"] for item in dataset.skipped] == ["metadata.jsonl:3", "metadata.jsonl:4"]
-    sources = {"metadata.jsonl": 1, "sidecar": 1, "trigger words": 1, "folder name": 1}
-    assert dataset.captions_by_source() == sources
+    sources = [example.caption_source for example in dataset.examples]
+    assert sources == ["folder name", "metadata.jsonl", "sidecar", "trigger words"]
 
 
 def test_trigger_words_count_as_whole_words_only() -> None:

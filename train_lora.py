@@ -1278,8 +1278,8 @@ def read_model_json(folder: Path, name: str) -> JSON:
         document = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
-    for error in Draft7Validator(MODEL_SCHEMAS[name]).iter_errors(document):
-        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {error.json_path}: {error.message}.")
+    for wrong in Draft7Validator(MODEL_SCHEMAS[name]).iter_errors(document):
+        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
     return dict(document)
 
 
@@ -1577,12 +1577,12 @@ def estimate_vram(
     return {**training, "total": max(sum(training.values()), sum(caching.values()) + GPU_OVERHEAD)}
 
 
-def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware) -> tuple[bool, str]:
+def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware | None) -> tuple[bool, str]:
     """Give (gradient checkpointing, why)."""
     if isinstance(wish, bool):
         return wish, f"gradient_checkpointing {str(wish).lower()}"
-    if hardware.free_bytes is None:
-        return False, "memory of this device is not limited apart"
+    if hardware is None or hardware.free_bytes is None:
+        return False, "the device has no memory of its own" if hardware else "the device is not known"
     need, free = gigabytes(plain_bytes), gigabytes(hardware.free_bytes)
     if plain_bytes > hardware.free_bytes:
         return True, f"without it about {need} GB are needed and {free} GB are free"
@@ -1622,9 +1622,6 @@ class Dataset:
         """Change when any image, caption or repeat does; not when the folder moves."""
         rows = [[example.name, example.digest, example.caption, example.repeats] for example in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-    def captions_by_source(self) -> dict[str, int]:
-        return dict(collections.Counter(example.caption_source for example in self.examples))
 
 
 @blame("dataset_unreadable")
@@ -1863,12 +1860,11 @@ class Plan:
 
     source: ModelSource
     dataset: Dataset
-    hardware: Hardware
-    dtype: torch.dtype
     resolution: int
     buckets: Mapping[Size, Sequence[int]]
     total_steps: int
     checkpointing: bool
+    memory: Mapping[str, int]
     reasons: tuple[str, ...]
 
     def epoch(self, config: TrainingConfig, step: int) -> float:
@@ -1877,17 +1873,13 @@ class Plan:
 
     def resolved(self, config: TrainingConfig) -> JSON:
         """Give the config with every null that has a meaning replaced by what it came to."""
-        return resolve_defaults(config, self.resolution, self.total_steps)
-
-
-def resolve_defaults(config: TrainingConfig, resolution: int, total_steps: int) -> JSON:
-    return dataclasses.asdict(config) | {
-        "steps": total_steps,
-        "resolution": resolution,
-        "learning_rate": config.base_learning_rate,
-        "lora_alpha": config.alpha,
-        "sample_prompts": config.prompts,
-    }
+        return dataclasses.asdict(config) | {
+            "steps": self.total_steps,
+            "resolution": self.resolution,
+            "learning_rate": config.base_learning_rate,
+            "lora_alpha": config.alpha,
+            "sample_prompts": config.prompts,
+        }
 
 
 def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -> int:
@@ -1897,29 +1889,32 @@ def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -
     return config.steps or 1000
 
 
-def make_plan(config: TrainingConfig, dataset: Dataset) -> Plan:
-    """Decide everything; needs torch for the device and dtype, loads no weights.
+def plan_warnings(config: TrainingConfig, plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) for what a user should know before the run starts."""
+    yield from config_warnings(config)
+    yield from dataset_warnings(plan.dataset, plan.resolution)
+    if plan.source.folder is None:
+        message = (
+            f"That {plan.source.name} is {plan.source.family.title} is a guess from its name: the Hub was not reached."
+        )
+        yield "model_guessed", message, "Check again with a network connection, or set model_type."
 
-    Raises:
-        TrainerError: for the device or the model.
-    """
-    hardware = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.mixed_precision, hardware.device)
-    half = dtype != torch.float32
-    source = locate_model(config, weights=True, half=half)
+
+def make_plan(
+    config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
+) -> Plan:
+    """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
     resolution = config.resolution or source.native_resolution
     buckets = make_buckets(config, dataset, resolution)
-    plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)["total"]
-    checkpointing, why_checkpointing = choose_checkpointing(config.gradient_checkpointing, plain, hardware)
+    plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)
+    checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
+    memory = estimate_vram(config, source, resolution, half=half, checkpointing=True) if checkpointing else plain
     reasons = (
         f"Model: {source.family.title}, {source.prediction_type}, resolution {resolution}.",
-        f"Device: {hardware.device}, {hardware.name} ({hardware.why}).",
-        f"Compute dtype: {str(dtype).removeprefix('torch.')} ({why_dtype}).",
-        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why_checkpointing}).",
+        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
         f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
     )
-    total_steps = count_steps(config, buckets)
-    return Plan(source, dataset, hardware, dtype, resolution, buckets, total_steps, checkpointing, reasons)
+    return Plan(source, dataset, resolution, buckets, count_steps(config, buckets), checkpointing, memory, reasons)
 
 
 # ======================================================================================
@@ -2259,7 +2254,6 @@ def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, dige
         "ss_total_batch_size": str(config.batch_size * config.gradient_accumulation_steps),
         "ss_resolution": f"({width}, {width})",
         "ss_seed": str(config.seed),
-        "ss_mixed_precision": str(plan.dtype).removeprefix("torch."),
         "sshs_model_hash": digest,
         "train_lora.version": VERSION,
         "train_lora.run_id": run_id,
@@ -2494,22 +2488,25 @@ class LoRATrainer:
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.replaced_id: str | None = None  # the run that --fresh replaces; its files go after our first save
 
-    # ---- setup ------------------------------------------------------------------------
-
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
         self.events.info("Planning the run.", phase="planning")
-        self.plan = make_plan(self.config, self.dataset)
+        hardware = choose_device(self.config.device)
+        self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
+        self.half = self.dtype != torch.float32
+        self.device = torch.device(hardware.device)
+        source = locate_model(self.config, weights=True, half=self.half)
+        self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
+        self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
+        self.events.info(f"Compute dtype: {str(self.dtype).removeprefix('torch.')} ({why}).")
         for reason in self.plan.reasons:
             self.events.info(reason)
-        for code, message, hint in self.plan_warnings():
-            self.events.warning(code, message, hint)
+        for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.config, self.plan)):
+            self.events.warning(*warning)
         point = self.find_point()
         if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
             self.state = point.state
             return True
-        self.half = self.plan.dtype != torch.float32
-        self.device = torch.device(self.plan.hardware.device)
         set_determinism(self.config.deterministic)
         self.cache()
         self.adapt()
@@ -2517,11 +2514,6 @@ class LoRATrainer:
             self.restore(point)
         self.write_config()  # only now: a --fresh that fails to load must not cut the old run off from its states
         return False
-
-    def plan_warnings(self) -> Iterator[tuple[str, str, str]]:
-        yield from config_warnings(self.config)
-        yield from dataset_warnings(self.plan.dataset, self.plan.resolution)
-        yield from hardware_warnings(self.plan.hardware, self.config.device)
 
     def find_point(self) -> ResumePoint | None:
         """Find what to go on from, and settle the run's id."""
@@ -2565,7 +2557,7 @@ class LoRATrainer:
             self.events.warning("captions_cut", message, "Put what matters first; the rest is not seen.")
         del encoder
         self.events.info("Loading the VAE.", phase="loading")
-        dtype = torch.float32 if source.vae.get("force_upcast") else self.plan.dtype
+        dtype = torch.float32 if source.vae.get("force_upcast") else self.dtype
         self.vae = self.load(diffusers.AutoencoderKL, "vae", dtype)
         self.cache_images()
         self.vae.encoder = self.vae.quant_conv = None
@@ -2602,7 +2594,7 @@ class LoRATrainer:
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.plan.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.alpha_bar = noise_schedule(self.plan.source.scheduler)
         self.target_of = TARGET_OF[self.plan.source.prediction_type]
         count = sum(weight.numel() for weight in self.parameters)
@@ -2624,7 +2616,7 @@ class LoRATrainer:
         folder = self.plan.source.folder
         assert folder is not None
         variant, _ = choose_weights(list_files(folder), component, self.config.variant, self.half)
-        module = load_component(owner, folder / component, variant, dtype or self.plan.dtype)
+        module = load_component(owner, folder / component, variant, dtype or self.dtype)
         return module.to(self.device)
 
     def restore(self, point: ResumePoint) -> None:
@@ -2648,8 +2640,6 @@ class LoRATrainer:
 
     def environment(self) -> JSON:
         return {"torch": str(torch.__version__), "device": self.device.type, "threads": torch.get_num_threads()}
-
-    # ---- train ------------------------------------------------------------------------
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -2759,7 +2749,7 @@ class LoRATrainer:
         self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: dict[str, Tensor] | None
     ) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
-        with torch.autocast(self.device.type, self.plan.dtype, enabled=self.half):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.half):
             output = self.unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=conditions)
         prediction: Tensor = output.sample
         return prediction
@@ -2826,8 +2816,6 @@ class LoRATrainer:
             self.save(lora=False)
         if is_due(step, config.validation_steps):
             self.sample(step)
-
-    # ---- sample, save, finish ---------------------------------------------------------
 
     def sample(self, step: int) -> None:
         """Draw one image per prompt; the training's random state is not touched, since it has none."""
@@ -3038,20 +3026,22 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 
     events.info("Checking the dataset.", phase="validating")
     dataset = attempt(lambda: scan_dataset(config))
-    events.info("Checking the model.")
-    hardware, dtype = attempt(lambda: check_hardware(config, events)) or (None, None)
-    half = hardware is None or dtype != torch.float32
+    events.info("Checking the model and the hardware.")
+    hardware = attempt(lambda: check_hardware(config, events))
+    half = hardware is None or choose_dtype(config.mixed_precision, hardware.device)[0] != torch.float32
     source = attempt(lambda: locate_model(config, weights=False, half=half))
     attempt(lambda: check_writable(Path(config.output_path)))
     if failures:
-        first = failures[0]
         problems = [item for error in failures for item in (error.problems or [problem(error.code, error.message)])]
         message = " ".join(error.message for error in failures)
-        raise TrainerError(first.code, message, " ".join(error.hint for error in failures), problems)
-    emit_validated(config, events, dataset, source, hardware, half)
+        raise TrainerError(failures[0].code, message, " ".join(error.hint for error in failures), problems)
+    plan = make_plan(config, dataset, source, hardware, half=half)
+    for warning in plan_warnings(config, plan):
+        events.warning(*warning)
+    events.emit("validated", **validation_report(config, plan, hardware), warnings=events.warnings)
 
 
-def check_hardware(config: TrainingConfig, events: EventStream) -> tuple[Hardware, Any] | None:
+def check_hardware(config: TrainingConfig, events: EventStream) -> Hardware | None:
     try:
         import_libraries()
     except TrainerError:
@@ -3059,9 +3049,9 @@ def check_hardware(config: TrainingConfig, events: EventStream) -> tuple[Hardwar
         events.warning("torch_missing", message, "pip install -r requirements.txt")
         return None
     hardware = choose_device(config.device)
-    for code, message, hint in hardware_warnings(hardware, config.device):
-        events.warning(code, message, hint)
-    return hardware, choose_dtype(config.mixed_precision, hardware.device)[0]
+    for warning in hardware_warnings(hardware, config.device):
+        events.warning(*warning)
+    return hardware
 
 
 @blame("output_not_writable")
@@ -3072,27 +3062,13 @@ def check_writable(path: Path) -> None:
         raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
 
 
-def emit_validated(
-    config: TrainingConfig,
-    events: EventStream,
-    dataset: Dataset,
-    source: ModelSource,
-    hardware: Hardware | None,
-    half: bool,
-) -> None:
-    resolution = config.resolution or source.native_resolution
-    buckets = make_buckets(config, dataset, resolution)
-    steps = count_steps(config, buckets)
-    for code, message, hint in (*config_warnings(config), *dataset_warnings(dataset, resolution)):
-        events.warning(code, message, hint)
-    if source.folder is None:
-        message = f"The Hub was not reached: that {source.name} is {source.family.title} is a guess from its name."
-        events.warning("model_guessed", message, "Check again with a network connection, or set model_type.")
-    terms = estimate_vram(config, source, resolution, half=half, checkpointing=config.gradient_checkpointing is True)
-    events.emit(
-        "validated",
-        valid=True,
-        model={
+def validation_report(config: TrainingConfig, plan: Plan, hardware: Hardware | None) -> JSON:
+    """Give the fields of the `validated` event."""
+    source, dataset = plan.source, plan.dataset
+    batches = batches_per_epoch(plan.buckets, config.batch_size)
+    return {
+        "valid": True,
+        "model": {
             "name": source.name,
             "family": source.family.name,
             "title": source.family.title,
@@ -3100,20 +3076,17 @@ def emit_validated(
             "native_resolution": source.native_resolution,
             "guessed": source.folder is None,
         },
-        dataset={
+        "dataset": {
             "images": len(dataset.examples),
             "skipped": list(dataset.skipped),
-            "captions": dataset.captions_by_source(),
-            "buckets": {f"{width}x{height}": len(members) for (width, height), members in buckets.items()},
-            "steps_per_epoch": math.ceil(
-                batches_per_epoch(buckets, config.batch_size) / config.gradient_accumulation_steps
-            ),
+            "captions": dict(collections.Counter(example.caption_source for example in dataset.examples)),
+            "buckets": {f"{width}x{height}": len(members) for (width, height), members in plan.buckets.items()},
+            "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
         },
-        memory={f"{term}_gb": gigabytes(count) for term, count in terms.items()},
-        hardware=hardware.report() if hardware else None,
-        warnings=events.warnings,
-        config=resolve_defaults(config, resolution, steps),
-    )
+        "memory": {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()},
+        "hardware": hardware.report() if hardware else None,
+        "config": plan.resolved(config),
+    }
 
 
 def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> int:
