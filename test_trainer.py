@@ -2221,6 +2221,30 @@ def test_the_integration_examples_run_as_they_stand(tmp_path: Path, language: st
         assert done.stdout
 
 
+@needs_torch
+def test_the_demo_teaches_its_concept_and_old_prompts_stay(tmp_path: Path) -> None:
+    """The README's first command, and the numbers that benchmarks/demo_quality.py gives for its LoRA."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    arguments = command("--config", ROOT / "demo/config.json", "--set", f"output_path={tmp_path}")
+    done = subprocess.run(arguments, capture_output=True, env=environment, timeout=1200)
+    result = Run(done.returncode, done.stdout, done.stderr)
+    assert (result.code, result.last["type"]) == (0, "complete")
+    assert [event["step"] for event in result.of("sample") if event["index"] == 0] == [0, 200, 400]
+    arguments = [sys.executable, str(ROOT / "benchmarks/demo_quality.py"), "--lora", result.last["final_path"]]
+    settings = ["--samples", "6", "--steps", "15", "--batch-size", "6"]
+    done = subprocess.run([*arguments, *settings], capture_output=True, env=environment, timeout=1200, check=True)
+    closeness = {
+        prompt: (measured["before"]["closeness"], measured["after"]["closeness"])
+        for prompt, measured in json.loads(done.stdout)["prompts"].items()
+    }
+    for prompt in ("a red zorb", "a blue zorb"):
+        before, after = closeness[prompt]
+        assert after > before + 0.1, prompt
+    for prompt in ("a red circle", "a blue square"):
+        before, after = closeness[prompt]
+        assert after > before - 0.2, prompt
+
+
 def test_docker_files_agree_with_the_tree() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
     assert "ARG BASE_IMAGE=nvidia/cuda:11.8.0-base-ubuntu22.04" in dockerfile

@@ -2098,9 +2098,9 @@ def encode_image(vae: Any, image: Image.Image, original: Size, crop: Size) -> Ca
     """Encode one fitted image to its latent distribution, in the UNet's scale."""
     import numpy
 
-    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
+    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
-        latents = vae.encode(pixels).latent_dist
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     sizes = (original[1], original[0], crop[1], crop[0], image.height, image.width)
     return CachedImage(
