@@ -2480,10 +2480,7 @@ class LoRATrainer:
         self.config, self.dataset, self.events, self.stop = config, dataset, events, stop
         self.folder, self.fresh = folder, fresh
         self.state = TrainState()
-        self.epoch_order: tuple[int, list[list[int]]] = (
-            -1,
-            [],
-        )  # the last epoch's batches, so as not to shuffle each step
+        self.order_epoch, self.order = -1, list[list[int]]()  # one epoch's batches, so as not to shuffle at each step
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.replaced_id: str | None = None  # the run that --fresh replaces; its files go after our first save
@@ -2702,9 +2699,10 @@ class LoRATrainer:
         """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
         config, buckets = self.config, self.plan.buckets
         epoch, position = divmod(micro_batch, batches_per_epoch(buckets, config.batch_size))
-        if epoch != self.epoch_order[0]:
-            self.epoch_order = (epoch, epoch_batches(buckets, config.batch_size, config.seed, epoch))
-        return self.epoch_order[1][position]
+        if epoch != self.order_epoch:
+            self.order = epoch_batches(buckets, config.batch_size, config.seed, epoch)
+            self.order_epoch = epoch
+        return self.order[position]
 
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
