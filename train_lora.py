@@ -20,8 +20,8 @@ signal, and gets .safetensors files that A1111, Forge, ComfyUI, InvokeAI and dif
 
 The file reads once, top to bottom; each section uses only what stands above it:
 
-    imports and constants    everything heavy waits in import_libraries()
-    errors                   TrainerError: what a user can mend
+    imports and constants    only what is cheap to import
+    errors                   TrainerError: what a user can mend; import_libraries(): everything heavy
     config                   config_schema.json -> TrainingConfig
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
@@ -52,6 +52,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -91,24 +92,6 @@ SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 WINDOWS = os.name == "nt"
 
 JSON = dict[str, Any]
-
-
-def import_libraries() -> None:
-    """Import everything that takes seconds; called once, after the signal handlers are in.
-
-    Raises:
-        TrainerError: `dependency_missing`, naming the package.
-    """
-    global torch, diffusers, transformers, peft
-    try:
-        import diffusers
-        import peft
-        import torch
-        import transformers
-    except ImportError as error:
-        raise missing_dependency(error) from error
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
 
 
 # ======================================================================================
@@ -177,10 +160,33 @@ def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return TrainerError("disk_full", f"The disk is full: {error}")
-    # torch raises its own class on GPUs, a plain RuntimeError from the CPU's allocator.
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+    # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU and from cuBLAS.
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in text.lower()
+        or "ALLOC_FAILED" in text
+        or "can't allocate memory" in text
+    ):
         return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
     return TrainerError("internal", f"Unexpected failure while {phase}: {text}")
+
+
+def import_libraries() -> None:
+    """Import everything that takes seconds; called once, after the signal handlers are in.
+
+    Raises:
+        TrainerError: `dependency_missing`, naming the package.
+    """
+    global torch, diffusers, transformers, peft
+    try:
+        import diffusers
+        import peft
+        import torch
+        import transformers
+    except ImportError as error:
+        raise missing_dependency(error) from error
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
 
 
 # ======================================================================================
@@ -327,6 +333,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     return TrainingConfig(**{key: freeze(value, definitions[key]) for key, value in values.items()})
 
 
+@functools.cache  # a long run must not depend on the file later
 def load_schema() -> JSON:
     try:
         return dict(json.loads(SCHEMA_PATH.read_text("utf-8")))
@@ -383,9 +390,7 @@ def problem(path: str, message: str) -> dict[str, str]:
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> dict[str, str]:
     near = difflib.get_close_matches(key, list(known), n=1)
-    return problem(
-        path, f"unknown key; did you mean '{near[0]}'?" if near else "unknown key; the README lists all keys"
-    )
+    return problem(path, "unknown key; " + (f"did you mean '{near[0]}'?" if near else "the README lists all keys"))
 
 
 def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
@@ -528,23 +533,14 @@ def freeze(value: Any, definition: JSON) -> Any:
 def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for settings that are legal but hardly meant."""
     if config.steps is not None and config.epochs is not None:
-        yield (
-            "steps_over_epochs",
-            f"Both steps and epochs are given; steps ({config.steps}) wins.",
-            "Remove one of the two.",
-        )
+        message = f"Both steps and epochs are given; steps ({config.steps}) wins."
+        yield "steps_over_epochs", message, "Remove one of the two."
     if config.lr_warmup_steps and config.steps is not None and config.lr_warmup_steps >= config.steps:
-        yield (
-            "warmup_too_long",
-            f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps).",
-            "Use a tenth of the steps or less.",
-        )
+        message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
+        yield "warmup_too_long", message, "Use a tenth of the steps or less."
     if config.base_learning_rate > 2e-2:
-        yield (
-            "learning_rate_high",
-            f"learning_rate {config.base_learning_rate:g} is far above what LoRAs train at.",
-            "Try 1e-4; tiny models take up to 1e-3.",
-        )
+        message = f"learning_rate {config.base_learning_rate:g} is far above what LoRAs train at."
+        yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
 
 
 # ======================================================================================
@@ -810,7 +806,7 @@ class StopWatcher:
     heard even while the main thread is deep in an import or a kernel; one thread reads it.
     """
 
-    GRACE_S = 8.0  # docker kills after 10
+    GRACE_S = 8.0  # to save, and for the reader to take the last lines; docker kills after 10
     ECHO_S = 1.0  # Ctrl-C reaches the whole group, and a parent may pass on a signal that we got: one request
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGUSR1")
     SAVE = int(getattr(signal, "SIGUSR1", 10))
@@ -835,7 +831,7 @@ class StopWatcher:
             number = getattr(signal, name, None)
             # What our parent made us ignore (nohup's SIGHUP) stays ignored.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: None)
+                signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
@@ -989,6 +985,11 @@ def replace_file(source: Path, target: Path) -> None:
             time.sleep(0.05)
 
 
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # on Windows a viewer may hold it
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     if WINDOWS:
         return
@@ -1043,6 +1044,13 @@ class ModelFamily:
     unet: Mapping[str, Any]
 
 
+SD_UNET = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+}
+
 FAMILIES = (
     ModelFamily(
         name="sd15",
@@ -1050,7 +1058,11 @@ FAMILIES = (
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd15"],
         native_resolution=512,
-        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", False, False, 123_060_480),),
+        text_encoders=(
+            TextEncoder(
+                "text_encoder", "tokenizer", "CLIPTextModel", penultimate=False, pooled=False, parameters=123_060_480
+            ),
+        ),
         time_ids=False,
         linear_projection=False,
         original_block_names=False,
@@ -1060,12 +1072,7 @@ FAMILIES = (
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": 83_653_863},
         lora_width={"attention": 199_296, "transformer": 423_936},
-        unet={
-            "block_out_channels": (320, 640, 1280, 1280),
-            "layers_per_block": 2,
-            "transformer_layers_per_block": 1,
-            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-        },
+        unet=SD_UNET,
     ),
     ModelFamily(
         name="sd21",
@@ -1073,7 +1080,11 @@ FAMILIES = (
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd21"],
         native_resolution=768,
-        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", False, False, 340_387_840),),
+        text_encoders=(
+            TextEncoder(
+                "text_encoder", "tokenizer", "CLIPTextModel", penultimate=False, pooled=False, parameters=340_387_840
+            ),
+        ),
         time_ids=False,
         linear_projection=True,
         original_block_names=False,
@@ -1083,12 +1094,7 @@ FAMILIES = (
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
         parameters={"unet": 865_910_724, "vae": 83_653_863},
         lora_width={"attention": 207_488, "transformer": 432_128},
-        unet={
-            "block_out_channels": (320, 640, 1280, 1280),
-            "layers_per_block": 2,
-            "transformer_layers_per_block": 1,
-            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-        },
+        unet=SD_UNET,
     ),
     ModelFamily(
         name="sdxl",
@@ -1097,8 +1103,17 @@ FAMILIES = (
         source=SHORT_NAMES["sdxl"],
         native_resolution=1024,
         text_encoders=(
-            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", True, False, 123_060_480),
-            TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", True, True, 694_659_840),
+            TextEncoder(
+                "text_encoder", "tokenizer", "CLIPTextModel", penultimate=True, pooled=False, parameters=123_060_480
+            ),
+            TextEncoder(
+                "text_encoder_2",
+                "tokenizer_2",
+                "CLIPTextModelWithProjection",
+                penultimate=True,
+                pooled=True,
+                parameters=694_659_840,
+            ),
         ),
         time_ids=True,
         linear_projection=True,
@@ -1133,7 +1148,7 @@ MODEL_SCHEMAS: dict[str, JSON] = {
         "minProperties": 1,
         "properties": {
             "block_out_channels": COUNTS,
-            "layers_per_block": {"anyOf": [COUNT, COUNTS]},
+            "layers_per_block": COUNT,
             "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
             "down_block_types": {"type": "array", "items": {"type": "string"}},
             "in_channels": COUNT,
@@ -1171,13 +1186,15 @@ WEIGHTS = re.compile(
 class ModelSource:
     """A base model, known by its configs; no weight has been read yet."""
 
-    name: str  # Hub id or folder name: safe to publish in a file's header
+    name: str  # Hub id or folder name, never a path: it goes into the LoRA file's header
     folder: Path | None  # None: only guessed from the id
     family: ModelFamily
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     prediction_type: str
+    shapes: Mapping[str, Mapping[str, Sequence[int]]]  # of each component's tensors; {}: the weights are not here
+    variants: Mapping[str, str | None]  # of each component's weight files
 
     @property
     def vae_factor(self) -> int:
@@ -1228,16 +1245,32 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
             f"model_type is {config.model_type}, but the base model is {family.title} ({family.name}).",
             f'Set model_type to "{family.name}" or "auto", or choose another base_model.',
         )
-    if weights or local:
-        for component in component_folders(family):
-            component_shapes(folder, component, config.variant, half)
+    shapes, variants = read_shapes(folder, family, config.variant, half=half, required=weights or local)
     prediction = config.prediction_type
     if prediction == "auto":
         prediction = str(scheduler.get("prediction_type", "epsilon"))
     if prediction not in family.architecture:
         message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
-    return ModelSource(folder.name if local else config.base_model, folder, family, unet, vae, scheduler, prediction)
+    name = folder.name if local else config.base_model
+    return ModelSource(name, folder, family, unet, vae, scheduler, prediction, shapes, variants)
+
+
+def read_shapes(
+    folder: Path, family: ModelFamily, variant: str | None, *, half: bool, required: bool
+) -> tuple[dict[str, dict[str, list[int]]], dict[str, str | None]]:
+    """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not required."""
+    names = list_files(folder)
+    shapes, variants = {}, {}
+    try:
+        for part in component_folders(family):
+            variants[part], files = choose_weights(names, part, variant, half)
+            shapes[part] = weight_shapes(folder, files)
+    except TrainerError:
+        if required:
+            raise
+        return {}, {}
+    return shapes, variants
 
 
 def local_folder(path: str) -> Path:
@@ -1261,7 +1294,7 @@ def guess_model(config: TrainingConfig) -> ModelSource:
         raise hub_unreachable(config)
     family = (by_type or by_name)[0]
     prediction = "epsilon" if config.prediction_type == "auto" else config.prediction_type
-    return ModelSource(config.base_model, None, family, family.unet, {}, {}, prediction)
+    return ModelSource(config.base_model, None, family, family.unet, {}, {}, prediction, {}, {})
 
 
 def component_folders(family: ModelFamily) -> list[str]:
@@ -1335,11 +1368,6 @@ def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
     return shapes
 
 
-def component_shapes(source_folder: Path, component: str, variant: str | None, half: bool) -> dict[str, list[int]]:
-    names = list_files(source_folder)
-    return weight_shapes(source_folder, choose_weights(names, component, variant, half)[1])
-
-
 def list_files(folder: Path) -> list[str]:
     """List a diffusers folder's files as `component/file`."""
     return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
@@ -1365,7 +1393,10 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
             raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
         siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
         names = [sibling.rfilename for sibling in siblings]
-        wanted = wanted_files(names, config.variant, half) if weights else list(MODEL_SCHEMAS)
+        if "model_index.json" not in names:
+            raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
+        needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
+        wanted = needed if weights else list(MODEL_SCHEMAS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
     except TrainerError:
         raise
@@ -1377,6 +1408,8 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         hint = "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist."
         raise TrainerError("model_not_found", f"There is no model {repo!r}{at} on the Hub.", hint) from error
     except Exception as error:  # no network: the HTTP client's errors come in many classes
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         with contextlib.suppress(errors.LocalEntryNotFoundError, ValueError):
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         if weights:
@@ -1444,6 +1477,7 @@ def choose_device(wish: str) -> Hardware:
         family = "cuda" if cuda else "mps" if mps else "cpu"
     if family == "cuda" and cuda and int(index or 0) < torch.cuda.device_count():
         name = f"cuda:{int(index or 0)}"
+        torch.cuda.set_device(name)  # bf16 support and peak memory are asked of the current device
         free, total = torch.cuda.mem_get_info(name)
         return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
     if family == "mps" and mps:
@@ -1469,11 +1503,8 @@ def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str,
     if hardware.device != "cpu" or wish == "cpu":
         return
     if has_nvidia_gpu():
-        yield (
-            "gpu_unusable",
-            f"There is a GPU, but {gpu_trouble()}.",
-            "Install a torch build that fits the GPU and driver.",
-        )
+        message = f"There is a GPU, but {gpu_trouble()}."
+        yield "gpu_unusable", message, "Install a torch build that fits the GPU and driver."
     yield (
         "training_on_cpu",
         "Training runs on the CPU, which is slow for full-size models.",
@@ -1507,26 +1538,25 @@ TARGETS = {
 }
 
 
-def count_parameters(source: ModelSource, variant: str | None, half: bool) -> dict[str, int]:
+def count_parameters(source: ModelSource) -> dict[str, int]:
     """Count each component's parameters from its files' headers, else take the full-size family's."""
+    if source.shapes:
+        return {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
     family = source.family
-    if source.folder is not None:
-        with contextlib.suppress(TrainerError):  # configs only: the weights are not here yet
-            return {
-                part: sum(map(math.prod, component_shapes(source.folder, part, variant, half).values()))
-                for part in component_folders(family)
-            }
     return {**family.parameters, **{encoder.folder: encoder.parameters for encoder in family.text_encoders}}
 
 
-def lora_width(source: ModelSource, targets: str, variant: str | None, half: bool) -> int:
+def lora_width(source: ModelSource, targets: str) -> int:
     """Sum the inputs and outputs of all targeted layers; times the rank, the LoRA's parameters."""
-    if source.folder is not None:
-        with contextlib.suppress(TrainerError):
-            shapes = component_shapes(source.folder, "unet", variant, half)
-            pattern = re.compile(TARGETS[targets] + r"\.weight")
-            return sum(sum(shape[:2]) for name, shape in shapes.items() if pattern.fullmatch(name))
-    return source.family.lora_width[targets]
+    if not source.shapes:
+        return source.family.lora_width[targets]
+    pattern = re.compile(TARGETS[targets] + r"\.weight")
+    return sum(sum(shape[:2]) for name, shape in source.shapes["unet"].items() if pattern.fullmatch(name))
+
+
+RESNET_FACTOR, TRANSFORMER_FACTOR = 14.0, 32.0
+CHECKPOINTED_SHARE = 0.15  # what is left of the activations with gradient checkpointing
+GPU_OVERHEAD = 600 * 1024**2  # context, cuBLAS workspaces, fragmentation
 
 
 def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
@@ -1539,18 +1569,13 @@ def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
     layers = unet.get("layers_per_block", 2)
     depth = unet.get("transformer_layers_per_block", 1)
     depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * len(channels)
-    attends = [kind.startswith("CrossAttn") for kind in unet.get("down_block_types", ())]
+    attends = [block.startswith("CrossAttn") for block in unet.get("down_block_types", ())]
     total = 0.0
     for level, width in enumerate(channels):
-        blocks = 2 * (layers if isinstance(layers, int) else layers[level]) + 1
+        blocks = 2 * layers + 1
         transformers = depths[level] if level < len(attends) and attends[level] else 0
         total += blocks * (RESNET_FACTOR + TRANSFORMER_FACTOR * transformers) * width * latent_pixels / 4**level
     return int(total)
-
-
-RESNET_FACTOR, TRANSFORMER_FACTOR = 14.0, 32.0
-CHECKPOINTED_SHARE = 0.15  # what is left of the activations with gradient checkpointing
-GPU_OVERHEAD = 600 * 1024**2  # context, cuBLAS workspaces, fragmentation
 
 
 def estimate_vram(
@@ -1562,8 +1587,8 @@ def estimate_vram(
     is training's or caching's, whichever is larger.
     """
     width = 2 if half else 4
-    counts = count_parameters(source, config.variant, half)
-    lora = lora_width(source, config.lora_targets, config.variant, half) * config.lora_rank
+    counts = count_parameters(source)
+    lora = lora_width(source, config.lora_targets) * config.lora_rank
     latent_pixels = (resolution // source.vae_factor) ** 2
     activations = saved_activations(source.unet, latent_pixels) * config.batch_size * width
     training = {
@@ -1713,10 +1738,12 @@ def check_image(
         data = path.read_bytes()
         width, height = load_rgb(data).size
         caption, source = find_caption(path, name, config, described)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise anything from struct.error to SyntaxError on broken files
         unknown = type(error).__name__ == "UnidentifiedImageError"
         return problem(name, f"is skipped: {'no image of a known format' if unknown else error}")
-    folder = REPEATS_FOLDER.fullmatch(path.parent.name) if path.parent != root else None
+    folder = REPEATS_FOLDER.fullmatch(path.parent.name) if "/" in name else None
     repeats = config.repeats * (int(folder[1]) if folder else 1)
     caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
     caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
@@ -1733,7 +1760,7 @@ def load_rgb(data: bytes) -> Image.Image:
         import numpy
 
         values = numpy.asarray(image).astype("float64")
-        scale = 257.0 if image.mode != "F" or values.max() > 1 else 1 / 255.0
+        scale = 257.0 if image.mode != "F" else max(1.0, float(values.max())) / 255
         image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
     if "A" in image.mode or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -1748,7 +1775,7 @@ def find_caption(path: Path, name: str, config: TrainingConfig, described: Mappi
     sidecar = path.with_suffix(config.caption_extension)
     if sidecar.is_file() and sidecar.resolve().is_relative_to(Path(config.dataset_path).resolve()):
         return sidecar.read_text("utf-8-sig", "replace").strip(), "sidecar"
-    if folder := REPEATS_FOLDER.fullmatch(path.parent.name):
+    if "/" in name and (folder := REPEATS_FOLDER.fullmatch(path.parent.name)):
         return folder[2].strip(), "folder name"
     return "", "trigger words"
 
@@ -2026,7 +2053,6 @@ class CachedImage:
 class Batch:
     """One micro-batch on the device: latents' mean and std [B, C, h, w], and the UNet's conditions."""
 
-    names: tuple[str, ...]
     mean: Tensor
     std: Tensor
     context: Tensor
@@ -2285,9 +2311,12 @@ class TrainState:
     def loss_avg(self) -> float | None:
         return sum(self.losses) / len(self.losses) if self.losses else None
 
-    def after(self, loss: float, good: bool, seconds: float) -> TrainState:
+    def after(self, loss: float, good: bool | None, seconds: float) -> TrainState:
+        """Give the state after one more step; `good` as LoRATrainer.verdict has it."""
         losses = (*self.losses, loss)[-self.LOSS_WINDOW :] if good else self.losses
-        return TrainState(self.step + 1, losses, 0 if good else self.bad_steps + 1, self.seconds + seconds)
+        return TrainState(
+            self.step + 1, losses, 0 if good else self.bad_steps + (good is False), self.seconds + seconds
+        )
 
 
 def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
@@ -2303,6 +2332,7 @@ def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
     """Serialise tensors and a JSON record into one safetensors file that can verify itself."""
     text = json.dumps(record, sort_keys=True)
     header = {"format": STATE_FORMAT, "record": text, "sha256": content_hash(tensors, text)}
+    header["train_lora.run_id"] = record["run_id"]
     return serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
 
 
@@ -2359,6 +2389,18 @@ def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def written_by(path: Path) -> str | None:
+    """Tell which run wrote a LoRA, state or sample file; None where that cannot be told."""
+    if path.suffix == ".png":
+        with contextlib.suppress(Exception):  # not there, not a picture, not ours: all mean the same here
+            from PIL import Image
+
+            with Image.open(path, formats=["PNG"]) as image:
+                return str(image.info["run_id"])
+        return None
+    return read_header(path).get("train_lora.run_id")
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """A verified state, read from disk."""
@@ -2381,6 +2423,8 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
     """
     corrupt = []
     for _, path in numbered(folder, "state_step"):
+        if written_by(path) not in (run_id, None):
+            continue  # of a run that --fresh replaced
         try:
             tensors, record = decode_state(path)
         except (ValueError, KeyError) as error:
@@ -2389,8 +2433,7 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
                 "checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "An older state is used if there is one."
             )
             continue
-        if record["run_id"] == run_id:
-            return ResumePoint(path, tensors, record)
+        return ResumePoint(path, tensors, record)
     if corrupt:
         raise TrainerError("checkpoint_corrupt", f"No state in {folder} can be read ({', '.join(corrupt)}).")
     return None
@@ -2492,6 +2535,7 @@ class LoRATrainer:
         self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
         self.half = self.dtype != torch.float32
         self.device = torch.device(hardware.device)
+        self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
         source = locate_model(self.config, weights=True, half=self.half)
         self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
         self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
@@ -2509,6 +2553,7 @@ class LoRATrainer:
         self.adapt()
         if point:
             self.restore(point)
+        self.check_disk_space()
         self.write_config()  # only now: a --fresh that fails to load must not cut the old run off from its states
         return False
 
@@ -2596,11 +2641,11 @@ class LoRATrainer:
         self.target_of = TARGET_OF[self.plan.source.prediction_type]
         count = sum(weight.numel() for weight in self.parameters)
         self.events.info(f"Training {len(self.layers)} modules with {count:,} weights.")
-        self.check_disk_space(count)
 
-    def check_disk_space(self, weights: int) -> None:
+    def check_disk_space(self) -> None:
         """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
         config, left = self.config, self.plan.total_steps - self.state.step
+        weights = sum(weight.numel() for weight in self.parameters)
         loras = 1 + min(left // (config.checkpoint_steps or left + 1), config.checkpoint_limit or left)
         needed = weights * (3 * 12 + loras * (4 if config.save_dtype == "fp32" else 2))
         free = shutil.disk_usage(self.folder.path).free
@@ -2610,10 +2655,10 @@ class LoRATrainer:
 
     def load(self, owner: Any, component: str, dtype: torch.dtype | None = None) -> Any:
         """Load a component of the base model to the device, frozen."""
-        folder = self.plan.source.folder
-        assert folder is not None
-        variant, _ = choose_weights(list_files(folder), component, self.config.variant, self.half)
-        module = load_component(owner, folder / component, variant, dtype or self.dtype)
+        source = self.plan.source
+        assert source.folder is not None
+        folder, variant = source.folder / component, source.variants[component]
+        module = load_component(owner, folder, variant, dtype or self.dtype)
         return module.to(self.device)
 
     def restore(self, point: ResumePoint) -> None:
@@ -2652,7 +2697,7 @@ class LoRATrainer:
             loss = self.accumulate(step)
             if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
                 return False
-            grad_norm = self.update()
+            grad_norm = self.update(loss)
             good = self.verdict(step, loss, grad_norm)
             self.state = self.state.after(loss, good, self.lap())
             self.report(loss, rate, grad_norm)
@@ -2693,9 +2738,9 @@ class LoRATrainer:
             loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
             torch.autograd.backward(self.scaler.scale(loss))
             losses.append(loss.detach())
-        return float(torch.stack(losses).sum())  # the one place that waits for the GPU
+        return float(torch.stack(losses).sum())  # waits for the GPU; update() waits once more, for the gradient's norm
 
-    def batch(self, micro_batch: int) -> list[int]:
+    def batch_indices(self, micro_batch: int) -> list[int]:
         """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
         config, buckets = self.config, self.plan.buckets
         epoch, position = divmod(micro_batch, batches_per_epoch(buckets, config.batch_size))
@@ -2706,7 +2751,7 @@ class LoRATrainer:
 
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
-        indices = self.batch(micro_batch)
+        indices = self.batch_indices(micro_batch)
         images = [self.images[index] for index in indices]
         examples = [self.plan.dataset.examples[index] for index in indices]
         context, conditions = self.conditions(
@@ -2714,7 +2759,7 @@ class LoRATrainer:
         )
         mean = torch.stack([image.mean for image in images]).to(self.device)
         std = torch.stack([image.std for image in images]).to(self.device)
-        return Batch(tuple(example.name for example in examples), mean, std, context, conditions)
+        return Batch(mean, std, context, conditions)
 
     def conditions(self, texts: Sequence[TextEmbedding], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids."""
@@ -2732,9 +2777,7 @@ class LoRATrainer:
             return torch.randn(batch.mean.shape, generator=source).to(self.device)
 
         source = generator("timesteps", self.config.seed, step, micro_batch)
-        timesteps = torch.randint(
-            len(self.alpha_bar), (len(batch.names),), generator=source
-        )  # on the CPU, as the table
+        timesteps = torch.randint(len(self.alpha_bar), (len(batch.mean),), generator=source)  # on the CPU, as the table
         latents = batch.mean + batch.std * draw("posterior")
         noise = draw("noise")
         torch.manual_seed(draw_key("dropout", self.config.seed, step, micro_batch))
@@ -2752,20 +2795,20 @@ class LoRATrainer:
         prediction: Tensor = output.sample
         return prediction
 
-    def update(self) -> float:
-        """Clip and take the optimizer step, unless the gradient is not finite; the norm before clipping."""
+    def update(self, loss: float) -> float:
+        """Clip and take the optimizer step, unless loss or gradient are not finite; the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif math.isfinite(grad_norm):
+        elif math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step()
         return grad_norm
 
-    def verdict(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Tell whether the step was sound; warn of one that was not, end the run after too many in a row.
+    def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
+        """Tell whether the step was sound (None: the loss scaler still looks for its scale); warn where it was not.
 
         Raises:
             TrainerError: `loss_not_finite`.
@@ -2773,9 +2816,10 @@ class LoRATrainer:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
-            return False  # the scaler is only looking for its scale
+            return None
         accumulation = self.config.gradient_accumulation_steps
-        names = [name for index in range(accumulation) for name in self.collate(step * accumulation + index).names]
+        indices = [i for index in range(accumulation) for i in self.batch_indices(step * accumulation + index)]
+        names = [self.plan.dataset.examples[index].name for index in indices]
         message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({listing(names)})."
         self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
         if self.state.bad_steps >= self.MOST_BAD_STEPS:
@@ -2816,7 +2860,7 @@ class LoRATrainer:
             self.sample(step)
 
     def sample(self, step: int) -> None:
-        """Draw one image per prompt; the training's random state is not touched, since it has none."""
+        """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
         config, source = self.config, self.plan.source
         self.events.info(f"Sampling at step {step}.", phase="sampling")
         self.unet.eval()
@@ -2825,20 +2869,19 @@ class LoRATrainer:
             seed = config.sample_seed + index
             shape = (1, int(source.unet.get("in_channels", 4)), side, side)
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-            latents = self.denoise(noise, prompt)
-            if latents is None:
-                break
-            self.vae.to(self.device)
-            image = decode_latents(self.vae, latents)
-            self.vae.to("cpu")
             path = self.folder.samples / f"step_{step}_{index}.png"
             text = {"prompt": prompt, "seed": str(seed), "step": str(step), "run_id": self.run_id}
             try:
-                write_file(path, png_bytes(image, text))
-            except TrainerError as error:  # a picture is not worth a run
-                self.events.warning("sample_not_written", error.message, error.hint)
+                latents = self.denoise(noise, prompt)
+                if latents is None:
+                    break
+                write_file(path, png_bytes(decode_latents(self.vae.to(self.device), latents), text))
+            except (TrainerError, RuntimeError, MemoryError) as error:  # a picture is not worth a run
+                failure = as_trainer_error(error, "sampling")
+                self.events.warning("sample_not_written", failure.message, failure.hint)
                 break
             self.events.emit("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
+        self.vae.to("cpu")
         self.unet.train()
         self.events.phase = "training"
 
@@ -2861,6 +2904,7 @@ class LoRATrainer:
 
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
+        self.stop.save_requested = False
         step = self.state.step
         state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
         lora_path = self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors" if lora else None
@@ -2879,7 +2923,6 @@ class LoRATrainer:
         if lora_path:
             self.write_lora(lora_path)
         self.stop.saved = SavedFiles(step, str(lora_path) if lora_path else None, str(state_path))
-        self.stop.save_requested = False
         self.last_save = time.monotonic()
         self.events.emit("checkpoint", **dataclasses.asdict(self.stop.saved))
         self.prune()
@@ -2896,12 +2939,12 @@ class LoRATrainer:
         for stem, limit in limits.items():
             ours = [path for _, path in numbered(self.folder.checkpoints, stem) if written_by(path) == self.run_id]
             for path in ours[limit:] if limit else []:
-                path.unlink(missing_ok=True)
+                remove(path)
         if self.replaced_id:
             candidates = [*self.folder.path.glob("*/*.safetensors"), *self.folder.path.glob("*.safetensors")]
             for path in [*candidates, *self.folder.samples.glob("*.png")]:
                 if written_by(path) == self.replaced_id:
-                    path.unlink(missing_ok=True)
+                    remove(path)
             self.replaced_id = None
 
     def finish(self) -> None:
@@ -2943,6 +2986,8 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def read_run_id(config_path: Path) -> str | None:
@@ -2950,22 +2995,6 @@ def read_run_id(config_path: Path) -> str | None:
         return str(json.loads(config_path.read_text("utf-8"))["run_id"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def written_by(path: Path) -> str | None:
-    """Tell which run wrote a LoRA, state or sample file; None where that cannot be told."""
-    if path.suffix == ".png":
-        with contextlib.suppress(Exception):  # not there, not a picture, not ours: all mean the same here
-            from PIL import Image
-
-            with Image.open(path, formats=["PNG"]) as image:
-                return str(image.info["run_id"])
-        return None
-    header = read_header(path)
-    if "record" in header:
-        with contextlib.suppress(ValueError):
-            return str(json.loads(header["record"]).get("run_id"))
-    return header.get("train_lora.run_id")
 
 
 # ======================================================================================
@@ -2983,7 +3012,7 @@ EXAMPLES = """examples:
 
 class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise TrainerError("usage", f"{message[:1].upper()}{message[1:]}.", "train_lora.py --help shows the options.")
+        raise TrainerError("usage", f"{message[:1].upper()}{message[1:]}.")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -3094,7 +3123,9 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
         validate(config, events)
         return 0
     events.info("Checking the dataset and the model.", phase="checking")
-    dataset = check_inputs(config)
+    if locate_model(config, weights=False, half=True).folder is None:
+        raise hub_unreachable(config)
+    dataset = scan_dataset(config)
     folder = OutputFolder(Path(config.output_path))
     folder.open()
     with blame("output_not_writable"):
@@ -3114,13 +3145,6 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     number = stop.signal or int(signal.SIGTERM)
     events.emit("interrupted", **interruption(number, stop.saved))
     return 128 + number
-
-
-def check_inputs(config: TrainingConfig) -> Dataset:
-    """Fail on an unusable dataset or model before the output folder is made or torch imported."""
-    if locate_model(config, weights=False, half=True).folder is None:
-        raise hub_unreachable(config)
-    return scan_dataset(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
