@@ -2662,7 +2662,7 @@ class LoRATrainer:
         return module.to(self.device)
 
     def restore(self, point: ResumePoint) -> None:
-        """Go on from a state: the mirror of save_state."""
+        """Go on from a state: the mirror of save."""
         with torch.no_grad():
             for name, (down, up) in self.layers.items():
                 down.copy_(point.tensors[f"lora/{name}/down"])
