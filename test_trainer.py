@@ -479,6 +479,14 @@ def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> Non
             jsonschema.validate(example, definition)
 
 
+def test_what_null_comes_to_stands_in_the_schema_too(tmp_path: Path) -> None:
+    config = parse(tmp_path, REQUIRED)
+    definitions = SCHEMA["definitions"]
+    assert config.learning_rate is None
+    assert config.base_learning_rate == definitions["learning_rate"]["x-when-null"] == 1e-4
+    assert trainer.count_steps(config, {}) == definitions["steps"]["x-when-null"] == 1000
+
+
 def test_the_example_shows_every_key_and_is_valid() -> None:
     document = json.loads((ROOT / "example_config.json").read_text("utf-8"))
     jsonschema.validate(document, SCHEMA)

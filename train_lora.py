@@ -194,6 +194,20 @@ def import_libraries() -> None:
 # ======================================================================================
 
 
+@functools.cache  # a long run must not depend on the file later
+def load_schema() -> JSON:
+    try:
+        return dict(json.loads(SCHEMA_PATH.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        message = f"config_schema.json cannot be read: {error}"
+        raise TrainerError("config_unreadable", message, "It belongs beside train_lora.py.") from error
+
+
+def when_null(key: str) -> Any:
+    """Give what a null comes to, for the keys whose null has a meaning of its own."""
+    return load_schema()["definitions"][key]["x-when-null"]
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """One run's settings. Types, bounds, defaults and meanings stand in config_schema.json only.
@@ -290,7 +304,7 @@ class TrainingConfig:
 
     @property
     def base_learning_rate(self) -> float:
-        return 1e-4 if self.learning_rate is None else self.learning_rate
+        return float(when_null("learning_rate") if self.learning_rate is None else self.learning_rate)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -331,15 +345,6 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
             problems=problems,
         )
     return TrainingConfig(**{key: freeze(value, definitions[key]) for key, value in values.items()})
-
-
-@functools.cache  # a long run must not depend on the file later
-def load_schema() -> JSON:
-    try:
-        return dict(json.loads(SCHEMA_PATH.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        message = f"config_schema.json cannot be read: {error}"
-        raise TrainerError("config_unreadable", message, "It belongs beside train_lora.py.") from error
 
 
 def keys_marked(mark: str) -> list[str]:
@@ -1913,7 +1918,7 @@ def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -
     if config.steps is None and config.epochs is not None:
         micro_batches = config.epochs * batches_per_epoch(buckets, config.batch_size)
         return math.ceil(micro_batches / config.gradient_accumulation_steps)
-    return config.steps or 1000
+    return config.steps or int(when_null("steps"))
 
 
 def plan_warnings(config: TrainingConfig, plan: Plan) -> Iterator[tuple[str, str, str]]:
