@@ -144,7 +144,7 @@ def blame(code: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise TrainerError("disk_full", f"The disk is full: {error}") from error
+            raise as_trainer_error(error, "") from error
         raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.") from error
 
 
@@ -679,11 +679,12 @@ class EventStream:
             if self.ended and self._dropped:
                 fields["dropped"] = self._dropped
             event = self._make(event_type, fields)
-            self._keep(event.line())
+            line = event.line()
+            self._keep(line)
             if event_type == "progress" and len(self._queue) >= self.QUEUE_LIMIT:
                 self._dropped += 1
             else:
-                self._queue.append(event.line())
+                self._queue.append(line)
                 self._changed.notify_all()
             self._say(event)
 
@@ -1665,7 +1666,7 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.")
-    image_library()
+    prepare_pillow()
     described, complaints = read_metadata(root)
     paths = find_images(root, Path(config.output_path))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -1681,7 +1682,7 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
     return Dataset(examples, tuple(skipped))
 
 
-def image_library() -> Any:
+def prepare_pillow() -> None:
     """Import Pillow, with the decompression-bomb warning turned into an error."""
     try:
         from PIL import Image
@@ -1689,7 +1690,6 @@ def image_library() -> Any:
         raise missing_dependency(error) from error
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     Image.init()
-    return Image
 
 
 def find_images(root: Path, output: Path) -> list[Path]:
@@ -2676,7 +2676,7 @@ class LoRATrainer:
         self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
         lora = self.folder.checkpoints / f"{self.config.output_name}_step_{self.state.step}.safetensors"
-        ours = read_header(lora).get("train_lora.run_id") == self.run_id
+        ours = written_by(lora) == self.run_id
         self.stop.saved = SavedFiles(self.state.step, str(lora) if ours else None, str(point.path))
         self.events.info(f"Resuming at step {self.state.step} from {point.path.name}.", phase="resuming")
         now = self.environment()
