@@ -258,6 +258,8 @@ class Recorder(trainer.EventStream):
         self.phase = phase or self.phase
         self.emit("info", message=message, **fields)
 
+    def open_log(self, path: Path) -> None: ...
+
 
 class Quiet(trainer.StopWatcher):
     """A watcher that hears nothing; `after` asks for a stop once that many polls have passed."""
@@ -270,7 +272,7 @@ class Quiet(trainer.StopWatcher):
         self.after -= 1
         return self.after < 0
 
-    def arm(self) -> None: ...
+    def arm(self, rescue: Any) -> None: ...
 
 
 def small(images: Path, model: Path, output: Path, **changes: Any) -> Json:
@@ -1776,7 +1778,7 @@ def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
     (tmp_path / "broken/tokenizer/vocab.json").unlink()
     with pytest.raises(trainer.TrainerError):
         prepare(tmp_path, broken, fresh=True)
-    assert trainer.read_run_id(tmp_path / "out/config.json") == first.run_id
+    assert trainer.read_run(tmp_path / "out/config.json")["run_id"] == first.run_id
     fresh = prepare(tmp_path, config | {"lora_rank": 2, "checkpoint_steps": 3}, fresh=True)
     assert (checkpoints / "state_step_4.safetensors").exists()
     assert fresh.train()

@@ -110,6 +110,11 @@ class TrainerError(Exception):
         super().__init__(message)
         self.code, self.message, self.hint, self.problems = code, message, hint or HINTS[code], list(problems)
 
+    def fields(self, step: int) -> JSON:
+        """Give the `error` event's fields; `step` is the one that is saved, 0 for none."""
+        listed = {"code": self.code, "message": self.message, "hint": self.hint, "problems": self.problems}
+        return listed | {"step": step or None}
+
 
 HINTS = {  # the remedy, where the place that fails knows no better one
     "usage": "train_lora.py --help shows the options.",
@@ -578,7 +583,7 @@ def strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (str, Path)):
-        return str(value).encode("utf-8", "replace").decode()
+        return re.sub("[\ud800-\udfff]", "\ufffd", str(value))
     if isinstance(value, Mapping):
         return {strict(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -610,6 +615,16 @@ HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 LAST_TYPES = ("validated", "complete", "interrupted", "error")
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write to a descriptor as it is, without a buffer that could hold half a line when we are killed."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:  # a parent like Node may hand us a non-blocking pipe
+            time.sleep(0.01)
 
 
 def open_missing_descriptors() -> bool:
@@ -651,22 +666,17 @@ class EventStream:
         self._last_info: tuple[str, float] = ("", 0.0)
         self._last_log = -math.inf
         self._log: IO[bytes] | None = None
-        self._unlogged: list[bytes] = []
+        self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
+        self.lost: OSError | None = None  # why stdout takes nothing any more
         self._queue: collections.deque[bytes] = collections.deque()
         self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
         self._changed = threading.Condition(threading.RLock())
-        self._on_reader_gone: Callable[[], None] = lambda: None
+        self._on_lost: Callable[[], None] = lambda: None
 
-    def start(self, on_reader_gone: Callable[[], None], **fields: Any) -> None:
-        """Write the first line at once, then let a thread write the rest.
-
-        Raises:
-            OSError: stdout is full or already abandoned.
-        """
-        self._on_reader_gone = on_reader_gone
-        line = self._make("start", fields).line()
-        self._unlogged.append(line)
-        self._write(line)
+    def start(self, on_lost: Callable[[], None], **fields: Any) -> None:
+        """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
+        self._on_lost = on_lost
+        self.emit("start", **fields)
         threading.Thread(target=self._drain, name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
 
@@ -680,7 +690,8 @@ class EventStream:
                 fields["dropped"] = self._dropped
             event = self._make(event_type, fields)
             line = event.line()
-            self._keep(line)
+            self._unlogged.append(line)
+            self._write_log()
             if event_type == "progress" and len(self._queue) >= self.QUEUE_LIMIT:
                 self._dropped += 1
             else:
@@ -707,18 +718,17 @@ class EventStream:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
         with self._changed:
-            self._log = path.open("a+b")
-            self._log.seek(0)
+            self._log = path.open("a+b", buffering=0)
+            start = max(0, self._log.seek(0, os.SEEK_END) - 1_000_000)  # a long log is not read whole
+            self._log.seek(start)
             content = self._log.read()
             whole = content.rfind(b"\n") + 1
-            if content[whole:].startswith(b'{"type"'):
-                self._log.truncate(whole)
-            elif content[whole:]:
-                self._log.write(b"\n")  # not ours: keep it
-            for line in self._unlogged:
-                self._log.write(line)
-            self._log.flush()
-            self._unlogged.clear()
+            torn = content[whole:]
+            if torn.startswith(b'{"type"') or not torn.strip(b"\0"):  # zeros: the power went before the data came
+                self._log.truncate(start + whole)
+            else:
+                write_all(self._log.fileno(), b"\n")  # not ours: keep it
+            self._write_log()
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until the reader has taken everything, or the time is up."""
@@ -736,13 +746,17 @@ class EventStream:
         self._seq += 1
         return event
 
-    def _keep(self, line: bytes) -> None:
+    def _write_log(self) -> None:
+        """Append what is waiting; whole lines only, so a full disk tears none and they come once it has room."""
         if self._log is None:
-            self._unlogged.append(line)
             return
-        with contextlib.suppress(OSError):  # a full disk shows at the next save, which can say so
-            self._log.write(line)
-            self._log.flush()
+        end = self._log.seek(0, os.SEEK_END)
+        try:
+            write_all(self._log.fileno(), b"".join(self._unlogged))
+            self._unlogged.clear()
+        except OSError:  # the next save will say so
+            with contextlib.suppress(OSError):
+                self._log.truncate(end)
 
     def _drain(self) -> None:
         while True:
@@ -750,26 +764,14 @@ class EventStream:
                 self._changed.wait_for(lambda: bool(self._queue))
                 line = self._queue[0]
             try:
-                self._write(line)
-            except OSError:
-                with self._changed:
-                    self._queue.clear()
-                    self._changed.notify_all()
-                self._on_reader_gone()
-                self._fd = os.open(os.devnull, os.O_WRONLY)
-                continue
+                write_all(self._fd, line)
+            except OSError as error:
+                self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
+                self._tell(f"stdout cannot be written to: {error.strerror}\n")
+                self._on_lost()
             with self._changed:
-                if self._queue:
-                    self._queue.popleft()
+                self._queue.popleft()
                 self._changed.notify_all()
-
-    def _write(self, line: bytes) -> None:
-        view = memoryview(line)
-        while view:
-            try:
-                view = view[os.write(self._fd, view) :]
-            except BlockingIOError:  # a parent like Node may hand us a non-blocking pipe
-                time.sleep(0.01)
 
     def _say(self, event: ProgressEvent) -> None:
         text, now = event.text(), time.monotonic()
@@ -779,8 +781,11 @@ class EventStream:
         if progress:
             self._last_log = now
         start = "\r\x1b[K" if self._live else ""
+        self._tell(start + text + ("" if progress and self._live else "\n"))
+
+    def _tell(self, text: str) -> None:
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
-            self._spoken.put_nowait(start + text + ("" if progress and self._live else "\n"))
+            self._spoken.put_nowait(text)
 
     def _speak(self) -> None:
         while True:
@@ -812,6 +817,7 @@ class StopWatcher:
     heard even while the main thread is deep in an import or a kernel; one thread reads it.
     """
 
+    RESCUE_S = 5.0  # for the loop to come to its next poll; then the state is saved from the watcher's thread
     GRACE_S = 8.0  # to save, and for the reader to take the last lines; docker kills after 10
     ECHO_S = 1.0  # Ctrl-C reaches the whole group, and a parent may pass on a signal that we got: one request
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGUSR1")
@@ -823,7 +829,7 @@ class StopWatcher:
         self._lock = threading.Lock()
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
-        self._armed = False
+        self._rescue: Callable[[], bool] | None = None
         self.signal: int | None = None
         self.save_requested = False
         self.saved = SavedFiles()
@@ -833,12 +839,15 @@ class StopWatcher:
         return self.signal is not None
 
     def install(self) -> None:
+        """Take over the signals; they wait in the socket until `listen`."""
         for name in self.SIGNALS:
             number = getattr(signal, name, None)
             # What our parent made us ignore (nohup's SIGHUP) stays ignored.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
+
+    def listen(self) -> None:
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     def watch_folder(self, folder: Path) -> None:
@@ -852,17 +861,31 @@ class StopWatcher:
         with contextlib.suppress(OSError):
             self._send.send(bytes([number]))
 
-    def arm(self) -> None:
-        """From here on there is something to save: the loop stops itself, within the grace time."""
+    def arm(self, rescue: Callable[[], bool]) -> None:
+        """From here on there is something to save: the loop stops itself, within the grace time.
+
+        `rescue` is called where it does not (a micro-batch can take half a minute on a CPU) and tells
+        whether it saved anything.
+        """
         with self._lock:
-            self._armed = True
+            self._rescue = rescue
+
+    def conclude(self) -> int:
+        """Emit the last event after a stop request; the exit code."""
+        number, lost = self.signal or int(signal.SIGTERM), self._events.lost
+        if lost and not isinstance(lost, BrokenPipeError):  # stdout is a file on a full disk: no reader that went away
+            code = "disk_full" if lost.errno in DISK_FULL else "output_not_writable"
+            failure = TrainerError(code, f"stdout cannot be written to: {lost.strerror}.")
+            self._events.emit("error", **failure.fields(self.saved.step))
+            return 1
+        self._events.emit("interrupted", **interruption(number, self.saved))
+        return 128 + number
 
     def leave(self) -> NoReturn:
         """End the process now, naming the last good files."""
-        number = self.signal or int(signal.SIGTERM)
-        self._events.emit("interrupted", **interruption(number, self.saved))
+        code = self.conclude()
         self._events.close(timeout=1.0)
-        os._exit({"complete": 0, "validated": 0, "error": 1}.get(self._events.ended, 128 + number))
+        os._exit({"complete": 0, "validated": 0, "error": 1}.get(self._events.ended, code))
 
     def _listen(self) -> None:
         first = math.inf
@@ -872,15 +895,22 @@ class StopWatcher:
                 self.save_requested = True
                 continue
             with self._lock:
-                again, armed, self.signal = self.requested, self._armed, self.signal or number
-            if not armed or (again and time.monotonic() - first > self.ECHO_S):
+                again, rescue, self.signal = self.requested, self._rescue, self.signal or number
+            if not rescue or (again and time.monotonic() - first > self.ECHO_S):
                 self.leave()
-            if again:
-                continue
-            first = time.monotonic()
-            timer = threading.Timer(self.GRACE_S, self.leave)
-            timer.daemon = True
-            timer.start()
+            if not again:
+                first = time.monotonic()
+                threading.Thread(target=self._wait, args=(rescue,), name="grace", daemon=True).start()
+
+    def _wait(self, rescue: Callable[[], bool]) -> None:
+        """Give the main thread its time; leave when that is over, or once its work is saved from here."""
+        timer = threading.Timer(self.GRACE_S, self.leave)
+        timer.daemon = True
+        timer.start()
+        time.sleep(self.RESCUE_S)
+        with contextlib.suppress(Exception):  # a full disk: the last good files stand
+            if rescue():
+                self.leave()
 
     def _poll(self, folder: Path) -> None:
         while True:
@@ -893,7 +923,7 @@ class StopWatcher:
 
 
 def interruption(number: int, saved: SavedFiles) -> JSON:
-    name = signal.Signals(number).name if number in {int(item) for item in signal.Signals} else f"signal {number}"
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     kept = f"saved at step {saved.step}; the same command goes on from there" if saved.state_path else "nothing to save"
     return {
         "step": saved.step,
@@ -936,6 +966,10 @@ class OutputFolder:
                 for entry in folder.iterdir():
                     if TEMPORARY.fullmatch(entry.name) and entry.is_file():
                         entry.unlink(missing_ok=True)
+
+    def is_locked(self) -> bool:
+        """Tell whether our lock still lies in the folder."""
+        return (self.path / ".lock").exists()
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -2428,17 +2462,15 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
     """
     corrupt = []
     for _, path in numbered(folder, "state_step"):
-        if written_by(path) not in (run_id, None):
-            continue  # of a run that --fresh replaced
         try:
             tensors, record = decode_state(path)
         except (ValueError, KeyError) as error:
             corrupt.append(path.name)
-            warn(
-                "checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "An older state is used if there is one."
-            )
+            message = f"{path.name} cannot be used: {error}."
+            warn("checkpoint_corrupt", message, "An older state is used if there is one.")
             continue
-        return ResumePoint(path, tensors, record)
+        if record["run_id"] == run_id:  # else of a run that --fresh replaced
+            return ResumePoint(path, tensors, record)
     if corrupt:
         raise TrainerError("checkpoint_corrupt", f"No state in {folder} can be read ({', '.join(corrupt)}).")
     return None
@@ -2531,7 +2563,9 @@ class LoRATrainer:
         self.order_epoch, self.order = -1, list[list[int]]()  # one epoch's batches, so as not to shuffle at each step
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
-        self.replaced_id: str | None = None  # the run that --fresh replaces; its files go after our first save
+        self.replaced: list[str] = []  # the runs that --fresh replaced; their files go after our first save
+        self.whole = threading.Lock()  # held while weights and counters do not belong together, or are being saved
+        self.failed_saves = 0  # in a row
 
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
@@ -2564,28 +2598,40 @@ class LoRATrainer:
 
     def find_point(self) -> ResumePoint | None:
         """Find what to go on from, and settle the run's id."""
-        known = read_run_id(self.folder.path / "config.json")
-        if self.fresh:
-            known, self.replaced_id = None, known
+        earlier = read_run(self.folder.path / "config.json")
+        known, self.replaced = earlier.get("run_id"), earlier.get("replaces", [])
+        if self.fresh and known:
+            self.replaced.append(known)
+            known = None
         states = numbered(self.folder.checkpoints, "state_step")
         if states and known is None and not self.fresh:
             message = f"{self.folder.checkpoints} holds states, but config.json does not say of which run."
             raise TrainerError("resume_mismatch", message)
         point = find_resume_point(self.folder.checkpoints, known, self.events.warning) if known else None
         self.identity = run_identity(self.config, self.plan)
+        self.run_id = known or uuid.uuid4().hex
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
-        self.run_id = known or uuid.uuid4().hex
+            lora = self.lora_path(point.state.step)
+            ours = written_by(lora) == self.run_id
+            self.stop.saved = SavedFiles(point.state.step, str(lora) if ours else None, str(point.path))
         return point
+
+    def lora_path(self, step: int) -> Path:
+        return self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors"
 
     def write_config(self) -> None:
         document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved(self.config)}
+        if self.replaced:
+            document["replaces"] = self.replaced
         write_file(self.folder.path / "config.json", json.dumps(strict(document), indent=2).encode() + b"\n")
 
     def is_finished(self, step: int) -> bool:
-        """Tell whether the final LoRA is on disk, of this run and of this step."""
+        """Tell whether the final LoRA is on disk and whole, of this run and of this step."""
         header = read_header(self.final_path)
-        return (header.get("train_lora.run_id"), header.get("ss_steps")) == (self.run_id, str(step))
+        if (header.get("train_lora.run_id"), header.get("ss_steps")) != (self.run_id, str(step)):
+            return False
+        return header.get("sshs_model_hash") == tensor_bytes_hash(self.final_path.read_bytes())
 
     def cache(self) -> None:
         """Encode every text and image once; let the encoders go. Needs self.plan."""
@@ -2675,15 +2721,17 @@ class LoRATrainer:
         unpack_optimizer(self.optimizer, point.tensors, point.record["optimizer"])
         self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
-        lora = self.folder.checkpoints / f"{self.config.output_name}_step_{self.state.step}.safetensors"
-        ours = written_by(lora) == self.run_id
-        self.stop.saved = SavedFiles(self.state.step, str(lora) if ours else None, str(point.path))
         self.events.info(f"Resuming at step {self.state.step} from {point.path.name}.", phase="resuming")
         now = self.environment()
         changed = [key for key, value in point.record["environment"].items() if now[key] != value]
         if changed:
             message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
+        before, total = point.record["total_steps"], self.plan.total_steps
+        if before != total and self.config.lr_scheduler != "constant":
+            message = f"The run was planned for {before} steps and now has {total}: the learning rate jumps."
+            hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
+            self.events.warning("schedule_stretched", message, hint)
 
     def environment(self) -> JSON:
         return {"torch": str(torch.__version__), "device": self.device.type, "threads": torch.get_num_threads()}
@@ -2693,7 +2741,7 @@ class LoRATrainer:
         self.events.info("Training.", phase="training")
         if self.config.sample_at_start and self.state.step == 0:
             self.sample(0)
-        self.stop.arm()
+        self.stop.arm(self.rescue)
         self.catch_up()
         self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
@@ -2702,9 +2750,7 @@ class LoRATrainer:
             loss = self.accumulate(step)
             if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
                 return False
-            grad_norm = self.update(loss)
-            good = self.verdict(step, loss, grad_norm)
-            self.state = self.state.after(loss, good, self.lap())
+            grad_norm = self.advance(step, loss)
             self.report(loss, rate, grad_norm)
             self.periodic()
         return True
@@ -2713,7 +2759,7 @@ class LoRATrainer:
         """Make what was due at the step we resume from, where a kill came before it was on disk."""
         config, step = self.config, self.state.step
         if step and is_due(step, config.checkpoint_steps) and not self.stop.saved.path:
-            self.save()
+            self.save_or_warn()
         if step and is_due(step, config.validation_steps):
             last = self.folder.samples / f"step_{step}_{len(config.prompts) - 1}.png"
             if written_by(last) != self.run_id:
@@ -2800,6 +2846,15 @@ class LoRATrainer:
         prediction: Tensor = output.sample
         return prediction
 
+    def advance(self, step: int, loss: float) -> float:
+        """Take the optimizer step and count it; the gradient's norm before clipping."""
+        self.whole.acquire()  # released by success only: after a failure half-way there is nothing to rescue
+        grad_norm = self.update(loss)
+        good = self.verdict(step, loss, grad_norm)
+        self.state = self.state.after(loss, good, self.lap())
+        self.whole.release()
+        return grad_norm
+
     def update(self, loss: float) -> float:
         """Clip and take the optimizer step, unless loss or gradient are not finite; the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
@@ -2858,9 +2913,9 @@ class LoRATrainer:
         config, step = self.config, self.state.step
         minutes = (time.monotonic() - self.last_save) / 60
         if self.stop.save_requested or is_due(step, config.checkpoint_steps):
-            self.save()
+            self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
-            self.save(lora=False)
+            self.save_or_warn(lora=False)
         if is_due(step, config.validation_steps):
             self.sample(step)
 
@@ -2907,12 +2962,40 @@ class LoRATrainer:
                 lambda: self.stop.requested,
             )
 
+    def save_or_warn(self, lora: bool = True) -> None:
+        """Save; a first failure is a warning, as the files before stand. The second in a row ends the run."""
+        self.last_save = time.monotonic()
+        self.failed_saves += 1
+        try:
+            self.save(lora)
+        except TrainerError as failure:
+            if self.failed_saves > 1 or failure.code not in ("disk_full", "output_not_writable"):
+                raise
+            message = f"Saving at step {self.state.step} failed; what was saved before stands. {failure.message}"
+            self.events.warning("save_failed", message, f"{failure.hint} A second failure in a row ends the run.")
+        else:
+            self.failed_saves = 0
+
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
+        with self.whole:
+            self.write_checkpoint(lora)
+
+    def rescue(self) -> bool:
+        """Save the state where the loop cannot: from the watcher's thread, or after a failure; True if it did.
+
+        Forward, backward and samples change no weight, so only a step or a save under way forbids it.
+        """
+        due = self.state.step > self.stop.saved.step and self.whole.acquire(blocking=False)
+        if due:  # and never released: whoever comes here is about to end the process
+            self.write_checkpoint(lora=False)
+        return due
+
+    def write_checkpoint(self, lora: bool) -> None:
         self.stop.save_requested = False
+        self.keep_folder()
         step = self.state.step
         state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
-        lora_path = self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors" if lora else None
         tensors, optimizer = pack_optimizer(self.optimizer)
         for name, (down, up) in self.layers.items():
             tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
@@ -2920,17 +3003,27 @@ class LoRATrainer:
             "run_id": self.run_id,
             "identity": self.identity,
             "environment": self.environment(),
+            "total_steps": self.plan.total_steps,
             "state": dataclasses.asdict(self.state),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
         }
         write_file(state_path, encode_state(tensors, record))
-        if lora_path:
-            self.write_lora(lora_path)
-        self.stop.saved = SavedFiles(step, str(lora_path) if lora_path else None, str(state_path))
-        self.last_save = time.monotonic()
+        self.stop.saved = SavedFiles(step, None, str(state_path))
+        if lora:
+            self.write_lora(self.lora_path(step))
+            self.stop.saved = SavedFiles(step, str(self.lora_path(step)), str(state_path))
         self.events.emit("checkpoint", **dataclasses.asdict(self.stop.saved))
         self.prune()
+
+    @blame("output_not_writable")
+    def keep_folder(self) -> None:
+        """Take the folder again where somebody removed it under a long run."""
+        if not self.folder.is_locked():
+            self.folder.open()
+            self.events.open_log(self.folder.path / "events.jsonl")
+        if not (self.folder.path / "config.json").exists():
+            self.write_config()
 
     def write_lora(self, path: Path) -> None:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.config.save_dtype]
@@ -2945,12 +3038,13 @@ class LoRATrainer:
             ours = [path for _, path in numbered(self.folder.checkpoints, stem) if written_by(path) == self.run_id]
             for path in ours[limit:] if limit else []:
                 remove(path)
-        if self.replaced_id:
+        if self.replaced:
             candidates = [*self.folder.path.glob("*/*.safetensors"), *self.folder.path.glob("*.safetensors")]
             for path in [*candidates, *self.folder.samples.glob("*.png")]:
-                if written_by(path) == self.replaced_id:
+                if written_by(path) in self.replaced:
                     remove(path)
-            self.replaced_id = None
+            self.replaced = []
+            self.write_config()
 
     def finish(self) -> None:
         """Write the final LoRA and say `complete`."""
@@ -2995,11 +3089,13 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
-def read_run_id(config_path: Path) -> str | None:
+def read_run(config_path: Path) -> JSON:
+    """Read whose folder it is: the run's id, and the ids of those it replaces; {} where that cannot be told."""
     try:
-        return str(json.loads(config_path.read_text("utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        document = json.loads(config_path.read_text("utf-8"))
+        return {"run_id": str(document["run_id"]), "replaces": [str(name) for name in document.get("replaces", [])]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 # ======================================================================================
@@ -3142,14 +3238,19 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     if trainer.setup():
         trainer.complete()
         return 0
-    if trainer.train():
+    try:
+        finished = trainer.train()
+    except Exception as error:
+        if not isinstance(error, TrainerError):  # memory ran out in a forward, say: the work up to then is whole
+            with contextlib.suppress(Exception):
+                trainer.rescue()
+        raise
+    if finished:
         trainer.finish()
         return 0
     if trainer.state.step > stop.saved.step or (stop.saved.state_path and not stop.saved.path):
         trainer.save()
-    number = stop.signal or int(signal.SIGTERM)
-    events.emit("interrupted", **interruption(number, stop.saved))
-    return 128 + number
+    return stop.conclude()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3166,17 +3267,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     events = EventStream()
     stop = StopWatcher(events)
     stop.install()
-    try:
-        events.start(
-            lambda: stop.request(stop.READER_GONE),
-            version=VERSION,
-            protocol=PROTOCOL,
-            pid=os.getpid(),
-            config=options.config,
-        )
-    except OSError as error:
-        print(f"train_lora.py: stdout cannot be written to: {error}", file=sys.stderr)
-        return 128 + stop.READER_GONE if isinstance(error, BrokenPipeError) else 1
+    events.start(
+        lambda: stop.request(stop.READER_GONE),
+        version=VERSION,
+        protocol=PROTOCOL,
+        pid=os.getpid(),
+        config=options.config,
+    )
+    stop.listen()
     try:
         if usage:
             raise usage
@@ -3187,10 +3285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         failure = as_trainer_error(error, events.phase)
-        step = stop.saved.step or None
-        events.emit(
-            "error", code=failure.code, message=failure.message, hint=failure.hint, step=step, problems=failure.problems
-        )
+        events.emit("error", **failure.fields(stop.saved.step))
         code = 2 if failure.code == "usage" else 1
     events.close(timeout=stop.GRACE_S if stop.requested else None)
     return code
