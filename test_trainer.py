@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,18 @@ def train(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
         made.save()
     made.folder._lock.close()  # type: ignore[union-attr]
     return made
+
+
+def patched(code: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    """The script in a process of its own, with some of its parts replaced by `code` first."""
+    program = f"import os, sys, time\nimport train_lora as t\n{code}\nsys.exit(t.main(sys.argv[1:]))"
+    process = [sys.executable, "-c", program, *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(process, cwd=ROOT, **options)
+
+
+def warning_codes(made: trainer.LoRATrainer) -> list[str]:
+    return [event["code"] for event in emitted(made, "warning")]
 
 
 def emitted(made: trainer.LoRATrainer, event_type: str) -> list[Json]:
@@ -670,11 +683,14 @@ def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: list[
 
 
 def test_events_are_strict_json_whatever_they_hold() -> None:
-    fields = {"loss": math.nan, "path": Path("x"), "text": "\ud800 é", "deep": [{"a": math.inf}]}
+    long = "é\n" * 1_000_000
+    fields = {"loss": math.nan, "path": Path("a\udcffb"), "text": "\ud800 é", "deep": [{"a": math.inf}], "long": long}
     line = trainer.ProgressEvent("info", 0, "", 0.0, fields).line()
-    assert json.loads(line, parse_constant=lambda token: pytest.fail(token))["loss"] is None
+    event = json.loads(line, parse_constant=lambda token: pytest.fail(token))
+    assert (event["loss"], event["path"], event["text"]) == (None, "a\ufffdb", "\ufffd é")
+    assert event["long"] == long
     assert line.isascii()
-    assert b"\\ud800" not in line
+    assert line.count(b"\n") == 1
 
 
 def test_an_error_reaches_a_person_on_stderr_too(tmp_path: Path) -> None:
@@ -742,6 +758,31 @@ def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 3002
 
 
+STDOUT_FULL = """
+whole, t.write_all = t.write_all, lambda fd, data: full(fd, data)
+def full(fd, data):
+    if b'"progress"' in data and b"events.jsonl" not in os.fsencode(os.readlink(f"/proc/self/fd/{fd}")):
+        raise OSError(28, "No space left on device")
+    whole(fd, data)
+"""
+
+
+@needs_torch
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_stdout_that_fills_up_ends_the_run_with_an_error_and_everything_saved(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    with patched(STDOUT_FULL, "--config", config) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"stdout cannot be written to: No space left on device" in stderr
+    log = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    check_events(log)
+    assert (log[-1]["type"], log[-1]["code"]) == ("error", "disk_full")
+    assert (tmp_path / f"out/checkpoints/state_step_{log[-1]['step']}.safetensors").exists()
+
+
 @posix
 @needs_torch
 def test_when_the_reader_goes_away_the_run_saves_and_exits_141(tmp_path: Path, images: Path, models: Path) -> None:
@@ -795,6 +836,44 @@ def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
     )
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [line["type"] for line in lines] == ["start", "start", "info"]
+
+
+def test_the_log_takes_whole_lines_only_and_catches_up_once_the_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, resource, sys, pathlib, train_lora as t\n"
+        "log = pathlib.Path(sys.argv[1])\n"
+        "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None); s.open_log(log)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 250, resource.RLIM_INFINITY))\n"
+        "for n in range(5): s.info(f'note {n}')\n"
+        "sys.stderr.write(log.read_text())\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
+        "s.emit('complete', step=1, final_path='x', total_time=1, loss=None); s.close()\n"
+    )
+    pytest.importorskip("resource")
+    log = tmp_path / "events.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, str(log)], cwd=ROOT, capture_output=True, check=True)
+    meanwhile = [json.loads(line) for line in done.stderr.splitlines() if line.startswith(b"{")]
+    assert [event["seq"] for event in meanwhile] == [0, 1, 2]
+    assert log.read_bytes() == done.stdout
+    assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == list(range(7))
+
+
+@posix
+@needs_torch
+def test_a_name_that_is_not_utf8_is_a_folder_like_any_other(tmp_path: Path, images: Path, models: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff\n\xe9")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    shutil.copytree(images, odd / "images")
+    config = write_config(tmp_path, **small(odd / "images", models / "sd15", odd / "out", steps=2))
+    result = run("--config", config)
+    assert (result.code, result.last["type"]) == (0, "complete")
+    assert result.last["final_path"].endswith("/\ufffd\n\ufffd/out/lora_final.safetensors")
+    assert (odd / "out/lora_final.safetensors").exists()
 
 
 # ======================================================================================
@@ -899,6 +978,106 @@ def test_two_signals_at_once_are_one_request_and_lose_nothing(tmp_path: Path, im
     assert result.last["type"] == "interrupted"
     assert result.last["step"] >= 1
     assert Path(result.last["path"]).exists()
+
+
+@posix
+@pytest.mark.parametrize("moment", ["first line", "reader asleep"])
+def test_a_stop_is_heard_from_the_first_line_on_and_whether_or_not_somebody_reads(tmp_path: Path, moment: str) -> None:
+    reading, writing = os.pipe()
+    if moment == "reader asleep":
+        os.set_blocking(writing, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writing, b" " * 65536)
+        os.set_blocking(writing, True)
+    hang = "t.load_config = lambda *_: time.sleep(60)"
+    with patched(hang, "--config", tmp_path / "none", stdout=writing, stderr=subprocess.DEVNULL) as process:
+        os.close(writing)
+        if moment == "first line":
+            lines = os.read(reading, 65536)
+        else:
+            time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 143
+    if moment == "first line":
+        lines += os.read(reading, 65536)
+        assert [event["type"] for event in Run(143, lines, b"").events] == ["start", "interrupted"]
+    os.close(reading)
+
+
+SLOW_MICRO_BATCH = """
+t.StopWatcher.RESCUE_S = 0.5
+loss = t.LoRATrainer.loss
+def slow(self, batch, step, micro_batch):
+    if step == 3:
+        self.events.info("slow"); time.sleep(60)
+    return loss(self, batch, step, micro_batch)
+t.LoRATrainer.loss = slow
+"""
+
+
+@posix
+@needs_torch
+def test_a_stop_in_a_long_micro_batch_saves_without_waiting_for_its_end(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=6)
+    whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
+    path = write_config(tmp_path, **config)
+    with patched(SLOW_MICRO_BATCH, "--config", path, stderr=subprocess.DEVNULL) as process:
+        result = stop_when(process, lambda event: event.get("message") == "slow", signal.SIGTERM)
+    assert (result.code, result.last["type"], result.last["step"]) == (143, "interrupted", 3)
+    assert Path(result.last["state_path"]).name == "state_step_3.safetensors"
+    assert_same_tensors(train(tmp_path, config).final_path, whole.final_path)
+
+
+@posix
+@needs_torch
+def test_as_the_first_process_of_a_container_it_hears_a_stop(tmp_path: Path, images: Path, models: Path) -> None:
+    inside = ["unshare", "--fork", "--pid", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        inside[1:1] = ["--user", "--map-root-user"]
+        if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True).returncode:
+            pytest.skip("no PID namespace can be made here")
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    arguments = [*inside, *command("--config", config)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        lines = []
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line)
+            if json.loads(line)["type"] == "progress":
+                (child,) = children.read_text().split()
+                os.kill(int(child), signal.SIGTERM)
+                break
+        result = Run(process.wait(timeout=30), b"".join(lines) + process.stdout.read(), b"")
+    assert result.events[0]["pid"] == 1
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    assert Path(result.last["path"]).exists()
+
+
+@posix
+@needs_torch
+def test_a_signal_to_the_whole_group_is_one_stop_and_leaves_no_process(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    # The shell gets the signal too, and outlives it, as a job runner does.
+    shell = ["sh", "-c", f"trap : TERM; {shlex.join(command('--config', config))} & wait $!; wait $!"]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        lines = []
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line)
+            if json.loads(line)["type"] == "progress":
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        result = Run(0, b"".join(lines) + process.stdout.read(), b"")
+        assert process.wait(timeout=30) == 143
+    assert result.last["type"] == "interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 @needs_torch
@@ -1741,13 +1920,110 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, images: Pa
     (tmp_path / "out/lora_final.safetensors").unlink()
     states[1].write_bytes(states[1].read_bytes()[:-7])
     resumed = train(tmp_path, config)
-    assert [event["code"] for event in emitted(resumed, "warning")].count("checkpoint_corrupt") == 1
+    assert warning_codes(resumed).count("checkpoint_corrupt") == 1
     assert_same_tensors(resumed.final_path, whole.final_path)
     for path in (tmp_path / "out/checkpoints").glob("state_*"):
         path.write_bytes(b"junk")
     with pytest.raises(trainer.TrainerError) as caught:
         prepare(tmp_path, config)
     assert caught.value.code == "checkpoint_corrupt"
+
+
+def damage(data: bytes, step: int) -> Iterator[bytes]:
+    """Every `step`-th way to flip one bit or to cut the end off."""
+    for bit in range(0, len(data) * 8, step):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
+    for length in range(0, len(data), step):
+        yield data[:length]
+
+
+def check_damage(tmp_path: Path, images: Path, models: Path, step: int) -> int:
+    """Damage the newer of two states in many ways: each time the other one is found, or the whole of this one."""
+    config = small(images, models / "sd15", tmp_path / "out", lora_rank=1, lora_targets="attention")
+    made = train(tmp_path, config, stop=Quiet(after=3))
+    made.state = dataclasses.replace(made.state, step=2)
+    made.save()
+    newest = made.folder.checkpoints / "state_step_3.safetensors"
+    (tensors, record), data = trainer.decode_state(newest), newest.read_bytes()
+    warnings: list[str] = []
+
+    def find() -> trainer.ResumePoint:
+        warnings.clear()
+        found = trainer.find_resume_point(made.folder.checkpoints, made.run_id, lambda code, *_: warnings.append(code))
+        assert found
+        return found
+
+    tried = 0
+    for damaged in damage(data, step):
+        newest.write_bytes(damaged)
+        found = find()
+        if found.path == newest:  # what a reader needs is all there: a copy of the run's id was hit
+            assert found.record == record
+            assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+        else:
+            assert (found.state.step, warnings) == (2, ["checkpoint_corrupt"])
+        tried += 1
+    newest.unlink()
+    assert find().state.step == 2
+    return tried
+
+
+@needs_torch
+def test_a_flipped_bit_or_a_cut_falls_back_to_the_older_state(tmp_path: Path, images: Path, models: Path) -> None:
+    assert check_damage(tmp_path, images, models, step=997) > 500
+
+
+FILE_SYSTEM_MODULES = ("posix", "nt", "_io")
+
+
+def kill_in_save(made: trainer.LoRATrainer, number: int) -> bool:
+    """Save in a copy of this process that is killed at its `number`-th call into the file system; False: it ended."""
+    child = os.fork()
+    if not child:
+        calls = 0
+
+        def count(_: Any, event: str, called: Any) -> None:
+            nonlocal calls
+            module = getattr(called, "__module__", None) or type(getattr(called, "__self__", None)).__module__
+            if event == "c_call" and module in FILE_SYSTEM_MODULES:
+                calls += 1
+                if calls == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.setprofile(count)
+        made.save()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@posix
+@needs_torch
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_kill_at_any_call_of_a_save_leaves_a_good_state_and_its_lora(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1, checkpoint_limit=2, steps=3)
+    made = prepare(tmp_path, config)
+    assert made.train()
+    made.state = dataclasses.replace(made.state, step=4)
+    before = tmp_path / "before"
+    shutil.copytree(tmp_path / "out", before)
+    found = set()
+    number = 1
+    while kill_in_save(made, number):
+        point = trainer.find_resume_point(made.folder.checkpoints, made.run_id, lambda *w: pytest.fail(str(w)))
+        assert point
+        found.add(point.state.step)
+        loras = trainer.numbered(made.folder.checkpoints, "lora_step")
+        assert len(loras) >= 2
+        assert all(trainer.written_by(path) == made.run_id for _, path in loras)
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(before, tmp_path / "out")
+        number += 1
+    assert number > 40
+    assert found == {3, 4}
 
 
 @needs_torch
@@ -1763,6 +2039,34 @@ def test_other_settings_do_not_resume_but_more_steps_do(tmp_path: Path, images: 
     straight = train(tmp_path, config | {"steps": 6, "output_path": str(tmp_path / "straight")})
     assert_same_tensors(longer.final_path, straight.final_path)
     assert trainer.read_header(longer.final_path)["ss_steps"] == "6"
+
+
+@needs_torch
+def test_more_steps_under_a_decaying_schedule_warn(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", lr_scheduler="cosine", lr_warmup_steps=1)
+    train(tmp_path, config, stop=Quiet(after=2))
+    assert "schedule_stretched" not in warning_codes(train(tmp_path, config, stop=Quiet(after=1)))
+    assert "schedule_stretched" in warning_codes(train(tmp_path, config | {"steps": 9}))
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_five_interruptions_change_no_rate_no_loss_and_no_bit(
+    tmp_path: Path, images: Path, models: Path, kind: str
+) -> None:
+    config = small(images, models / kind, tmp_path / "whole", steps=18, lr_scheduler="cosine", lr_warmup_steps=5)
+    whole = train(tmp_path, config)
+    config["output_path"] = str(tmp_path / "parts")
+    parts = [train(tmp_path, config, stop=Quiet(after=3)) for _ in range(5)] + [train(tmp_path, config)]
+    progress = [event for part in parts for event in emitted(part, "progress")]
+    same = ("step", "loss", "loss_avg", "learning_rate", "grad_norm", "epoch", "percent")
+    expected = emitted(whole, "progress")
+    assert [[event[key] for key in same] for event in progress] == [[event[key] for key in same] for event in expected]
+    assert_same_tensors(parts[-1].final_path, whole.final_path)
+    for step in (17, 18):
+        state = f"checkpoints/state_step_{step}.safetensors"
+        if (tmp_path / "whole" / state).exists():
+            assert_same_tensors(tmp_path / "parts" / state, tmp_path / "whole" / state)
 
 
 @needs_torch
@@ -1794,6 +2098,40 @@ def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
         *(f"samples/{name}.png" for name in ("step_2_0", "step_4_0", "step_by_step")),
     }
     assert trainer.written_by(checkpoints / "state_step_4.safetensors") == fresh.run_id
+
+
+@needs_torch
+def test_a_fresh_run_that_is_killed_before_its_first_save_still_replaces_the_old_one(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=3)
+    first = train(tmp_path, config)
+    for _ in range(2):
+        killed = prepare(tmp_path, config, fresh=True)
+        killed.folder._lock.close()  # type: ignore[union-attr]
+    again = prepare(tmp_path, config)
+    assert (again.run_id, again.state.step) == (killed.run_id, 0)
+    assert trainer.written_by(first.final_path) == first.run_id
+    assert again.train()
+    again.finish()
+    wrote = {trainer.written_by(path) for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert wrote == {again.run_id}
+    assert trainer.read_run(tmp_path / "out/config.json") == {"run_id": again.run_id, "replaces": []}
+
+
+@needs_torch
+def test_a_final_lora_that_is_damaged_or_wanted_otherwise_is_written_again(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    good = train(tmp_path, config).final_path
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(good).items()}  # else mapped from the file
+    good.write_bytes(good.read_bytes()[:-1] + b"x")
+    train(tmp_path, config)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in tensors_of(good).items())
+    half = train(tmp_path, config | {"save_dtype": "bf16", "metadata": {"title": "Zorb"}})
+    assert trainer.read_header(half.final_path)["modelspec.title"] == "Zorb"
+    assert {tensor.dtype for tensor in tensors_of(half.final_path).values()} == {torch.bfloat16, torch.float32}
 
 
 @needs_torch
@@ -1860,7 +2198,7 @@ def test_another_thread_count_is_said_when_resuming(tmp_path: Path, images: Path
         made = prepare(tmp_path, config)
     finally:
         torch.set_num_threads(threads)
-    assert "resume_not_exact" in [event["code"] for event in emitted(made, "warning")]
+    assert "resume_not_exact" in warning_codes(made)
 
 
 # ======================================================================================
@@ -2013,12 +2351,133 @@ def test_the_state_is_saved_between_checkpoints_when_minutes_have_passed(
     assert saved == [(1, False), (2, False), (3, True), (4, False)]
 
 
+def fail_writes(monkeypatch: pytest.MonkeyPatch, number: int, failing: Callable[[str], bool]) -> None:
+    """Let the device fail with errno `number` while files whose name is `failing` are being written."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if failing(name):
+            raise OSError(number, os.strerror(number), name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+
+
+@linux
+@needs_torch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_periodic_save_that_fails_warns_and_a_second_in_a_row_ends_the_run(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=12, checkpoint_steps=2)
+    whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
+    made = prepare(tmp_path, config)
+    fail_writes(monkeypatch, number, lambda name: made.state.step in (4, 8, 10))
+    with pytest.raises(trainer.TrainerError) as caught:
+        made.train()
+    assert caught.value.code == ("disk_full" if number in (errno.ENOSPC, errno.EDQUOT) else "output_not_writable")
+    assert [event["step"] for event in emitted(made, "checkpoint")] == [2, 6]
+    assert warning_codes(made).count("save_failed") == 2
+    names = {path.name for path in made.folder.checkpoints.iterdir()}
+    assert names == {f"{stem}_step_{step}.safetensors" for stem in ("lora", "state") for step in (2, 6)}
+    made.folder._lock.close()  # type: ignore[union-attr]
+    monkeypatch.undo()
+    assert_same_tensors(train(tmp_path, config).final_path, whole.final_path)
+
+
+@linux
+@needs_torch
+def test_a_lora_that_cannot_be_written_leaves_the_state_and_comes_when_the_run_goes_on(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    made = prepare(tmp_path, config)
+    fail_writes(monkeypatch, errno.ENOSPC, lambda name: "lora_step" in name)
+    with pytest.raises(trainer.TrainerError, match="full"):
+        made.train()
+    assert made.stop.saved == trainer.SavedFiles(4, None, str(made.folder.checkpoints / "state_step_4.safetensors"))
+    made.folder._lock.close()  # type: ignore[union-attr]
+    monkeypatch.undo()
+    resumed = train(tmp_path, config)
+    assert resumed.lora_path(4).exists()
+    assert resumed.final_path.exists()
+
+
+@linux
+@needs_torch
+def test_a_final_lora_that_cannot_be_written_is_an_error_and_comes_with_the_next_start(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    made = prepare(tmp_path, config)
+    assert made.train()
+    fail_writes(monkeypatch, errno.ENOSPC, lambda name: "final" in name)
+    with pytest.raises(trainer.TrainerError) as caught:
+        made.finish()
+    assert caught.value.code == "disk_full"
+    made.folder._lock.close()  # type: ignore[union-attr]
+    monkeypatch.undo()
+    again = train(tmp_path, config)
+    assert again.final_path.exists()
+    assert emitted(again, "progress") == []
+
+
+OUT_OF_MEMORY = {  # phase: the part of the script in which memory runs out
+    "planning": "make_plan",
+    "caching": "encode_image",
+    "loading": "add_lora",
+    "resuming": "unpack_optimizer",
+    "training": "squared_error",
+    "saving": "kohya_tensors",
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("phase", OUT_OF_MEMORY)
+def test_out_of_memory_says_where_and_what_was_trained_is_saved(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=6)
+    path = write_config(tmp_path, **config)
+    if phase == "resuming":
+        train(tmp_path, config, stop=Quiet(after=2))
+    steps = iter(range(5))
+    real = trainer.squared_error
+
+    def exhausted(*arguments: Any, **_: Any) -> Any:
+        if phase == "training" and next(steps) < 4:
+            return real(*arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer, OUT_OF_MEMORY[phase], exhausted)
+    events = Recorder()
+    folder = trainer.OutputFolder(tmp_path / "out")
+    folder.open()
+    loaded = trainer.load_config(str(path))
+    made = trainer.LoRATrainer(loaded, trainer.scan_dataset(loaded), events, Quiet(), folder)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        made.run()
+    folder._lock.close()  # type: ignore[union-attr]
+    error = trainer.as_trainer_error(caught.value, events.phase)
+    assert error.code == "out_of_memory"
+    assert f"while {phase}" in error.message
+    monkeypatch.undo()
+    saved = {"training": 4, "saving": 6, "resuming": 2}.get(phase)
+    assert made.stop.saved.step == (saved or 0)
+    again = train(tmp_path, config)
+    assert len(emitted(again, "progress")) == 6 - (saved or 0)
+
+
 @needs_torch
 def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", validation_steps=2))
     (tmp_path / "out/samples/step_2_0.png").mkdir()
     assert made.train()
-    assert "sample_not_written" in [event["code"] for event in emitted(made, "warning")]
+    assert "sample_not_written" in warning_codes(made)
 
 
 @needs_torch
@@ -2028,6 +2487,8 @@ def test_a_folder_that_goes_during_the_run_is_made_again(tmp_path: Path, images:
     assert made.train()
     made.finish()
     assert made.final_path.exists()
+    assert trainer.read_run(tmp_path / "out/config.json")["run_id"] == made.run_id
+    assert (tmp_path / "out/.lock").exists()
 
 
 @needs_torch
@@ -2044,7 +2505,7 @@ def test_a_disk_that_will_not_hold_the_run_is_a_warning(
     nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly_full)
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out"))
-    assert "disk_space_low" in [event["code"] for event in emitted(made, "warning")]
+    assert "disk_space_low" in warning_codes(made)
 
 
 def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:

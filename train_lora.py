@@ -959,6 +959,7 @@ class OutputFolder:
         with blame("output_not_writable"):
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path)
             self._lock = (self.path / ".lock").open("ab")
             if not lock_file(self._lock):
                 raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
@@ -2322,6 +2323,7 @@ def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, dige
         "sshs_model_hash": digest,
         "train_lora.version": VERSION,
         "train_lora.run_id": run_id,
+        "train_lora.save_dtype": config.save_dtype,
         "train_lora.trigger_words": json.dumps(config.trigger_words),
         "train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")}),
     }
@@ -2567,15 +2569,35 @@ class LoRATrainer:
         self.whole = threading.Lock()  # held while weights and counters do not belong together, or are being saved
         self.failed_saves = 0  # in a row
 
+    def run(self) -> int:
+        """Do all of it, or as much as there is time for; the exit code."""
+        if self.setup():
+            self.complete()
+            return 0
+        try:
+            finished = self.train()
+        except TrainerError:
+            raise
+        except Exception:  # memory ran out in a forward, say: the work up to there is whole
+            with contextlib.suppress(Exception):
+                self.rescue()
+            raise
+        if finished:
+            self.finish()
+            return 0
+        if self.state.step > self.stop.saved.step or (self.stop.saved.state_path and not self.stop.saved.path):
+            self.save()
+        return self.stop.conclude()
+
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
-        self.events.info("Planning the run.", phase="planning")
         hardware = choose_device(self.config.device)
         self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
         self.half = self.dtype != torch.float32
         self.device = torch.device(hardware.device)
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
         source = locate_model(self.config, weights=True, half=self.half)
+        self.events.info("Planning the run.", phase="planning")
         self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
         self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
         self.events.info(f"Compute dtype: {str(self.dtype).removeprefix('torch.')} ({why}).")
@@ -2627,11 +2649,13 @@ class LoRATrainer:
         write_file(self.folder.path / "config.json", json.dumps(strict(document), indent=2).encode() + b"\n")
 
     def is_finished(self, step: int) -> bool:
-        """Tell whether the final LoRA is on disk and whole, of this run and of this step."""
+        """Tell whether the final LoRA is on disk and whole, of this run and step, and as the config wants it now."""
         header = read_header(self.final_path)
-        if (header.get("train_lora.run_id"), header.get("ss_steps")) != (self.run_id, str(step)):
+        if header.get("train_lora.run_id") != self.run_id:
             return False
-        return header.get("sshs_model_hash") == tensor_bytes_hash(self.final_path.read_bytes())
+        wanted = lora_header(self.config, self.plan, step, self.run_id, tensor_bytes_hash(self.final_path.read_bytes()))
+        keys = [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
+        return all(header.get(key) == wanted[key] for key in (*keys, "ss_steps", "train_lora.save_dtype"))
 
     def cache(self) -> None:
         """Encode every text and image once; let the encoders go. Needs self.plan."""
@@ -2641,6 +2665,7 @@ class LoRATrainer:
         captions = [example.caption for example in self.plan.dataset.examples]
         texts = list(dict.fromkeys([*captions, *config.prompts, config.sample_negative_prompt]))
         self.texts = {}
+        self.events.info("Encoding captions.", phase="caching", current=0, total=len(texts))
         for number, text in enumerate(texts, 1):
             self.texts[text] = encoder.encode(text)
             self.events.info("Encoding captions.", phase="caching", current=number, total=len(texts))
@@ -2660,6 +2685,7 @@ class LoRATrainer:
     def cache_images(self) -> None:
         self.images: dict[int, CachedImage] = {}
         members = [(index, size) for size, indices in self.plan.buckets.items() for index in dict.fromkeys(indices)]
+        self.events.info("Encoding images.", phase="caching", current=0, total=len(members))
         for number, (index, size) in enumerate(members, 1):
             example = self.plan.dataset.examples[index]
             try:
@@ -2714,6 +2740,7 @@ class LoRATrainer:
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
+        self.events.info(f"Resuming at step {point.state.step} from {point.path.name}.", phase="resuming")
         with torch.no_grad():
             for name, (down, up) in self.layers.items():
                 down.copy_(point.tensors[f"lora/{name}/down"])
@@ -2721,7 +2748,6 @@ class LoRATrainer:
         unpack_optimizer(self.optimizer, point.tensors, point.record["optimizer"])
         self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
-        self.events.info(f"Resuming at step {self.state.step} from {point.path.name}.", phase="resuming")
         now = self.environment()
         changed = [key for key, value in point.record["environment"].items() if now[key] != value]
         if changed:
@@ -3234,23 +3260,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
         stop.watch_folder(folder.path)
     events.info("Importing torch and diffusers.", phase="importing")
     import_libraries()
-    trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh)
-    if trainer.setup():
-        trainer.complete()
-        return 0
-    try:
-        finished = trainer.train()
-    except Exception as error:
-        if not isinstance(error, TrainerError):  # memory ran out in a forward, say: the work up to then is whole
-            with contextlib.suppress(Exception):
-                trainer.rescue()
-        raise
-    if finished:
-        trainer.finish()
-        return 0
-    if trainer.state.step > stop.saved.step or (stop.saved.state_path and not stop.saved.path):
-        trainer.save()
-    return stop.conclude()
+    return LoRATrainer(config, dataset, events, stop, folder, options.fresh).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
