@@ -8,6 +8,8 @@ layout. Tests that need torch are skipped where it is not installed; the others 
 from __future__ import annotations
 
 import ast
+import collections
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -15,6 +17,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -2723,6 +2726,271 @@ def test_docker_files_agree_with_the_tree() -> None:
     for line in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
         for name in line.split():
             assert (ROOT / name).exists(), name
+
+
+# ======================================================================================
+# the torture run: python test_trainer.py -m torture -s
+# ======================================================================================
+
+FORK_SERVER = """
+import json, os, sys
+import train_lora
+train_lora.import_libraries()
+for line in sys.stdin:
+    config, events = json.loads(line)
+    child = os.fork()
+    if not child:
+        null = os.open(os.devnull, os.O_RDWR)
+        out = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor, target in ((null, 0), (out, 1), (null, 2)):
+            os.dup2(descriptor, target)
+        os._exit(train_lora.main(["--config", config]))
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Forks:
+    """Runs of the script as forks of one process that has the heavy imports behind it: seconds less for each."""
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", FORK_SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, config: Path, events: Path) -> int:
+        assert self.server.stdin
+        self.server.stdin.write(json.dumps([str(config), str(events)]) + "\n")
+        self.server.stdin.flush()
+        return int(self.answer())
+
+    def answer(self) -> str:
+        assert self.server.stdout
+        return self.server.stdout.readline()
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(int(self.answer()))
+
+    def kill_after(self, delay: float, config: Path, events: Path) -> bool:
+        """Run and SIGKILL; False when the run had ended before."""
+        child = self.start(config, events)
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        code = self.wait()
+        assert code in (0, -signal.SIGKILL)
+        return code != 0
+
+    def close(self) -> None:
+        assert self.server.stdin
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+
+
+def logged(path: Path) -> list[Json]:
+    """The events in a file, but for a torn last line."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+KILLED_RUNS: list[Json] = [
+    {"lr_scheduler": "cosine", "lr_warmup_steps": 20, "lora_dropout": 0.1},
+    {"batch_size": 1, "checkpoint_limit": 3, "lr_scheduler": "linear"},
+    {"gradient_accumulation_steps": 2, "validation_steps": 10, "sample_at_start": True},
+    {"gradient_checkpointing": True, "mixed_precision": "bf16", "checkpoint_limit": 1},
+]
+
+
+@pytest.mark.torture
+@posix
+@needs_torch
+def test_two_hundred_kills_lose_no_checkpoint_and_change_no_bit(tmp_path: Path, images: Path, models: Path) -> None:
+    random_moments = random.Random(3)
+    forks = Forks()
+    kills = finished = lost_steps = 0
+    while kills < 200:
+        changes = {"steps": 120, "checkpoint_steps": 2, **KILLED_RUNS[finished % 4], "seed": finished}
+        kind, folder = ("sd15", "sdxl")[finished // 2 % 2], tmp_path / str(finished)
+        folder.mkdir()
+        whole = write_config(folder, **small(images, models / kind, folder / "whole", **changes))
+        started = time.monotonic()
+        forks.start(whole, folder / "whole.jsonl")
+        assert forks.wait() == 0
+        events = logged(folder / "whole.jsonl")
+        duration, training = (
+            time.monotonic() - started,
+            {e["step"]: e["loss"] for e in events if e["type"] == "progress"},
+        )
+        setup = next(event["elapsed"] for event in events if event["type"] == "progress") - events[0]["elapsed"]
+        config = folder / "parts.json"
+        write_json(config, small(images, models / kind, folder / "parts", **changes))
+        checkpoints, stream = folder / "parts/checkpoints", folder / "parts.jsonl"
+        saved = 0
+        while forks.kill_after(setup + random_moments.uniform(-setup, (duration - setup) / 4), config, stream):
+            kills += 1
+            saved = max([saved, *(event["step"] for event in logged(stream) if event["type"] == "checkpoint")])
+            files = [path for path in (folder / "parts").rglob("*.safetensors") if not path.name.startswith(".")]
+            assert all(tensors_of(path) for path in files), "a file that cannot be read"
+            states = trainer.numbered(checkpoints, "state_step") if checkpoints.exists() else []
+            assert all(trainer.decode_state(path) for _, path in states)
+            newest = states[0][0] if states else 0
+            assert newest >= saved, "a checkpoint that was announced is gone"
+            last = [event["step"] for event in logged(stream) if event["type"] == "progress"]
+            lost_steps = max([lost_steps, *(step - newest for step in last)])
+        finished += 1
+        names = [{path.relative_to(out) for path in out.rglob("*")} for out in (folder / "whole", folder / "parts")]
+        assert names[0] == names[1], "temporaries or missing files"
+        for path in (folder / "whole").rglob("*.safetensors"):
+            assert_same_tensors(path, folder / "parts" / path.relative_to(folder / "whole"))
+        for event in logged(folder / "parts/events.jsonl"):
+            assert event["type"] != "progress" or event["loss"] == training[event["step"]]
+    forks.close()
+    print(f"\n{kills} kills over {finished} runs; never more than {lost_steps} steps to do again")
+
+
+STRACE = ["strace", "-f", "-e", "trace=%file,%desc,fsync"]
+
+
+def traced_save(made: trainer.LoRATrainer, log: Path, *options: str) -> bool:
+    """Save in a copy of this process under strace; False when it was killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(reading, 1)
+        made.save()
+        os._exit(0)
+    with subprocess.Popen(
+        [*STRACE, *options, "-o", str(log), "-p", str(child)], stderr=subprocess.PIPE, text=True
+    ) as tracer:
+        assert tracer.stderr
+        if "attached" not in tracer.stderr.readline():
+            os.kill(child, signal.SIGKILL)
+            pytest.skip("strace may not attach here")
+        os.write(writing, b"x")
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(reading)
+    os.close(writing)
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+@pytest.mark.torture
+@needs_torch
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_kill_at_every_system_call_of_a_save_leaves_a_good_state(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1, checkpoint_limit=2, steps=3)
+    made = prepare(tmp_path, config)
+    assert made.train()
+    made.state = dataclasses.replace(made.state, step=4)
+    before, log = tmp_path / "before", tmp_path / "log"
+    shutil.copytree(tmp_path / "out", before)
+
+    def reset() -> None:
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(before, tmp_path / "out")
+
+    assert traced_save(made, log)
+    calls = [match[1] for line in log.read_text().splitlines() if (match := re.match(r"\d+ +(\w+)\(", line))]
+    order = [call for call in calls if call in ("fsync", "rename", "unlink", "write")]
+    print("\n" + " ".join(order))
+    assert [call for call in order if call != "write"] == ["fsync", "rename", "fsync"] * 2 + ["unlink"] * 2
+    assert order[0] == order[4] == "write"
+    tried = collections.Counter(calls)
+    found: collections.Counter[int] = collections.Counter()
+    for call, count in tried.items():
+        for number in range(1, count + 1):
+            reset()
+            assert not traced_save(made, log, "-e", f"inject={call}:signal=KILL:when={number}")
+            point = trainer.find_resume_point(made.folder.checkpoints, made.run_id, lambda *w: pytest.fail(str(w)))
+            assert point
+            found[point.state.step] += 1
+            assert len(trainer.numbered(made.folder.checkpoints, "lora_step")) >= 2
+    assert set(found) == {3, 4}
+    print(f"killed at each of {tried.total()} calls {dict(tried)}; newest good state {dict(found)}")
+
+
+@pytest.mark.torture
+@posix
+@needs_torch
+def test_a_hundred_stops_at_random_moments_end_as_promised(tmp_path: Path, images: Path, models: Path) -> None:
+    moments = random.Random(4)
+    changes = {"steps": 100_000, "checkpoint_steps": 7, "validation_steps": 5, "sample_at_start": True}
+    waits: list[float] = []
+    phases: collections.Counter[str] = collections.Counter()
+    span = 0.0
+    for number in range(101):
+        kind = ("sd15", "sdxl")[number % 2]
+        config = write_config(tmp_path, **small(images, models / kind, tmp_path / kind, **changes))
+        if number % 10 == 0:
+            shutil.rmtree(tmp_path / kind, ignore_errors=True)
+        with subprocess.Popen(
+            command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout
+            lines = [process.stdout.readline()]
+            if number == 0:  # how long the way to step 20 is
+                result = stop_when(process, lambda event: event.get("step") == 20, signal.SIGTERM)
+                span = result.last["elapsed"]
+                continue
+            time.sleep(moments.uniform(0, span))
+            sent = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            lines += process.stdout.readlines()
+            result = Run(process.wait(timeout=30), b"".join(lines), b"")
+            waits.append(time.monotonic() - sent)
+        assert (result.code, result.last["type"], result.last["signal"]) == (143, "interrupted", "SIGTERM")
+        if result.last["state_path"]:
+            assert trainer.decode_state(Path(result.last["state_path"]))[1]["state"]["step"] == result.last["step"]
+        phases[[event["phase"] for event in result.events if "phase" in event][-1]] += 1
+    waits.sort()
+    print(f"\n{len(waits)} stops in {dict(phases)}: 95 % within {waits[94]:.2f} s, all within {waits[-1]:.2f} s")
+
+
+@pytest.mark.torture
+@needs_torch
+def test_no_flipped_bit_and_no_cut_of_a_state_goes_unnoticed(tmp_path: Path, images: Path, models: Path) -> None:
+    print(f"\n{check_damage(tmp_path, images, models, step=7):,} damaged states")
+
+
+@pytest.mark.torture
+@posix
+def test_a_hundred_thousand_events_under_noise_and_not_one_torn_line() -> None:
+    code = (
+        "import os, threading, train_lora as t\n"
+        "s = t.EventStream(); s.start(lambda: None, version='0.0.0', protocol=1, pid=1, config=None)\n"
+        "threading.Thread(target=lambda: [os.write(1, b'noise') for _ in range(20000)], daemon=True).start()\n"
+        "def work(k):\n"
+        "    for n in range(25000): s.warning('x', f'{k} {n} ' + 'y' * (n % 3000))\n"
+        "workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]\n"
+        "[w.start() for w in workers]; [w.join() for w in workers]\n"
+        "s.emit('complete', step=1, final_path='x', total_time=1, loss=None); s.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    result = Run(done.returncode, done.stdout, b"")
+    assert [event["seq"] for event in result.events] == list(range(100_002))
+
+
+@pytest.mark.torture
+@posix
+@needs_torch
+def test_a_reader_that_sleeps_a_minute_finds_all_but_the_dropped_progress(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    with patched("t.EventStream.QUEUE_LIMIT = 200", "--config", config, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        time.sleep(60)
+        process.send_signal(signal.SIGTERM)
+        result = Run(0, process.stdout.read(), b"")
+        assert process.wait(timeout=30) == 143
+    log = logged(tmp_path / "out/events.jsonl")
+    missing = {event["seq"]: event["type"] for event in log}.items() - {
+        e["seq"]: e["type"] for e in result.events
+    }.items()
+    assert {event_type for _, event_type in missing} == {"progress"}
+    assert len(missing) == result.last["dropped"]
+    print(f"\n{len(log)} events, {len(missing)} dropped, all of them progress")
 
 
 if __name__ == "__main__":
