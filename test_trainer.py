@@ -946,7 +946,7 @@ def test_a_stopped_run_saves_goes_on_and_ends_as_if_it_had_not_been_stopped(
 
 @posix
 @needs_torch
-def test_files_named_save_and_stop_do_what_they_say(tmp_path: Path, images: Path, models: Path) -> None:
+def test_sigusr1_and_files_named_save_and_stop_do_what_they_say(tmp_path: Path, images: Path, models: Path) -> None:
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
     with subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         lines = []
@@ -955,10 +955,12 @@ def test_files_named_save_and_stop_do_what_they_say(tmp_path: Path, images: Path
             lines.append(line)
             kind = json.loads(line)["type"]
             if kind == "progress" and len([item for item in lines if b'"progress"' in item]) == 1:
-                (tmp_path / "out/save").touch()
+                process.send_signal(signal.SIGUSR1)
             if kind == "checkpoint":
-                (tmp_path / "out/stop").touch()
-                break
+                asked = ("save", "stop")[len([item for item in lines if b'"checkpoint"' in item]) - 1]
+                (tmp_path / "out" / asked).touch()
+                if asked == "stop":
+                    break
         result = Run(0, b"".join(lines) + process.stdout.read(), b"")
         assert process.wait(timeout=60) == 143
     assert result.last["type"] == "interrupted"
@@ -1008,8 +1010,22 @@ def test_a_stop_is_heard_from_the_first_line_on_and_whether_or_not_somebody_read
     os.close(reading)
 
 
+@posix
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
+    hang = "t.load_config = lambda *_: time.sleep(60)"
+    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
+    with patched(ignore + hang, "--config", tmp_path / "none") as process:
+        assert process.stdout
+        lines = process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        result = Run(process.wait(timeout=10), lines + process.stdout.read(), b"")
+    assert (result.code, result.last["signal"]) == (130, "SIGINT")
+
+
 SLOW_MICRO_BATCH = """
-t.StopWatcher.RESCUE_S = 0.5
+t.StopWatcher.RESCUE_S = float(os.environ["RESCUE_S"])
 loss = t.LoRATrainer.loss
 def slow(self, batch, step, micro_batch):
     if step == 3:
@@ -1021,16 +1037,28 @@ t.LoRATrainer.loss = slow
 
 @posix
 @needs_torch
-def test_a_stop_in_a_long_micro_batch_saves_without_waiting_for_its_end(
-    tmp_path: Path, images: Path, models: Path
+@pytest.mark.parametrize("way", ["patience", "second signal"])
+def test_a_stop_in_a_long_micro_batch_does_not_wait_for_its_end(
+    tmp_path: Path, images: Path, models: Path, way: str
 ) -> None:
-    config = small(images, models / "sd15", tmp_path / "out", steps=6)
+    config = small(images, models / "sd15", tmp_path / "out", steps=6, checkpoint_steps=2)
     whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
-    path = write_config(tmp_path, **config)
-    with patched(SLOW_MICRO_BATCH, "--config", path, stderr=subprocess.DEVNULL) as process:
-        result = stop_when(process, lambda event: event.get("message") == "slow", signal.SIGTERM)
-    assert (result.code, result.last["type"], result.last["step"]) == (143, "interrupted", 3)
-    assert Path(result.last["state_path"]).name == "state_step_3.safetensors"
+    path, patience = write_config(tmp_path, **config), "0.5" if way == "patience" else "60"
+    environment = os.environ | {"RESCUE_S": patience}
+    started = time.monotonic()
+    with patched(SLOW_MICRO_BATCH, "--config", path, stderr=subprocess.DEVNULL, env=environment) as process:
+
+        def slow(event: Json) -> bool:
+            if event.get("message") == "slow" and way == "second signal":
+                process.send_signal(signal.SIGTERM)
+                time.sleep(1.5)
+            return event.get("message") == "slow"
+
+        result = stop_when(process, slow, signal.SIGTERM)
+    assert time.monotonic() - started < 50
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    assert result.last["step"] == (3 if way == "patience" else 2)
+    assert trainer.decode_state(Path(result.last["state_path"]))
     assert_same_tensors(train(tmp_path, config).final_path, whole.final_path)
 
 
@@ -2805,7 +2833,7 @@ KILLED_RUNS: list[Json] = [
 @posix
 @needs_torch
 def test_two_hundred_kills_lose_no_checkpoint_and_change_no_bit(tmp_path: Path, images: Path, models: Path) -> None:
-    random_moments = random.Random(3)
+    moments = random.Random(3)
     forks = Forks()
     kills = finished = lost_steps = 0
     while kills < 200:
@@ -2826,7 +2854,11 @@ def test_two_hundred_kills_lose_no_checkpoint_and_change_no_bit(tmp_path: Path, 
         write_json(config, small(images, models / kind, folder / "parts", **changes))
         checkpoints, stream = folder / "parts/checkpoints", folder / "parts.jsonl"
         saved = 0
-        while forks.kill_after(setup + random_moments.uniform(-setup, (duration - setup) / 4), config, stream):
+
+        def moment(setup: float = setup, rest: float = duration - setup) -> float:
+            return setup * moments.random() if moments.random() < 0.4 else setup + moments.uniform(0, rest / 8)
+
+        while forks.kill_after(moment(), config, stream):
             kills += 1
             saved = max([saved, *(event["step"] for event in logged(stream) if event["type"] == "checkpoint")])
             files = [path for path in (folder / "parts").rglob("*.safetensors") if not path.name.startswith(".")]

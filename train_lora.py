@@ -2566,7 +2566,8 @@ class LoRATrainer:
         self.final_path = folder.path / f"{config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.replaced: list[str] = []  # the runs that --fresh replaced; their files go after our first save
-        self.whole = threading.Lock()  # held while weights and counters do not belong together, or are being saved
+        self.changing = threading.Lock()  # held while weights and counters change or are being saved
+        self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
 
     def run(self) -> int:
@@ -2874,11 +2875,12 @@ class LoRATrainer:
 
     def advance(self, step: int, loss: float) -> float:
         """Take the optimizer step and count it; the gradient's norm before clipping."""
-        self.whole.acquire()  # released by success only: after a failure half-way there is nothing to rescue
-        grad_norm = self.update(loss)
-        good = self.verdict(step, loss, grad_norm)
-        self.state = self.state.after(loss, good, self.lap())
-        self.whole.release()
+        with self.changing:
+            self.torn = True
+            grad_norm = self.update(loss)
+            good = self.verdict(step, loss, grad_norm)
+            self.state = self.state.after(loss, good, self.lap())
+            self.torn = False
         return grad_norm
 
     def update(self, loss: float) -> float:
@@ -3004,18 +3006,19 @@ class LoRATrainer:
 
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
-        with self.whole:
+        with self.changing:
             self.write_checkpoint(lora)
 
     def rescue(self) -> bool:
         """Save the state where the loop cannot: from the watcher's thread, or after a failure; True if it did.
 
-        Forward, backward and samples change no weight, so only a step or a save under way forbids it.
+        Forward, backward and samples change no weight, so only an optimizer step or a save under way forbids it.
         """
-        due = self.state.step > self.stop.saved.step and self.whole.acquire(blocking=False)
-        if due:  # and never released: whoever comes here is about to end the process
+        if self.state.step <= self.stop.saved.step or not self.changing.acquire(blocking=False):
+            return False
+        if not self.torn:
             self.write_checkpoint(lora=False)
-        return due
+        return not self.torn  # the lock is kept: whoever comes here is about to end the process
 
     def write_checkpoint(self, lora: bool) -> None:
         self.stop.save_requested = False
@@ -3061,8 +3064,8 @@ class LoRATrainer:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
         limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
         for stem, limit in limits.items():
-            ours = [path for _, path in numbered(self.folder.checkpoints, stem) if written_by(path) == self.run_id]
-            for path in ours[limit:] if limit else []:
+            files = [path for _, path in numbered(self.folder.checkpoints, stem)] if limit else []
+            for path in [path for path in files if written_by(path) == self.run_id][limit:]:
                 remove(path)
         if self.replaced:
             candidates = [*self.folder.path.glob("*/*.safetensors"), *self.folder.path.glob("*.safetensors")]
