@@ -2504,11 +2504,22 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
 
 
 @needs_torch
-def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, images: Path, models: Path) -> None:
+@pytest.mark.parametrize("trouble", ["path", "memory"])
+def test_a_sample_that_cannot_be_made_does_not_end_the_run(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", validation_steps=2))
-    (tmp_path / "out/samples/step_2_0.png").mkdir()
+
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if trouble == "path":
+        (tmp_path / "out/samples/step_2_0.png").mkdir()
+    else:
+        monkeypatch.setattr(trainer, "decode_latents", exhausted)
     assert made.train()
     assert "sample_not_written" in warning_codes(made)
+    assert len(emitted(made, "progress")) == 4
 
 
 @needs_torch
