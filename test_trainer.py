@@ -2971,11 +2971,10 @@ def test_a_hundred_stops_at_random_moments_end_as_promised(tmp_path: Path, image
             command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             assert process.stdout
-            lines = [process.stdout.readline()]
             if number == 0:  # how long the way to step 20 is
-                result = stop_when(process, lambda event: event.get("step") == 20, signal.SIGTERM)
-                span = result.last["elapsed"]
+                span = stop_when(process, lambda event: event.get("step") == 20, signal.SIGTERM).last["elapsed"]
                 continue
+            lines = [process.stdout.readline()]
             time.sleep(moments.uniform(0, span))
             sent = time.monotonic()
             process.send_signal(signal.SIGTERM)
