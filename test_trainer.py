@@ -35,6 +35,8 @@ from PIL import Image, ImageDraw
 
 import train_lora as trainer
 
+trainer.import_checkers()
+
 ROOT = Path(__file__).resolve().parent
 SCRIPT = ROOT / "train_lora.py"
 SCHEMA = json.loads((ROOT / "config_schema.json").read_text("utf-8"))
@@ -500,8 +502,8 @@ def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> Non
 def test_what_null_comes_to_stands_in_the_schema_too(tmp_path: Path) -> None:
     config = parse(tmp_path, REQUIRED)
     definitions = SCHEMA["definitions"]
-    assert config.learning_rate is None
-    assert config.base_learning_rate == definitions["learning_rate"]["x-when-null"] == 1e-4
+    assert config.learning_rate == definitions["learning_rate"]["x-when-null"] == 1e-4
+    assert (config.lora_alpha, config.sample_prompts) == (config.lora_rank, ("zorb",))
     assert trainer.count_steps(config, {}) == definitions["steps"]["x-when-null"] == 1000
 
 
@@ -750,7 +752,7 @@ def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path) -> None:
         assert (result.code, result.last["code"]) == (1, "config_unreadable")
     code = (
         "import train_lora as t\n"
-        "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
+        "s = t.EventStream(); s.start(lambda: None, None)\n"
         "for n in range(3000): s.info(f'note {n} ' + 'x' * 100)\n"
         "s.emit('complete', step=1, final_path='', total_time=1, loss=None); s.close()\n"
     )
@@ -807,7 +809,7 @@ def test_a_slow_reader_loses_progress_and_nothing_else() -> None:
     code = (
         "import train_lora as t\n"
         "s = t.EventStream(); s.QUEUE_LIMIT = 50\n"
-        "s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
+        "s.start(lambda: None, None)\n"
         "for n in range(5000):\n"
         "    s.emit('progress', **{k: n for k in 'step total_steps percent loss loss_avg learning_rate grad_norm epoch'"
         " ' steps_per_second eta_seconds vram_gb'.split()})\n"
@@ -831,7 +833,7 @@ def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
     log.write_bytes(b'{"type": "start"}\n{"type": "prog')
     code = (
         "import sys, pathlib, train_lora as t\n"
-        "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None)\n"
+        "s = t.EventStream(); s.start(lambda: None, None)\n"
         "s.open_log(pathlib.Path(sys.argv[1])); s.info('hello'); s.close()\n"
     )
     subprocess.run(
@@ -847,7 +849,7 @@ def test_the_log_takes_whole_lines_only_and_catches_up_once_the_disk_has_room(
     code = (
         "import os, resource, sys, pathlib, train_lora as t\n"
         "log = pathlib.Path(sys.argv[1])\n"
-        "s = t.EventStream(); s.start(lambda: None, version='', protocol=1, pid=1, config=None); s.open_log(log)\n"
+        "s = t.EventStream(); s.start(lambda: None, None); s.open_log(log)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 250, resource.RLIM_INFINITY))\n"
         "for n in range(5): s.info(f'note {n}')\n"
         "sys.stderr.write(log.read_text())\n"
@@ -3000,7 +3002,7 @@ def test_no_flipped_bit_and_no_cut_of_a_state_goes_unnoticed(tmp_path: Path, ima
 def test_a_hundred_thousand_events_under_noise_and_not_one_torn_line() -> None:
     code = (
         "import os, threading, train_lora as t\n"
-        "s = t.EventStream(); s.start(lambda: None, version='0.0.0', protocol=1, pid=1, config=None)\n"
+        "s = t.EventStream(); s.start(lambda: None, None)\n"
         "threading.Thread(target=lambda: [os.write(1, b'noise') for _ in range(20000)], daemon=True).start()\n"
         "def work(k):\n"
         "    for n in range(25000): s.warning('x', f'{k} {n} ' + 'y' * (n % 3000))\n"

@@ -53,6 +53,7 @@ import datetime
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -64,10 +65,10 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,9 +80,12 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import diffusers
     import peft
+    import safetensors.torch
     import torch
     import transformers
-    from PIL import Image
+    from jsonschema import Draft7Validator
+    from PIL import Image, ImageOps, PngImagePlugin
+    from safetensors import safe_open
     from torch import Tensor
 
 VERSION = "0.1.0"
@@ -153,43 +157,40 @@ def blame(code: str) -> Iterator[None]:
         raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.") from error
 
 
-def missing_dependency(error: ImportError) -> TrainerError:
-    name = (error.name or str(error)).partition(".")[0]
-    return TrainerError("dependency_missing", f"The Python package '{name}' could not be imported: {error}")
-
-
 def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     """Give any exception its stable code; what nobody foresaw is `internal`."""
     if isinstance(error, TrainerError):
         return error
-    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError):
+        name = (error.name or str(error)).partition(".")[0]
+        return TrainerError("dependency_missing", f"The Python package '{name}' could not be imported: {error}")
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return TrainerError("disk_full", f"The disk is full: {error}")
+    text = f"{type(error).__name__}: {error}"
     # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU and from cuBLAS.
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in text.lower()
-        or "ALLOC_FAILED" in text
-        or "can't allocate memory" in text
-    ):
+    signs = ("out of memory", "alloc_failed", "can't allocate memory")
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
         return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
     return TrainerError("internal", f"Unexpected failure while {phase}: {text}")
 
 
-def import_libraries() -> None:
-    """Import everything that takes seconds; called once, after the signal handlers are in.
+def import_checkers() -> None:
+    """Import what checks a config, its images and its model without torch; a tenth of a second."""
+    global Draft7Validator, Image, ImageOps, PngImagePlugin, safe_open
+    from jsonschema import Draft7Validator
+    from PIL import Image, ImageOps, PngImagePlugin
+    from safetensors import safe_open
 
-    Raises:
-        TrainerError: `dependency_missing`, naming the package.
-    """
-    global torch, diffusers, transformers, peft
-    try:
-        import diffusers
-        import peft
-        import torch
-        import transformers
-    except ImportError as error:
-        raise missing_dependency(error) from error
+
+def import_libraries() -> None:
+    """Import everything that takes seconds; called once, after the signal handlers are in."""
+    global torch, diffusers, transformers, peft, safetensors
+    import diffusers
+    import peft
+    import safetensors.torch
+    import torch
+    import transformers
+
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
 
@@ -206,11 +207,6 @@ def load_schema() -> JSON:
     except (OSError, ValueError) as error:
         message = f"config_schema.json cannot be read: {error}"
         raise TrainerError("config_unreadable", message, "It belongs beside train_lora.py.") from error
-
-
-def when_null(key: str) -> Any:
-    """Give what a null comes to, for the keys whose null has a meaning of its own."""
-    return load_schema()["definitions"][key]["x-when-null"]
 
 
 @dataclass(frozen=True)
@@ -239,7 +235,7 @@ class TrainingConfig:
     batch_size: int
     gradient_accumulation_steps: int
     resolution: int | None
-    learning_rate: float | None
+    learning_rate: float
     lr_scheduler: str
     lr_warmup_steps: int
     optimizer: str
@@ -251,7 +247,7 @@ class TrainingConfig:
     seed: int
     deterministic: bool
     lora_rank: int
-    lora_alpha: float | None
+    lora_alpha: float
     lora_dropout: float
     lora_type: str
     use_rslora: bool
@@ -288,7 +284,7 @@ class TrainingConfig:
     compile: bool
     device: str
     validation_steps: int
-    sample_prompts: tuple[str, ...] | None
+    sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_steps: int
     sample_guidance_scale: float
@@ -303,18 +299,6 @@ class TrainingConfig:
     report_to: tuple[str, ...]
     metadata: Mapping[str, str]
 
-    @property
-    def alpha(self) -> float:
-        return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
-
-    @property
-    def base_learning_rate(self) -> float:
-        return float(when_null("learning_rate") if self.learning_rate is None else self.learning_rate)
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return self.sample_prompts or (f"{self.caption_separator} ".join(self.trigger_words),)
-
 
 SHORT_NAMES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -326,8 +310,7 @@ SHORT_NAMES = {
 def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a config file ('-': stdin), apply `KEY=VALUE` overrides, check everything at once.
 
-    Raises:
-        TrainerError: `config_unreadable` or `config_invalid` with every problem found.
+    Raises TrainerError: `config_unreadable` or `config_invalid` with every problem found.
     """
     schema = load_schema()
     definitions: JSON = schema["definitions"]
@@ -342,14 +325,17 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     values |= {key: resolve_value(value, definitions[key], Path.cwd()) for key, value in changed.items()}
     problems += more + check_values(values, definitions)
     if problems:
-        listing = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise TrainerError(
-            "config_invalid",
-            f"The config has {len(problems)} problem{'s' if len(problems) > 1 else ''}: {listing}{rest}",
-            problems=problems,
-        )
-    return TrainingConfig(**{key: freeze(value, definitions[key]) for key, value in values.items()})
+        raise TrainerError("config_invalid", f"The config has {count}: {first}{rest}", problems=problems)
+    given = {key: freeze(value, definitions[key]) for key, value in values.items()}
+    when_null = {  # what a null comes to, where the config alone decides it
+        "learning_rate": definitions["learning_rate"]["x-when-null"],
+        "lora_alpha": float(given["lora_rank"]),
+        "sample_prompts": (f"{given['caption_separator']} ".join(given["trigger_words"]),),
+    }
+    return TrainingConfig(**given | {key: value for key, value in when_null.items() if given[key] is None})
 
 
 def keys_marked(mark: str) -> list[str]:
@@ -369,8 +355,7 @@ def read_source(source: str) -> str:
 def parse_json(text: str) -> Any:
     """Parse strictly: no duplicate keys, no NaN, no number that overflows a float.
 
-    Raises:
-        TrainerError: `config_unreadable` for what is no JSON, `config_invalid` for the rest.
+    Raises TrainerError: `config_unreadable` for what is no JSON, `config_invalid` for the rest.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
@@ -437,7 +422,8 @@ def parse_overrides(overrides: Sequence[str], definitions: JSON) -> tuple[JSON, 
             except TrainerError as error:
                 if error.code == "config_invalid":
                     problems.append(problem(f"--set {key}", error.message))
-                values[key] = text
+                else:
+                    values[key] = text
     return values, problems
 
 
@@ -455,12 +441,8 @@ def show(value: Any) -> str:
 
 def names_a_path(value: str, base: Path) -> bool:
     """Tell a path from a Hub id (`owner/name`) or a short name."""
-    if value.startswith((".", "/", "~")) or value.endswith(".safetensors") or re.match(r"[A-Za-z]:", value):
-        return True
-    try:
-        return (base / value).exists()
-    except (OSError, ValueError):
-        return False
+    looks = value.startswith((".", "/", "~")) or value.endswith(".safetensors") or re.match(r"[A-Za-z]:", value)
+    return bool(looks) or os.path.exists(base / value)  # noqa: PTH110  # Path's raises for a name that is too long
 
 
 def absolute(path: str, base: Path) -> str:
@@ -499,10 +481,6 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
     """Hold every value against its definition, and against what works in this version."""
-    try:
-        from jsonschema import Draft7Validator
-    except ImportError as error:
-        raise missing_dependency(error) from error
     problems = [
         problem(key, f"is required: {definition['description']}")
         for key, definition in definitions.items()
@@ -521,17 +499,11 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         if not errors and value not in definition.get("x-available", [value]):
             allowed = ", ".join(map(show, definition["x-available"]))
             problems.append(problem(key, f"{show(value)} is not available yet; this version takes {allowed}"))
-        if not errors and not encodable(value, is_path="format" in definition):
+        # Lone surrogates; file names that are not UTF-8 come as such, U+DC80 to U+DCFF.
+        unfit = "[\ud800-\udc7f\udd00-\udfff]" if "format" in definition else "[\ud800-\udfff]"
+        if not errors and re.search(unfit, json.dumps(value, ensure_ascii=False)):
             problems.append(problem(key, "has characters that no file name or prompt can hold (lone surrogates)"))
     return problems
-
-
-def encodable(value: Any, *, is_path: bool) -> bool:
-    try:  # file names that are not UTF-8 come as surrogate escapes
-        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape" if is_path else "strict")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def freeze(value: Any, definition: JSON) -> Any:
@@ -548,8 +520,8 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     if config.lr_warmup_steps and config.steps is not None and config.lr_warmup_steps >= config.steps:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
-    if config.base_learning_rate > 2e-2:
-        message = f"learning_rate {config.base_learning_rate:g} is far above what LoRAs train at."
+    if config.learning_rate > 2e-2:
+        message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
         yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
 
 
@@ -578,6 +550,10 @@ class ProgressEvent:
         return write(self.fields) if write else ""
 
 
+def utc_now(timespec: str = "milliseconds") -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
 def strict(value: Any) -> Any:
     """Make a value fit for strict parsers: no NaN, no lone surrogates, no Path."""
     if isinstance(value, float):
@@ -589,10 +565,6 @@ def strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
     return value
-
-
-def bullet_list(problems: Sequence[Mapping[str, str]]) -> str:
-    return "".join(f"\n  - {item['path']}: {item['message']}" for item in problems)
 
 
 def short_time(seconds: float | None) -> str:
@@ -611,7 +583,9 @@ HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "validated": lambda f: "valid",
     "complete": lambda f: f"complete: {f['final_path']}",
     "interrupted": lambda f: f["message"],
-    "error": lambda f: f"error: {f['message']}\n  {f['hint']}" + bullet_list(f["problems"][:50]),
+    "error": lambda f: "\n  ".join(
+        [f"error: {f['message']}", f["hint"], *(f"- {item['path']}: {item['message']}" for item in f["problems"][:50])]
+    ),
 }
 
 LAST_TYPES = ("validated", "complete", "interrupted", "error")
@@ -668,35 +642,35 @@ class EventStream:
         self._log: IO[bytes] | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
         self.lost: OSError | None = None  # why stdout takes nothing any more
-        self._queue: collections.deque[bytes] = collections.deque()
+        self._queue: queue.Queue[bytes] = queue.Queue()
         self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
         self._on_lost: Callable[[], None] = lambda: None
 
-    def start(self, on_lost: Callable[[], None], **fields: Any) -> None:
+    def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
         self._on_lost = on_lost
-        self.emit("start", **fields)
+        self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, ...)."""
-        with self._changed:
+        with self._lock:
             if self.ended:
                 return
             self.ended = event_type if event_type in LAST_TYPES else ""
             if self.ended and self._dropped:
                 fields["dropped"] = self._dropped
-            event = self._make(event_type, fields)
+            event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
+            self._seq += 1
             line = event.line()
             self._unlogged.append(line)
             self._write_log()
-            if event_type == "progress" and len(self._queue) >= self.QUEUE_LIMIT:
+            if event_type == "progress" and self._queue.qsize() >= self.QUEUE_LIMIT:
                 self._dropped += 1
             else:
-                self._queue.append(line)
-                self._changed.notify_all()
+                self._queue.put(line)
             self._say(event)
 
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
@@ -717,7 +691,7 @@ class EventStream:
         """Append to events.jsonl from here on, after what was emitted so far; a torn last line goes."""
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        with self._changed:
+        with self._lock:
             self._log = path.open("a+b", buffering=0)
             start = max(0, self._log.seek(0, os.SEEK_END) - 1_000_000)  # a long log is not read whole
             self._log.seek(start)
@@ -732,56 +706,43 @@ class EventStream:
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until the reader has taken everything, or the time is up."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._queue, timeout)
-        deadline = time.monotonic() + 1.0
-        while self._spoken.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def _make(self, event_type: str, fields: Mapping[str, Any]) -> ProgressEvent:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        event = ProgressEvent(
-            event_type, self._seq, now.replace("+00:00", "Z"), round(time.monotonic() - STARTED, 3), fields
-        )
-        self._seq += 1
-        return event
+        with self._queue.all_tasks_done:
+            self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, timeout)
+        with self._spoken.all_tasks_done:
+            self._spoken.all_tasks_done.wait_for(lambda: not self._spoken.unfinished_tasks, 0.5)
 
     def _write_log(self) -> None:
         """Append what is waiting; whole lines only, so a full disk tears none and they come once it has room."""
         if self._log is None:
             return
-        end = self._log.seek(0, os.SEEK_END)
-        try:
-            write_all(self._log.fileno(), b"".join(self._unlogged))
-            self._unlogged.clear()
-        except OSError:  # the next save will say so
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the next save will say so
+            end = self._log.seek(0, os.SEEK_END)
+            try:
+                write_all(self._log.fileno(), b"".join(self._unlogged))
+                self._unlogged.clear()
+            except OSError:
                 self._log.truncate(end)
 
     def _drain(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._queue))
-                line = self._queue[0]
+            line = self._queue.get()
             try:
                 write_all(self._fd, line)
             except OSError as error:
                 self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
                 self._tell(f"stdout cannot be written to: {error.strerror}\n")
                 self._on_lost()
-            with self._changed:
-                self._queue.popleft()
-                self._changed.notify_all()
+            self._queue.task_done()
 
     def _say(self, event: ProgressEvent) -> None:
-        text, now = event.text(), time.monotonic()
-        progress = event.type == "progress"
-        if not self._talk or not text or (progress and not self._live and now - self._last_log < self.LOG_S):
+        progress, now = event.type == "progress", time.monotonic()
+        if not self._talk or (progress and not self._live and now - self._last_log < self.LOG_S):
             return
         if progress:
             self._last_log = now
         start = "\r\x1b[K" if self._live else ""
-        self._tell(start + text + ("" if progress and self._live else "\n"))
+        if text := event.text():
+            self._tell(start + text + ("" if progress and self._live else "\n"))
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
@@ -852,8 +813,9 @@ class StopWatcher:
 
     def watch_folder(self, folder: Path) -> None:
         """Take the files `stop` and `save` in the output folder for signals."""
+        start = time.time() - (time.monotonic() - STARTED)
         for name in ("stop", "save"):
-            if (folder / name).is_file():
+            if (folder / name).is_file() and (folder / name).stat().st_mtime < start:  # meant for an earlier run
                 (folder / name).unlink()
         threading.Thread(target=self._poll, args=(folder,), name="stop files", daemon=True).start()
 
@@ -878,7 +840,10 @@ class StopWatcher:
             failure = TrainerError(code, f"stdout cannot be written to: {lost.strerror}.")
             self._events.emit("error", **failure.fields(self.saved.step))
             return 1
-        self._events.emit("interrupted", **interruption(number, self.saved))
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        again = f"saved at step {self.saved.step}; the same command goes on from there"
+        message = f"Stopped by {name}: {again if self.saved.state_path else 'nothing to save'}."
+        self._events.emit("interrupted", signal=name, message=message, **dataclasses.asdict(self.saved))
         return 128 + number
 
     def leave(self) -> NoReturn:
@@ -922,23 +887,9 @@ class StopWatcher:
                         self.request(number)
 
 
-def interruption(number: int, saved: SavedFiles) -> JSON:
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    kept = f"saved at step {saved.step}; the same command goes on from there" if saved.state_path else "nothing to save"
-    return {
-        "step": saved.step,
-        "signal": name,
-        "message": f"Stopped by {name}: {kept}.",
-        "path": saved.path,
-        "state_path": saved.state_path,
-    }
-
-
 # ======================================================================================
 # output folder
 # ======================================================================================
-
-TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.[0-9a-f]{8}\.train_lora\.tmp")
 
 
 class OutputFolder:
@@ -953,8 +904,7 @@ class OutputFolder:
     def open(self) -> None:
         """Create and lock the folder, sweep what a killed run left half-written.
 
-        Raises:
-            TrainerError: `output_not_writable`, `output_in_use`.
+        Raises TrainerError: `output_not_writable`, `output_in_use`.
         """
         with blame("output_not_writable"):
             for folder in (self.path, self.checkpoints, self.samples):
@@ -964,13 +914,8 @@ class OutputFolder:
             if not lock_file(self._lock):
                 raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
             for folder in (self.path, self.checkpoints, self.samples):
-                for entry in folder.iterdir():
-                    if TEMPORARY.fullmatch(entry.name) and entry.is_file():
-                        entry.unlink(missing_ok=True)
-
-    def is_locked(self) -> bool:
-        """Tell whether our lock still lies in the folder."""
-        return (self.path / ".lock").exists()
+                for entry in folder.glob(".*.train_lora.tmp"):
+                    remove(entry)
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -990,26 +935,28 @@ def lock_file(file: IO[bytes]) -> bool:
     return True
 
 
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # on Windows a viewer may hold it
+        path.unlink(missing_ok=True)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync the folder.
 
-    Raises:
-        TrainerError: `disk_full`, `output_not_writable`; an older file of that name is then untouched.
+    Raises TrainerError: `disk_full`, `output_not_writable`; an older file of that name is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
     with blame("output_not_writable"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             replace_file(temporary, path)
             sync_folder(path.parent)
         except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            remove(temporary)
             raise
 
 
@@ -1024,11 +971,6 @@ def replace_file(source: Path, target: Path) -> None:
             if not WINDOWS or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
-
-
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # on Windows a viewer may hold it
-        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -1053,9 +995,8 @@ class TextEncoder:
     folder: str
     tokenizer: str
     class_name: str
-    penultimate: bool  # the last but one hidden state, without the final norm
-    pooled: bool
-    parameters: int
+    penultimate: bool = False  # the last but one hidden state, without the final norm
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -1073,16 +1014,16 @@ class ModelFamily:
     source: str
     native_resolution: int
     text_encoders: tuple[TextEncoder, ...]
-    time_ids: bool  # added conditions: pooled text, sizes and crop (SDXL)
-    linear_projection: bool
-    original_block_names: bool  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
-    is_v2: bool
     architecture: Mapping[str, str]
     base_version: Mapping[str, str]
     hub_pattern: str
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int]  # by component: its keys are the model's folders
     lora_width: Mapping[str, int]
     unet: Mapping[str, Any]
+    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
+    linear_projection: bool = False
+    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
+    is_v2: bool = False
 
 
 SD_UNET = {
@@ -1099,19 +1040,11 @@ FAMILIES = (
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd15"],
         native_resolution=512,
-        text_encoders=(
-            TextEncoder(
-                "text_encoder", "tokenizer", "CLIPTextModel", penultimate=False, pooled=False, parameters=123_060_480
-            ),
-        ),
-        time_ids=False,
-        linear_projection=False,
-        original_block_names=False,
-        is_v2=False,
+        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel"),),
         architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
-        parameters={"unet": 859_520_964, "vae": 83_653_863},
+        parameters={"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
         lora_width={"attention": 199_296, "transformer": 423_936},
         unet=SD_UNET,
     ),
@@ -1121,19 +1054,13 @@ FAMILIES = (
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd21"],
         native_resolution=768,
-        text_encoders=(
-            TextEncoder(
-                "text_encoder", "tokenizer", "CLIPTextModel", penultimate=False, pooled=False, parameters=340_387_840
-            ),
-        ),
-        time_ids=False,
+        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel"),),
         linear_projection=True,
-        original_block_names=False,
         is_v2=True,
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
-        parameters={"unet": 865_910_724, "vae": 83_653_863},
+        parameters={"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
         lora_width={"attention": 207_488, "transformer": 432_128},
         unet=SD_UNET,
     ),
@@ -1144,29 +1071,21 @@ FAMILIES = (
         source=SHORT_NAMES["sdxl"],
         native_resolution=1024,
         text_encoders=(
-            TextEncoder(
-                "text_encoder", "tokenizer", "CLIPTextModel", penultimate=True, pooled=False, parameters=123_060_480
-            ),
-            TextEncoder(
-                "text_encoder_2",
-                "tokenizer_2",
-                "CLIPTextModelWithProjection",
-                penultimate=True,
-                pooled=True,
-                parameters=694_659_840,
-            ),
+            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", penultimate=True),
+            TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", penultimate=True, pooled=True),
         ),
         time_ids=True,
         linear_projection=True,
         original_block_names=True,
-        is_v2=False,
-        architecture={
-            "epsilon": "stable-diffusion-xl-v1-base/lora",
-            "v_prediction": "stable-diffusion-xl-v1-base/lora",
-        },
+        architecture=dict.fromkeys(("epsilon", "v_prediction"), "stable-diffusion-xl-v1-base/lora"),
         base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
         hub_pattern=r"xl|pony|illustrious|noob",
-        parameters={"unet": 2_567_463_684, "vae": 83_653_863},
+        parameters={
+            "unet": 2_567_463_684,
+            "vae": 83_653_863,
+            "text_encoder": 123_060_480,
+            "text_encoder_2": 694_659_840,
+        },
         lora_width={"attention": 1_451_520, "transformer": 2_659_840},
         unet={
             "block_out_channels": (320, 640, 1280),
@@ -1182,39 +1101,29 @@ COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
 UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 
 # What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
-MODEL_SCHEMAS: dict[str, JSON] = {
-    "model_index.json": {"type": "object"},
+MODEL_KEYS: dict[str, JSON] = {
+    "model_index.json": {},
     "unet/config.json": {
-        "type": "object",
-        "minProperties": 1,
-        "properties": {
-            "block_out_channels": COUNTS,
-            "layers_per_block": COUNT,
-            "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
-            "down_block_types": {"type": "array", "items": {"type": "string"}},
-            "in_channels": COUNT,
-            "out_channels": COUNT,
-            "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
-        },
+        "block_out_channels": COUNTS,
+        "layers_per_block": COUNT,
+        "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
+        "down_block_types": {"type": "array", "items": {"type": "string"}},
+        "in_channels": COUNT,
+        "out_channels": COUNT,
+        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
     },
     "vae/config.json": {
-        "type": "object",
-        "properties": {
-            "block_out_channels": COUNTS,
-            "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
-            "shift_factor": {"type": ["number", "null"]},
-        },
+        "block_out_channels": COUNTS,
+        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
+        "shift_factor": {"type": ["number", "null"]},
     },
     "scheduler/scheduler_config.json": {
-        "type": "object",
-        "properties": {
-            "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-            "beta_start": UNIT,
-            "beta_end": UNIT,
-            "beta_schedule": {"enum": ["linear", "scaled_linear"]},
-            "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
-            "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
-        },
+        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
+        "beta_start": UNIT,
+        "beta_end": UNIT,
+        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
+        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
+        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
     },
 }
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -1251,8 +1160,7 @@ class ModelSource:
 def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
     """Recognise a family by structure, never by exact widths, so that distilled variants pass.
 
-    Raises:
-        TrainerError: `model_unsupported`, naming what it is and what can be trained.
+    Raises TrainerError: `model_unsupported`, naming what it is and what can be trained.
     """
     pipeline = str(model_index.get("_class_name", "an unnamed pipeline"))
     time_ids = unet.get("addition_embed_type") == "text_time"
@@ -1271,21 +1179,18 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
 def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelSource:
     """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
 
-    Raises:
-        TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
+    Raises TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
     """
     local = Path(config.base_model).is_absolute()
     folder = local_folder(config.base_model) if local else fetch(config, weights=weights, half=half)
     if folder is None:
         return guess_model(config)
-    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_SCHEMAS)
+    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_KEYS)
     family = detect_family(model_index, unet)
     if config.model_type not in ("auto", family.name):
-        raise TrainerError(
-            "model_unsupported",
-            f"model_type is {config.model_type}, but the base model is {family.title} ({family.name}).",
-            f'Set model_type to "{family.name}" or "auto", or choose another base_model.',
-        )
+        message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
+        hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
+        raise TrainerError("model_unsupported", message, hint)
     shapes, variants = read_shapes(folder, family, config.variant, half=half, required=weights or local)
     prediction = config.prediction_type
     if prediction == "auto":
@@ -1301,10 +1206,10 @@ def read_shapes(
     folder: Path, family: ModelFamily, variant: str | None, *, half: bool, required: bool
 ) -> tuple[dict[str, dict[str, list[int]]], dict[str, str | None]]:
     """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not required."""
-    names = list_files(folder)
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     shapes, variants = {}, {}
     try:
-        for part in component_folders(family):
+        for part in family.parameters:
             variants[part], files = choose_weights(names, part, variant, half)
             shapes[part] = weight_shapes(folder, files)
     except TrainerError:
@@ -1331,28 +1236,23 @@ def guess_model(config: TrainingConfig) -> ModelSource:
     """Tell the family from the id alone, when neither the Hub nor its cache can be asked."""
     by_type = [family for family in FAMILIES if family.name == config.model_type]
     by_name = [family for family in FAMILIES if re.search(family.hub_pattern, config.base_model.lower())]
-    if not by_type + by_name:
+    family = next(iter(by_type + by_name), None)
+    if family is None:
         raise hub_unreachable(config)
-    family = (by_type or by_name)[0]
     prediction = "epsilon" if config.prediction_type == "auto" else config.prediction_type
     return ModelSource(config.base_model, None, family, family.unet, {}, {}, prediction, {}, {})
 
 
-def component_folders(family: ModelFamily) -> list[str]:
-    return ["unet", "vae", *(encoder.folder for encoder in family.text_encoders)]
-
-
 def read_model_json(folder: Path, name: str) -> JSON:
     """Read one of a model's configs and check what we rely on."""
-    from jsonschema import Draft7Validator
-
     try:
         if not (folder / name).is_file():
             raise ValueError("there is no such file")
         document = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
-    for wrong in Draft7Validator(MODEL_SCHEMAS[name]).iter_errors(document):
+    schema = {"type": "object", "minProperties": 1, "properties": MODEL_KEYS[name]}
+    for wrong in Draft7Validator(schema).iter_errors(document):
         raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
     return dict(document)
 
@@ -1364,8 +1264,7 @@ def choose_weights(
 
     Without a wish, 16-bit runs take the fp16 files where there are some, others the plain ones.
 
-    Raises:
-        TrainerError: `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
+    Raises TrainerError: `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
     """
     inside = [name for name in names if name.startswith(component + "/")]
     by_variant: dict[str | None, list[str]] = collections.defaultdict(list)
@@ -1386,32 +1285,18 @@ def choose_weights(
 def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
     """Read tensor shapes from safetensors headers, without torch and without the weights.
 
-    Raises:
-        TrainerError: `model_corrupt`, also where a file is shorter than its header says.
+    Raises TrainerError: `model_corrupt`, also where a file is shorter than its header says.
     """
     shapes: dict[str, list[int]] = {}
     for name in files:
         try:
             if not (folder / name).is_file():
-                raise ValueError("not a regular file")
-            with (folder / name).open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, 100_000_000)))
-            header.pop("__metadata__", None)
-            end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-            shapes |= {key: [int(side) for side in entry["shape"]] for key, entry in header.items()}
-        except OSError as error:
-            raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error.strerror}.") from error
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise TrainerError("model_corrupt", f"The base model's {name} is not a safetensors file.") from error
-        if (size := (folder / name).stat().st_size) != end:
-            raise TrainerError("model_corrupt", f"The base model's {name} has {size} bytes instead of {end}.")
+                raise ValueError("it is not a regular file")
+            with safe_open(folder / name, framework="numpy") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except Exception as error:  # SafetensorError stands directly below Exception
+            raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
     return shapes
-
-
-def list_files(folder: Path) -> list[str]:
-    """List a diffusers folder's files as `component/file`."""
-    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
 
 
 def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
@@ -1419,25 +1304,22 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
 
     Without `weights`, None means: out of reach and not cached.
 
-    Raises:
-        TrainerError: `model_not_found`, `dependency_missing`.
+    Raises TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`.
     """
     try:
         from huggingface_hub import HfApi, errors, snapshot_download
-    except ImportError as error:
+    except ImportError:
         if not weights:
             return None
-        raise missing_dependency(error) from error
+        raise
     repo, revision = config.base_model, config.revision
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
         siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
         names = [sibling.rfilename for sibling in siblings]
         if "model_index.json" not in names:
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
         needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
-        wanted = needed if weights else list(MODEL_SCHEMAS)
+        wanted = needed if weights else list(MODEL_KEYS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
     except TrainerError:
         raise
@@ -1466,10 +1348,9 @@ def hub_unreachable(config: TrainingConfig) -> TrainerError:
 
 def wanted_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
     """List what a run needs of a Hub repository: configs, tokenizers, one set of weights."""
-    folders = {folder for family in FAMILIES for folder in component_folders(family)} & {
-        n.partition("/")[0] for n in names
-    }
-    weights = [name for folder in sorted(folders) for name in choose_weights(names, folder, variant, half)[1]]
+    parts = {part for family in FAMILIES for part in family.parameters}
+    found = sorted(parts & {name.partition("/")[0] for name in names})
+    weights = [name for part in found for name in choose_weights(names, part, variant, half)[1]]
     return ["model_index.json", "*/*.json", "tokenizer*/*.txt", *weights]
 
 
@@ -1489,13 +1370,8 @@ class Hardware:
     free_bytes: int | None = None
 
     def report(self) -> JSON:
-        return {
-            "device": self.device,
-            "name": self.name,
-            "why": self.why,
-            "total_gb": gigabytes(self.total_bytes),
-            "free_gb": gigabytes(self.free_bytes),
-        }
+        memory = {"total_gb": gigabytes(self.total_bytes), "free_gb": gigabytes(self.free_bytes)}
+        return {"device": self.device, "name": self.name, "why": self.why, **memory}
 
 
 def gigabytes(count: float | None) -> float | None:
@@ -1509,8 +1385,7 @@ def has_nvidia_gpu() -> bool:
 def choose_device(wish: str) -> Hardware:
     """Take CUDA (ROCm too), then MPS, then the CPU, unless the config names one; needs torch.
 
-    Raises:
-        TrainerError: `device_unavailable`.
+    Raises TrainerError: `device_unavailable`.
     """
     family, _, index = wish.partition(":")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -1526,9 +1401,8 @@ def choose_device(wish: str) -> Hardware:
         free = total - torch.mps.driver_allocated_memory()
         return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
     if family == "cpu":
-        return Hardware(
-            "cpu", f"{os.cpu_count()} CPU cores", f"{wish}: no GPU that torch can use" if wish == "auto" else wish
-        )
+        why = "auto: no GPU that torch can use" if wish == "auto" else wish
+        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why)
     raise TrainerError("device_unavailable", f"device {wish!r} cannot be used: {gpu_trouble()}.")
 
 
@@ -1546,11 +1420,8 @@ def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str,
     if has_nvidia_gpu():
         message = f"There is a GPU, but {gpu_trouble()}."
         yield "gpu_unusable", message, "Install a torch build that fits the GPU and driver."
-    yield (
-        "training_on_cpu",
-        "Training runs on the CPU, which is slow for full-size models.",
-        "Use a machine with a GPU.",
-    )
+    message = "Training runs on the CPU, which is slow for full-size models."
+    yield "training_on_cpu", message, "Use a machine with a GPU."
 
 
 def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
@@ -1563,12 +1434,10 @@ def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "the GPU has bf16"
         return torch.float16, "the GPU has no bf16"
     if device == "mps":
-        try:
+        with contextlib.suppress(RuntimeError, TypeError):
             probe = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
             if bool(torch.isfinite(probe @ probe).all()):
                 return torch.bfloat16, "bf16 works on this Mac"
-        except (RuntimeError, TypeError):
-            pass
         return torch.float32, "bf16 does not work on this Mac"
     return torch.float32, "16-bit types are slow on the CPU"
 
@@ -1583,8 +1452,7 @@ def count_parameters(source: ModelSource) -> dict[str, int]:
     """Count each component's parameters from its files' headers, else take the full-size family's."""
     if source.shapes:
         return {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
-    family = source.family
-    return {**family.parameters, **{encoder.folder: encoder.parameters for encoder in family.text_encoders}}
+    return dict(source.family.parameters)
 
 
 def lora_width(source: ModelSource, targets: str) -> int:
@@ -1694,14 +1562,14 @@ class Dataset:
 def scan_dataset(config: TrainingConfig) -> Dataset:
     """Find, open and fully decode every image once; bad ones are listed, not raised.
 
-    Raises:
-        TrainerError: `dataset_unreadable`, `dataset_empty`.
+    Raises TrainerError: `dataset_unreadable`, `dataset_empty`.
     """
     root = Path(config.dataset_path)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.")
-    prepare_pillow()
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    Image.init()
     described, complaints = read_metadata(root)
     paths = find_images(root, Path(config.output_path))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -1715,16 +1583,6 @@ def scan_dataset(config: TrainingConfig) -> Dataset:
         message = f"No usable image in {root}" + (f": all {len(skipped)} are broken." if skipped else ".")
         raise TrainerError("dataset_empty", message, problems=skipped)
     return Dataset(examples, tuple(skipped))
-
-
-def prepare_pillow() -> None:
-    """Import Pillow, with the decompression-bomb warning turned into an error."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing_dependency(error) from error
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    Image.init()
 
 
 def find_images(root: Path, output: Path) -> list[Path]:
@@ -1763,9 +1621,8 @@ def read_metadata(root: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
                 raise TypeError("text must be a string")
             captions[Path(name).as_posix()] = text
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            complaints.append(
-                problem(f"metadata.jsonl:{number}", "is skipped: it needs file_name and text, both strings")
-            )
+            why = "is skipped: it needs file_name and text, both strings"
+            complaints.append(problem(f"metadata.jsonl:{number}", why))
     return captions, complaints
 
 
@@ -1792,7 +1649,6 @@ def check_image(
 
 def load_rgb(data: bytes) -> Image.Image:
     """Decode the first frame to 8-bit RGB, upright: EXIF rotation first, alpha on white."""
-    from PIL import Image, ImageOps
 
     image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
     image = ImageOps.exif_transpose(image)
@@ -1837,12 +1693,8 @@ def dataset_warnings(dataset: Dataset, resolution: int) -> Iterator[tuple[str, s
         yield "captions_missing", f"{len(bare)} of {len(examples)} images have no caption: {listing(bare)}.", hint
     tiny = [example.name for example in examples if min(example.width, example.height) < resolution / 2]
     if tiny:
-        hint = "Larger originals train sharper; or lower the resolution."
-        yield (
-            "images_tiny",
-            f"{len(tiny)} images are less than half the resolution {resolution}: {listing(tiny)}.",
-            hint,
-        )
+        message = f"{len(tiny)} images are less than half the resolution {resolution}: {listing(tiny)}."
+        yield "images_tiny", message, "Larger originals train sharper; or lower the resolution."
     by_digest: dict[str, list[str]] = collections.defaultdict(list)
     for example in examples:
         by_digest[example.digest].append(example.name)
@@ -1907,7 +1759,6 @@ def draw_key(purpose: str, *numbers: int) -> int:
 
 def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
     """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop)."""
-    from PIL import Image
 
     scale = max(size[0] / image.width, size[1] / image.height)
     covered = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
@@ -1940,30 +1791,22 @@ class Plan:
 
     def resolved(self, config: TrainingConfig) -> JSON:
         """Give the config with every null that has a meaning replaced by what it came to."""
-        return dataclasses.asdict(config) | {
-            "steps": self.total_steps,
-            "resolution": self.resolution,
-            "learning_rate": config.base_learning_rate,
-            "lora_alpha": config.alpha,
-            "sample_prompts": config.prompts,
-        }
+        return dataclasses.asdict(config) | {"steps": self.total_steps, "resolution": self.resolution}
 
 
 def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -> int:
     if config.steps is None and config.epochs is not None:
         micro_batches = config.epochs * batches_per_epoch(buckets, config.batch_size)
         return math.ceil(micro_batches / config.gradient_accumulation_steps)
-    return config.steps or int(when_null("steps"))
+    return config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
 
 
 def plan_warnings(config: TrainingConfig, plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what a user should know before the run starts."""
     yield from config_warnings(config)
     yield from dataset_warnings(plan.dataset, plan.resolution)
-    if plan.source.folder is None:
-        message = (
-            f"That {plan.source.name} is {plan.source.family.title} is a guess from its name: the Hub was not reached."
-        )
+    if (source := plan.source).folder is None:
+        message = f"That {source.name} is {source.family.title} is a guess from its name: the Hub was not reached."
         yield "model_guessed", message, "Check again with a network connection, or set model_type."
 
 
@@ -2034,14 +1877,7 @@ def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tenso
     return alpha * noise - sigma * latents
 
 
-def epsilon(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
-    return noise
-
-
-TARGET_OF: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "epsilon": epsilon,
-    "v_prediction": velocity,
-}
+TARGET_OF: dict[str, Callable[..., Tensor]] = {"epsilon": lambda latents, noise, *_: noise, "v_prediction": velocity}
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -2099,24 +1935,23 @@ class Batch:
     conditions: dict[str, Tensor] | None
 
 
-def load_component(owner: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
-    """Load one component by its class, from safetensors only, and make sure that no weight is missing.
+def load_component(source: ModelSource, owner: Any, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load one component by its class to the device, frozen; from safetensors only, and no weight may be missing.
 
-    Raises:
-        TrainerError: `model_corrupt`.
+    Raises TrainerError: `model_corrupt`.
     """
-    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    assert source.folder is not None
+    folder = source.folder / part
+    options = {"dtype": dtype, "variant": source.variants[part], "use_safetensors": True, "local_files_only": True}
     try:
         module, info = owner.from_pretrained(folder, output_loading_info=True, **options)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # the loaders raise whatever their file formats do
-        if "can't allocate memory" in str(error):
+        if as_trainer_error(error, "loading").code == "out_of_memory":
             raise
         raise model_corrupt(folder, f"{type(error).__name__}: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise model_corrupt(folder, f"{len(missing)} weights are missing, such as {missing[0]}")
-    return module.requires_grad_(False).eval()
+    return module.requires_grad_(False).eval().to(device)
 
 
 def model_corrupt(folder: Path, reason: str) -> TrainerError:
@@ -2126,32 +1961,31 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
 class PromptEncoder:
     """The tokenizers and text encoders of a model, for as long as texts are encoded."""
 
-    def __init__(self, source: ModelSource, load: Callable[[Any, str], Any]) -> None:
+    def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
         assert source.folder is not None
-        self.rows = source.family.text_encoders
-        self.tokenizers = []
-        for row in self.rows:
+        self.parts = []
+        for row in source.family.text_encoders:
+            folder = source.folder / row.tokenizer
             try:
-                self.tokenizers.append(transformers.CLIPTokenizer.from_pretrained(source.folder / row.tokenizer))
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
             except Exception as error:  # a missing or broken vocabulary shows in many classes
-                raise model_corrupt(source.folder / row.tokenizer, str(error)) from error
-        self.encoders = [load(getattr(transformers, row.class_name), row.folder) for row in self.rows]
-        self.length = min(encoder.config.max_position_embeddings for encoder in self.encoders)  # 77 for all of CLIP
-        for row, tokenizer, encoder in zip(self.rows, self.tokenizers, self.encoders, strict=True):
+                raise model_corrupt(folder, str(error)) from error
+            encoder = load_component(source, getattr(transformers, row.class_name), row.folder, dtype, device)
             if len(tokenizer) > encoder.config.vocab_size:
-                raise model_corrupt(source.folder / row.tokenizer, "it has more tokens than its text encoder")
+                raise model_corrupt(folder, "it has more tokens than its text encoder")
+            self.parts.append((row, tokenizer, encoder))
+        self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
 
     def is_cut(self, text: str) -> bool:
         """Tell whether the encoders see less than the whole text."""
-        return any(len(tokenizer(text, truncation=False).input_ids) > self.length for tokenizer in self.tokenizers)
+        return any(len(tokenizer(text, truncation=False).input_ids) > self.length for _, tokenizer, _ in self.parts)
 
     def encode(self, text: str) -> TextEmbedding:
         """Encode one text as diffusers' pipelines do: 77 tokens, padded as the tokenizer says."""
+        fitted = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         states, pooled = [], None
-        for row, tokenizer, encoder in zip(self.rows, self.tokenizers, self.encoders, strict=True):
-            tokens = tokenizer(
-                text, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-            ).to(encoder.device)
+        for row, tokenizer, encoder in self.parts:
+            tokens = tokenizer(text, **fitted).to(encoder.device)
             mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
             with torch.no_grad():
                 output = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
@@ -2178,8 +2012,6 @@ def encode_image(vae: Any, image: Image.Image, original: Size, crop: Size) -> Ca
 
 def decode_latents(vae: Any, latents: Tensor) -> Image.Image:
     """Decode one image from latents [1, C, h, w] in the UNet's scale."""
-    from PIL import Image
-
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     with torch.no_grad():
         pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
@@ -2198,7 +2030,7 @@ def add_lora(unet: Any, config: TrainingConfig) -> LoraLayers:
     unet.add_adapter(
         peft.LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float is fine
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float is fine
             lora_dropout=config.lora_dropout,
             target_modules=TARGETS[config.lora_targets],
         )
@@ -2239,8 +2071,7 @@ def original_block_name(module: str, layers_per_block: int) -> str:
 def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: ModelSource) -> dict[str, Tensor]:
     """Lay the LoRA out as kohya's networks.lora: lora_down, lora_up and alpha per module.
 
-    Raises:
-        TrainerError: `loss_not_finite`: a LoRA with NaN or infinity is never written.
+    Raises TrainerError: `loss_not_finite`: a LoRA with NaN or infinity is never written.
     """
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in layers.items():
@@ -2258,26 +2089,20 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
 
 
 def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    import safetensors.torch
-
     return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
 
 
 def tensor_bytes_hash(data: bytes) -> str:
     """Hash a safetensors file without its header, as A1111 and Forge identify LoRAs."""
-    (length,) = struct.unpack("<Q", data[:8])
-    return hashlib.sha256(memoryview(data)[8 + length :]).hexdigest()
+    start = 8 + int.from_bytes(data[:8], "little")
+    return hashlib.sha256(memoryview(data)[start:]).hexdigest()
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file; {} where it has none or is none."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        return dict(header.get("__metadata__", {}))
-    except (OSError, ValueError, struct.error, AttributeError):
-        return {}
+    """Read the metadata of a safetensors file; {} where it has none, is torn or is none."""
+    with contextlib.suppress(Exception), safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+    return {}
 
 
 def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
@@ -2295,7 +2120,7 @@ def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, dige
         "modelspec.architecture": family.architecture[source.prediction_type],
         "modelspec.implementation": "diffusers",
         "modelspec.title": given.get("title", config.output_name),
-        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.date": utc_now("seconds"),
         "modelspec.resolution": f"{width}x{width}",
         "modelspec.prediction_type": "v" if source.prediction_type == "v_prediction" else "epsilon",
         "modelspec.trigger_phrase": f"{config.caption_separator} ".join(config.trigger_words),
@@ -2306,11 +2131,11 @@ def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, dige
         "ss_sd_model_name": source.name,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.lora_rank),
-        "ss_network_alpha": f"{config.alpha:g}",
+        "ss_network_alpha": f"{config.lora_alpha:g}",
         "ss_output_name": config.output_name,
         "ss_tag_frequency": json.dumps({"dataset": tag_frequency(plan.dataset, config.caption_separator)}),
-        "ss_learning_rate": str(config.base_learning_rate),
-        "ss_unet_lr": str(config.base_learning_rate),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_optimizer": "torch.optim.AdamW",
         "ss_steps": str(step),
@@ -2355,36 +2180,32 @@ class TrainState:
     def after(self, loss: float, good: bool | None, seconds: float) -> TrainState:
         """Give the state after one more step; `good` as LoRATrainer.verdict has it."""
         losses = (*self.losses, loss)[-self.LOSS_WINDOW :] if good else self.losses
-        return TrainState(
-            self.step + 1, losses, 0 if good else self.bad_steps + (good is False), self.seconds + seconds
-        )
+        bad_steps = 0 if good else self.bad_steps + (good is False)
+        return TrainState(self.step + 1, losses, bad_steps, self.seconds + seconds)
 
 
 def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
     digest = hashlib.sha256(record.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
     """Serialise tensors and a JSON record into one safetensors file that can verify itself."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record, sort_keys=True)
     header = {"format": STATE_FORMAT, "record": text, "sha256": content_hash(tensors, text)}
     header["train_lora.run_id"] = record["run_id"]
-    return serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
+    return serialize(tensors, header)
 
 
 def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
     """Read a state back: (tensors, record), the mirror of encode_state.
 
-    Raises:
-        ValueError: the file is torn, altered or no state.
+    Raises ValueError: the file is torn, altered or no state.
     """
-    import safetensors.torch
-
     try:
         tensors = safetensors.torch.load(path.read_bytes())
     except Exception as error:  # SafetensorError, OSError, struct errors: all mean the same here
@@ -2398,28 +2219,22 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
     """Split any optimizer's state_dict into tensors and JSON."""
-    tensors: dict[str, Tensor] = {}
-    scalars: JSON = {}
     state = optimizer.state_dict()
-    for index, entry in state["state"].items():
-        for key, value in entry.items():
-            if torch.is_tensor(value):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                scalars[f"{index}/{key}"] = value
+    flat = {
+        f"optimizer/{index}/{key}": value for index, entry in state["state"].items() for key, value in entry.items()
+    }
+    tensors = {name: value for name, value in flat.items() if torch.is_tensor(value)}
+    scalars = {name: value for name, value in flat.items() if name not in tensors}
     return tensors, {"scalars": scalars, "groups": state["param_groups"]}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: JSON) -> None:
     """Restore what pack_optimizer took."""
     entries: dict[int, JSON] = collections.defaultdict(dict)
-    for name, value in tensors.items():
+    for name, value in (*tensors.items(), *record["scalars"].items()):
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
             entries[int(index)][key] = value
-    for name, value in record["scalars"].items():
-        index, key = name.split("/", 1)
-        entries[int(index)][key] = value
     optimizer.load_state_dict({"state": dict(entries), "param_groups": record["groups"]})
 
 
@@ -2433,11 +2248,8 @@ def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
 def written_by(path: Path) -> str | None:
     """Tell which run wrote a LoRA, state or sample file; None where that cannot be told."""
     if path.suffix == ".png":
-        with contextlib.suppress(Exception):  # not there, not a picture, not ours: all mean the same here
-            from PIL import Image
-
-            with Image.open(path, formats=["PNG"]) as image:
-                return str(image.info["run_id"])
+        with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:
+            return str(image.info["run_id"])  # else not there, not a picture, not ours: all mean the same here
         return None
     return read_header(path).get("train_lora.run_id")
 
@@ -2459,8 +2271,7 @@ class ResumePoint:
 def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str], None]) -> ResumePoint | None:
     """Give the newest good state of this run; None where it has none.
 
-    Raises:
-        TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
+    Raises TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
     """
     corrupt = []
     for _, path in numbered(folder, "state_step"):
@@ -2512,26 +2323,7 @@ def make_sampler(scheduler: Mapping[str, Any], prediction_type: str, steps: int,
     return sampler
 
 
-def denoise(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    sampler: Any,
-    latents: Tensor,
-    guidance: float,
-    stop: Callable[[], bool],
-) -> Tensor | None:
-    """Run DDIM with classifier-free guidance; `predict` gets latents twice (negative, positive). None: stopped."""
-    latents = latents * sampler.init_noise_sigma
-    for timestep in sampler.timesteps:
-        if stop():
-            return None
-        negative, positive = predict(torch.cat([latents, latents]), timestep).float().chunk(2)
-        latents = sampler.step(negative + guidance * (positive - negative), timestep, latents).prev_sample
-    return latents
-
-
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
-    from PIL import PngImagePlugin
-
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
@@ -2545,28 +2337,25 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
 # ======================================================================================
 
 
+@dataclass(eq=False)
 class LoRATrainer:
     """One run: setup, train, finish; the verbs are the points to change (README, Extension points)."""
 
+    config: TrainingConfig
+    dataset: Dataset
+    events: EventStream
+    stop: StopWatcher
+    folder: OutputFolder
+    fresh: bool = False
+
     MOST_BAD_STEPS = 5  # in a row, before the run ends
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        dataset: Dataset,
-        events: EventStream,
-        stop: StopWatcher,
-        folder: OutputFolder,
-        fresh: bool = False,
-    ) -> None:
-        self.config, self.dataset, self.events, self.stop = config, dataset, events, stop
-        self.folder, self.fresh = folder, fresh
+    def __post_init__(self) -> None:
         self.state = TrainState()
-        self.order_epoch, self.order = -1, list[list[int]]()  # one epoch's batches, so as not to shuffle at each step
-        self.final_path = folder.path / f"{config.output_name}_final.safetensors"
+        self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.replaced: list[str] = []  # the runs that --fresh replaced; their files go after our first save
-        self.changing = threading.Lock()  # held while weights and counters change or are being saved
+        self.changing = threading.RLock()  # held while weights and counters change or are being saved
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
 
@@ -2586,7 +2375,7 @@ class LoRATrainer:
         if finished:
             self.finish()
             return 0
-        if self.state.step > self.stop.saved.step or (self.stop.saved.state_path and not self.stop.saved.path):
+        if self.state.step > self.stop.saved.step or (self.stop.saved.state_path and not self.has_lora()):
             self.save()
         return self.stop.conclude()
 
@@ -2602,6 +2391,8 @@ class LoRATrainer:
         self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
         self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
         self.events.info(f"Compute dtype: {str(self.dtype).removeprefix('torch.')} ({why}).")
+        order = functools.partial(epoch_batches, self.plan.buckets, self.config.batch_size, self.config.seed)
+        self.order = functools.lru_cache(maxsize=2)(order)  # so as not to shuffle at each step
         for reason in self.plan.reasons:
             self.events.info(reason)
         for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.config, self.plan)):
@@ -2635,9 +2426,9 @@ class LoRATrainer:
         self.run_id = known or uuid.uuid4().hex
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
-            lora = self.lora_path(point.state.step)
-            ours = written_by(lora) == self.run_id
-            self.stop.saved = SavedFiles(point.state.step, str(lora) if ours else None, str(point.path))
+            loras = numbered(self.folder.checkpoints, f"{self.config.output_name}_step")
+            newest = next((str(path) for _, path in loras if written_by(path) == self.run_id), None)
+            self.stop.saved = SavedFiles(point.state.step, newest, str(point.path))
         return point
 
     def lora_path(self, step: int) -> Path:
@@ -2662,9 +2453,9 @@ class LoRATrainer:
         """Encode every text and image once; let the encoders go. Needs self.plan."""
         source, config = self.plan.source, self.config
         self.events.info("Loading the text encoders.", phase="loading")
-        encoder = PromptEncoder(source, self.load)
+        encoder = PromptEncoder(source, self.dtype, self.device)
         captions = [example.caption for example in self.plan.dataset.examples]
-        texts = list(dict.fromkeys([*captions, *config.prompts, config.sample_negative_prompt]))
+        texts = list(dict.fromkeys([*captions, *config.sample_prompts, config.sample_negative_prompt]))
         self.texts = {}
         self.events.info("Encoding captions.", phase="caching", current=0, total=len(texts))
         for number, text in enumerate(texts, 1):
@@ -2677,7 +2468,7 @@ class LoRATrainer:
         del encoder
         self.events.info("Loading the VAE.", phase="loading")
         dtype = torch.float32 if source.vae.get("force_upcast") else self.dtype
-        self.vae = self.load(diffusers.AutoencoderKL, "vae", dtype)
+        self.vae = load_component(source, diffusers.AutoencoderKL, "vae", dtype, self.device)
         self.cache_images()
         self.vae.encoder = self.vae.quant_conv = None
         self.vae.to("cpu")
@@ -2698,9 +2489,9 @@ class LoRATrainer:
 
     def adapt(self) -> None:
         """Load the UNet, put the LoRA on it, make the optimizer. Needs self.plan."""
-        config = self.config
+        config, source = self.config, self.plan.source
         self.events.info("Loading the UNet.", phase="loading")
-        self.unet = self.load(diffusers.UNet2DConditionModel, "unet")
+        self.unet = load_component(source, diffusers.UNet2DConditionModel, "unet", self.dtype, self.device)
         self.layers = add_lora(self.unet, config)
         self.unet.train()
         if self.plan.checkpointing:
@@ -2708,15 +2499,15 @@ class LoRATrainer:
         self.parameters = [weight for pair in self.layers.values() for weight in pair]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=config.base_learning_rate,
+            lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.alpha_bar = noise_schedule(self.plan.source.scheduler)
-        self.target_of = TARGET_OF[self.plan.source.prediction_type]
+        self.alpha_bar = noise_schedule(source.scheduler)
+        self.target_of = TARGET_OF[source.prediction_type]
         count = sum(weight.numel() for weight in self.parameters)
         self.events.info(f"Training {len(self.layers)} modules with {count:,} weights.")
 
@@ -2730,14 +2521,6 @@ class LoRATrainer:
         if needed > free:
             message = f"The run will write about {gigabytes(needed)} GB, and {gigabytes(free)} GB are free."
             self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
-
-    def load(self, owner: Any, component: str, dtype: torch.dtype | None = None) -> Any:
-        """Load a component of the base model to the device, frozen."""
-        source = self.plan.source
-        assert source.folder is not None
-        folder, variant = source.folder / component, source.variants[component]
-        module = load_component(owner, folder, variant, dtype or self.dtype)
-        return module.to(self.device)
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
@@ -2785,25 +2568,19 @@ class LoRATrainer:
     def catch_up(self) -> None:
         """Make what was due at the step we resume from, where a kill came before it was on disk."""
         config, step = self.config, self.state.step
-        if step and is_due(step, config.checkpoint_steps) and not self.stop.saved.path:
+        if step and is_due(step, config.checkpoint_steps) and not self.has_lora():
             self.save_or_warn()
         if step and is_due(step, config.validation_steps):
-            last = self.folder.samples / f"step_{step}_{len(config.prompts) - 1}.png"
+            last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
             if written_by(last) != self.run_id:
                 self.sample(step)
-
-    def lap(self) -> float:
-        """Give the seconds since the last step's end: samples and saves are in, so the time left is honest."""
-        before, self.clock = self.clock, time.monotonic()
-        self.laps.append(self.clock - before)
-        return self.laps[-1]
 
     def set_learning_rate(self, step: int) -> float:
         config = self.config
         factor = learning_rate_factor(config.lr_scheduler, step, self.plan.total_steps, config.lr_warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.base_learning_rate * factor
-        return config.base_learning_rate * factor
+            group["lr"] = config.learning_rate * factor
+        return config.learning_rate * factor
 
     def accumulate(self, step: int) -> float | None:
         """Forward and backward over the step's micro-batches; the mean loss, or None when asked to stop."""
@@ -2820,21 +2597,15 @@ class LoRATrainer:
 
     def batch_indices(self, micro_batch: int) -> list[int]:
         """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
-        config, buckets = self.config, self.plan.buckets
-        epoch, position = divmod(micro_batch, batches_per_epoch(buckets, config.batch_size))
-        if epoch != self.order_epoch:
-            self.order = epoch_batches(buckets, config.batch_size, config.seed, epoch)
-            self.order_epoch = epoch
-        return self.order[position]
+        epoch, position = divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.config.batch_size))
+        return self.order(epoch)[position]
 
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
         indices = self.batch_indices(micro_batch)
         images = [self.images[index] for index in indices]
-        examples = [self.plan.dataset.examples[index] for index in indices]
-        context, conditions = self.conditions(
-            [self.texts[example.caption] for example in examples], torch.stack([image.time_ids for image in images])
-        )
+        texts = [self.texts[self.plan.dataset.examples[index].caption] for index in indices]
+        context, conditions = self.conditions(texts, torch.stack([image.time_ids for image in images]))
         mean = torch.stack([image.mean for image in images]).to(self.device)
         std = torch.stack([image.std for image in images]).to(self.device)
         return Batch(mean, std, context, conditions)
@@ -2879,7 +2650,9 @@ class LoRATrainer:
             self.torn = True
             grad_norm = self.update(loss)
             good = self.verdict(step, loss, grad_norm)
-            self.state = self.state.after(loss, good, self.lap())
+            before, self.clock = self.clock, time.monotonic()  # samples and saves are in, so the time left is honest
+            self.laps.append(self.clock - before)
+            self.state = self.state.after(loss, good, self.laps[-1])
             self.torn = False
         return grad_norm
 
@@ -2898,8 +2671,7 @@ class LoRATrainer:
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
         """Tell whether the step was sound (None: the loss scaler still looks for its scale); warn where it was not.
 
-        Raises:
-            TrainerError: `loss_not_finite`.
+        Raises TrainerError: `loss_not_finite`.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
@@ -2953,7 +2725,7 @@ class LoRATrainer:
         self.events.info(f"Sampling at step {step}.", phase="sampling")
         self.unet.eval()
         side = self.plan.resolution // source.vae_factor
-        for index, prompt in enumerate(config.prompts):
+        for index, prompt in enumerate(config.sample_prompts):
             seed = config.sample_seed + index
             shape = (1, int(source.unet.get("in_channels", 4)), side, side)
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
@@ -2971,24 +2743,23 @@ class LoRATrainer:
             self.events.emit("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
         self.vae.to("cpu")
         self.unet.train()
-        self.events.phase = "training"
+        self.events.info("Training.", phase="training")
 
     def denoise(self, noise: Tensor, prompt: str) -> Tensor | None:
-        config, side = self.config, float(self.plan.resolution)
-        sampler = make_sampler(
-            self.plan.source.scheduler, self.plan.source.prediction_type, config.sample_steps, str(self.device)
-        )
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]] * 2)
+        """Run DDIM with classifier-free guidance, both prompts in one batch; None: a stop was asked for."""
+        config, source, side = self.config, self.plan.source, float(self.plan.resolution)
+        sampler = make_sampler(source.scheduler, source.prediction_type, config.sample_steps, str(self.device))
         texts = [self.texts[config.sample_negative_prompt], self.texts[prompt]]
-        context, conditions = self.conditions(texts, time_ids)
+        conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
+        latents: Tensor = noise * sampler.init_noise_sigma
         with torch.no_grad():
-            return denoise(
-                lambda latents, timestep: self.predict(latents, timestep, context, conditions),
-                sampler,
-                noise,
-                config.sample_guidance_scale,
-                lambda: self.stop.requested,
-            )
+            for timestep in sampler.timesteps:
+                if self.stop.requested:
+                    return None
+                negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
+                guided = negative + config.sample_guidance_scale * (positive - negative)
+                latents = sampler.step(guided, timestep, latents).prev_sample
+        return latents
 
     def save_or_warn(self, lora: bool = True) -> None:
         """Save; a first failure is a warning, as the files before stand. The second in a row ends the run."""
@@ -3007,48 +2778,54 @@ class LoRATrainer:
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
         with self.changing:
-            self.write_checkpoint(lora)
+            self.stop.save_requested = False
+            self.keep_folder()
+            step = self.state.step
+            state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
+            tensors, optimizer = pack_optimizer(self.optimizer)
+            for name, (down, up) in self.layers.items():
+                tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
+            record = {
+                "run_id": self.run_id,
+                "identity": self.identity,
+                "environment": self.environment(),
+                "total_steps": self.plan.total_steps,
+                "state": dataclasses.asdict(self.state),
+                "optimizer": optimizer,
+                "scaler": self.scaler.state_dict(),
+            }
+            write_file(state_path, encode_state(tensors, record))
+            self.stop.saved = SavedFiles(step, self.stop.saved.path, str(state_path))
+            if lora:
+                self.write_lora(self.lora_path(step))
+                self.stop.saved = SavedFiles(step, str(self.lora_path(step)), str(state_path))
+            path = self.stop.saved.path if lora else None
+            self.events.emit("checkpoint", step=step, path=path, state_path=str(state_path))
+            self.prune()
+
+    def has_lora(self) -> bool:
+        """Tell whether the newest state's LoRA is saved too."""
+        return self.stop.saved.path == str(self.lora_path(self.stop.saved.step))
 
     def rescue(self) -> bool:
         """Save the state where the loop cannot: from the watcher's thread, or after a failure; True if it did.
 
         Forward, backward and samples change no weight, so only an optimizer step or a save under way forbids it.
         """
-        if self.state.step <= self.stop.saved.step or not self.changing.acquire(blocking=False):
+        if not self.changing.acquire(blocking=False):
             return False
-        if not self.torn:
-            self.write_checkpoint(lora=False)
-        return not self.torn  # the lock is kept: whoever comes here is about to end the process
-
-    def write_checkpoint(self, lora: bool) -> None:
-        self.stop.save_requested = False
-        self.keep_folder()
-        step = self.state.step
-        state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
-        tensors, optimizer = pack_optimizer(self.optimizer)
-        for name, (down, up) in self.layers.items():
-            tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
-        record = {
-            "run_id": self.run_id,
-            "identity": self.identity,
-            "environment": self.environment(),
-            "total_steps": self.plan.total_steps,
-            "state": dataclasses.asdict(self.state),
-            "optimizer": optimizer,
-            "scaler": self.scaler.state_dict(),
-        }
-        write_file(state_path, encode_state(tensors, record))
-        self.stop.saved = SavedFiles(step, None, str(state_path))
-        if lora:
-            self.write_lora(self.lora_path(step))
-            self.stop.saved = SavedFiles(step, str(self.lora_path(step)), str(state_path))
-        self.events.emit("checkpoint", **dataclasses.asdict(self.stop.saved))
-        self.prune()
+        try:
+            due = not self.torn and self.state.step > self.stop.saved.step
+            if due:
+                self.save(lora=False)
+            return due
+        finally:
+            self.changing.release()
 
     @blame("output_not_writable")
     def keep_folder(self) -> None:
         """Take the folder again where somebody removed it under a long run."""
-        if not self.folder.is_locked():
+        if not (self.folder.path / ".lock").exists():
             self.folder.open()
             self.events.open_log(self.folder.path / "events.jsonl")
         if not (self.folder.path / "config.json").exists():
@@ -3056,7 +2833,7 @@ class LoRATrainer:
 
     def write_lora(self, path: Path) -> None:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.config.save_dtype]
-        tensors = kohya_tensors(self.layers, self.config.alpha, dtype, self.plan.source)
+        tensors = kohya_tensors(self.layers, self.config.lora_alpha, dtype, self.plan.source)
         digest = tensor_bytes_hash(serialize(tensors, {}))
         write_file(path, serialize(tensors, lora_header(self.config, self.plan, self.state.step, self.run_id, digest)))
 
@@ -3109,8 +2886,6 @@ def set_determinism(wanted: bool) -> None:
 
 
 def free_memory() -> None:
-    import gc
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -3169,8 +2944,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 
     Works without torch, saying so; then the hardware is not known.
 
-    Raises:
-        TrainerError: with the first problem's code and every problem listed.
+    Raises TrainerError: with the first problem's code and every problem listed.
     """
     failures: list[TrainerError] = []
 
@@ -3193,6 +2967,8 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
         message = " ".join(error.message for error in failures)
         raise TrainerError(failures[0].code, message, " ".join(error.hint for error in failures), problems)
     plan = make_plan(config, dataset, source, hardware, half=half)
+    for reason in plan.reasons:
+        events.info(reason)
     for warning in plan_warnings(config, plan):
         events.warning(*warning)
     events.emit("validated", **validation_report(config, plan, hardware), warnings=events.warnings)
@@ -3201,8 +2977,8 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 def check_hardware(config: TrainingConfig, events: EventStream) -> Hardware | None:
     try:
         import_libraries()
-    except TrainerError:
-        message = "torch and its companions are not installed: the hardware and the run itself were not checked."
+    except ImportError as error:
+        message = f"torch and its companions are not all there ({error}): hardware and the run itself were not checked."
         events.warning("torch_missing", message, "pip install -r requirements.txt")
         return None
     hardware = choose_device(config.device)
@@ -3248,6 +3024,7 @@ def validation_report(config: TrainingConfig, plan: Plan, hardware: Hardware | N
 
 def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> int:
     """Validate or train; the exit code."""
+    import_checkers()
     config = load_config(options.config, options.set)
     if options.validate_only:
         validate(config, events)
@@ -3267,6 +3044,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; the exit code. Whatever happens, the last event says how it ended."""
     usage: TrainerError | None = None
     try:
         options = parse_arguments(argv)  # --help and --version print and leave here
@@ -3280,13 +3058,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     events = EventStream()
     stop = StopWatcher(events)
     stop.install()
-    events.start(
-        lambda: stop.request(stop.READER_GONE),
-        version=VERSION,
-        protocol=PROTOCOL,
-        pid=os.getpid(),
-        config=options.config,
-    )
+    events.start(lambda: stop.request(stop.READER_GONE), options.config)
     stop.listen()
     try:
         if usage:
@@ -3294,8 +3066,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(options, events, stop)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:
-            import traceback
-
             traceback.print_exc()
         failure = as_trainer_error(error, events.phase)
         events.emit("error", **failure.fields(stop.saved.step))

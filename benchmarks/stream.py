@@ -26,7 +26,7 @@ EMIT = """
 import json, pathlib, sys, time
 import train_lora as t
 stream = t.EventStream()
-stream.start(lambda: None, version="0.0.0", protocol=1, pid=1, config=None)
+stream.start(lambda: None, None)
 stream.open_log(pathlib.Path(sys.argv[1]))
 fields = dict(step=1, total_steps=1000, percent=0.1, loss=0.123456789, loss_avg=0.123456789, learning_rate=1e-4,
               grad_norm=0.0123456789, epoch=1.5, steps_per_second=3.3333333, eta_seconds=123.4567, vram_gb=7.123)
