@@ -2205,13 +2205,24 @@ def test_a_model_that_was_replaced_does_not_resume(tmp_path: Path, images: Path,
 
 
 @needs_torch
-def test_states_without_their_config_are_never_overwritten(tmp_path: Path, images: Path, models: Path) -> None:
+def test_a_lost_config_json_loses_no_run(tmp_path: Path, images: Path, models: Path) -> None:
     config = small(images, models / "sd15", tmp_path / "out")
-    train(tmp_path, config)
+    stopped = train(tmp_path, config, stop=Quiet(after=2))
     (tmp_path / "out/config.json").write_text("{")
-    with pytest.raises(trainer.TrainerError) as caught:
-        prepare(tmp_path, config)
-    assert caught.value.code == "resume_mismatch"
+    again = train(tmp_path, config)
+    assert again.run_id == stopped.run_id == trainer.read_run(tmp_path / "out/config.json")["run_id"]
+    assert len(emitted(again, "progress")) == 2
+
+
+@needs_torch
+def test_the_last_lora_is_named_after_an_autosave_too(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", autosave_minutes=1e-9, checkpoint_steps=2)
+    made = prepare(tmp_path, config, stop=Quiet(after=3))
+    assert not made.train()
+    lora = str(made.lora_path(2))
+    assert made.stop.saved == trainer.SavedFiles(3, lora, str(made.folder.checkpoints / "state_step_3.safetensors"))
+    made.folder._lock.close()  # type: ignore[union-attr]
+    assert prepare(tmp_path, config).stop.saved == made.stop.saved
 
 
 @needs_torch
@@ -2973,8 +2984,8 @@ def test_a_hundred_stops_at_random_moments_end_as_promised(tmp_path: Path, image
             command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             assert process.stdout
-            if number == 0:  # how long the way to step 20 is
-                span = stop_when(process, lambda event: event.get("step") == 20, signal.SIGTERM).last["elapsed"]
+            if number == 0:  # how long the way to the first step is: half of the stops come before, half after it
+                span = 2 * stop_when(process, lambda event: event["type"] == "progress", signal.SIGTERM).last["elapsed"]
                 continue
             lines = [process.stdout.readline()]
             time.sleep(moments.uniform(0, span))

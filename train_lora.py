@@ -2268,8 +2268,8 @@ class ResumePoint:
         return TrainState(**fields | {"losses": tuple(fields["losses"])})
 
 
-def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str], None]) -> ResumePoint | None:
-    """Give the newest good state of this run; None where it has none.
+def find_resume_point(folder: Path, run_id: str | None, warn: Callable[[str, str, str], None]) -> ResumePoint | None:
+    """Give the newest good state of this run (of any, where config.json is lost with the id); None where it has none.
 
     Raises TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
     """
@@ -2282,7 +2282,7 @@ def find_resume_point(folder: Path, run_id: str, warn: Callable[[str, str, str],
             message = f"{path.name} cannot be used: {error}."
             warn("checkpoint_corrupt", message, "An older state is used if there is one.")
             continue
-        if record["run_id"] == run_id:  # else of a run that --fresh replaced
+        if run_id in (None, record["run_id"]):  # else of a run that --fresh replaced
             return ResumePoint(path, tensors, record)
     if corrupt:
         raise TrainerError("checkpoint_corrupt", f"No state in {folder} can be read ({', '.join(corrupt)}).")
@@ -2417,13 +2417,9 @@ class LoRATrainer:
         if self.fresh and known:
             self.replaced.append(known)
             known = None
-        states = numbered(self.folder.checkpoints, "state_step")
-        if states and known is None and not self.fresh:
-            message = f"{self.folder.checkpoints} holds states, but config.json does not say of which run."
-            raise TrainerError("resume_mismatch", message)
-        point = find_resume_point(self.folder.checkpoints, known, self.events.warning) if known else None
+        point = None if self.fresh else find_resume_point(self.folder.checkpoints, known, self.events.warning)
         self.identity = run_identity(self.config, self.plan)
-        self.run_id = known or uuid.uuid4().hex
+        self.run_id = point.record["run_id"] if point else known or uuid.uuid4().hex
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
             loras = numbered(self.folder.checkpoints, f"{self.config.output_name}_step")
@@ -2537,7 +2533,8 @@ class LoRATrainer:
         if changed:
             message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
-        before, total = point.record["total_steps"], self.plan.total_steps
+        total = self.plan.total_steps
+        before = point.record.get("total_steps", total)
         if before != total and self.config.lr_scheduler != "constant":
             message = f"The run was planned for {before} steps and now has {total}: the learning rate jumps."
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
