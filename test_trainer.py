@@ -49,6 +49,8 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and descriptor
 Json = dict[str, Any]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run faster so, here and in the child processes
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; the child processes must hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if HAS_TORCH:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -332,6 +334,12 @@ def patched(code: str, *arguments: str | Path, **options: Any) -> subprocess.Pop
     process = [sys.executable, "-c", program, *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(process, cwd=ROOT, **options)
+
+
+def logged(path: Path) -> list[Json]:
+    """The events in a file, but for a torn last line."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def warning_codes(made: trainer.LoRATrainer) -> list[str]:
@@ -828,9 +836,10 @@ def test_a_slow_reader_loses_progress_and_nothing_else() -> None:
     assert progress + events[-1]["dropped"] == 5000
 
 
-def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [b'{"type": "prog', b'{"ty', b'{"ty\0\0', b"\0\0\0", b"{"])
+def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path, torn: bytes) -> None:
     log = tmp_path / "events.jsonl"
-    log.write_bytes(b'{"type": "start"}\n{"type": "prog')
+    log.write_bytes(b'{"type": "start"}\n' + torn)
     code = (
         "import sys, pathlib, train_lora as t\n"
         "s = t.EventStream(); s.start(lambda: None, None)\n"
@@ -932,6 +941,7 @@ def test_a_stopped_run_saves_goes_on_and_ends_as_if_it_had_not_been_stopped(
             result = stop_when(process, lambda event: event["type"] == "progress", number)
         assert result.code == code
         assert result.last["signal"] == signal.Signals(number).name
+        assert result.last["step"] == max(event["step"] for event in result.of("progress"))
         assert Path(result.last["path"]).exists()
         assert Path(result.last["state_path"]).exists()
         losses |= {event["step"]: event["loss"] for event in result.of("progress")}
@@ -949,7 +959,7 @@ def test_a_stopped_run_saves_goes_on_and_ends_as_if_it_had_not_been_stopped(
 @posix
 @needs_torch
 def test_sigusr1_and_files_named_save_and_stop_do_what_they_say(tmp_path: Path, images: Path, models: Path) -> None:
-    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=3000, checkpoint_steps=0))
     with subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         lines = []
         assert process.stdout
@@ -997,13 +1007,14 @@ def test_a_stop_is_heard_from_the_first_line_on_and_whether_or_not_somebody_read
             while True:
                 os.write(writing, b" " * 65536)
         os.set_blocking(writing, True)
-    hang = "t.load_config = lambda *_: time.sleep(60)"
-    with patched(hang, "--config", tmp_path / "none", stdout=writing, stderr=subprocess.DEVNULL) as process:
+    hang = "t.load_config = lambda *_: (print('ready', file=sys.stderr, flush=True), time.sleep(60))"
+    with patched(hang, "--config", tmp_path / "none", stdout=writing) as process:
         os.close(writing)
         if moment == "first line":
             lines = os.read(reading, 65536)
         else:
-            time.sleep(1)
+            assert process.stderr
+            process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 143
     if moment == "first line":
@@ -1047,21 +1058,42 @@ def test_a_stop_in_a_long_micro_batch_does_not_wait_for_its_end(
     whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
     path, patience = write_config(tmp_path, **config), "0.5" if way == "patience" else "60"
     environment = os.environ | {"RESCUE_S": patience}
-    started = time.monotonic()
+    sent = math.inf
     with patched(SLOW_MICRO_BATCH, "--config", path, stderr=subprocess.DEVNULL, env=environment) as process:
 
         def slow(event: Json) -> bool:
+            nonlocal sent
             if event.get("message") == "slow" and way == "second signal":
                 process.send_signal(signal.SIGTERM)
                 time.sleep(1.5)
+            sent = time.monotonic()
             return event.get("message") == "slow"
 
         result = stop_when(process, slow, signal.SIGTERM)
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - sent < 5  # the grace time would end it after 8
     assert (result.code, result.last["type"]) == (143, "interrupted")
     assert result.last["step"] == (3 if way == "patience" else 2)
     assert trainer.decode_state(Path(result.last["state_path"]))
     assert_same_tensors(train(tmp_path, config).final_path, whole.final_path)
+
+
+@posix
+@needs_torch
+def test_a_parent_that_asks_for_a_stop_and_goes_away_asks_once(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    slow = SLOW_MICRO_BATCH.replace("time.sleep(60)", "time.sleep(2)")
+    environment = os.environ | {"RESCUE_S": "60"}
+    with patched(slow, "--config", config, stderr=subprocess.DEVNULL, env=environment) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if b'"slow"' in line:
+                break
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.2)
+        process.stdout.close()
+        assert process.wait(timeout=30) == 130
+    log = logged(tmp_path / "out/events.jsonl")
+    assert (log[-1]["type"], log[-1]["step"]) == ("interrupted", 4)
 
 
 @posix
@@ -1225,8 +1257,10 @@ def test_an_output_that_cannot_be_written_is_an_error_and_nothing_is_made(tmp_pa
     blocker = tmp_path / "file"
     blocker.touch()
     config = write_config(tmp_path, **small(images, hollow_model(tmp_path / "model"), blocker / "out"))
+    before = sorted(tmp_path.rglob("*"))
     result = run("--config", config)
     assert (result.code, result.last["code"]) == (1, "output_not_writable")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ======================================================================================
@@ -1984,7 +2018,8 @@ def check_damage(tmp_path: Path, images: Path, models: Path, step: int) -> int:
 
     def find() -> trainer.ResumePoint:
         warnings.clear()
-        found = trainer.find_resume_point(made.folder.checkpoints, made.run_id, lambda code, *_: warnings.append(code))
+        states = trainer.numbered(made.folder.checkpoints, "state_step")
+        found = trainer.find_resume_point(states, made.run_id, lambda code, *_: warnings.append(code))
         assert found
         return found
 
@@ -2026,9 +2061,13 @@ def kill_in_save(made: trainer.LoRATrainer, number: int) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(count)
-        made.save()
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        with contextlib.suppress(BaseException):
+            made.save()
+            os._exit(0)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 @posix
@@ -2046,7 +2085,8 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_state_and_its_lora(
     found = set()
     number = 1
     while kill_in_save(made, number):
-        point = trainer.find_resume_point(made.folder.checkpoints, made.run_id, lambda *w: pytest.fail(str(w)))
+        states = trainer.numbered(made.folder.checkpoints, "state_step")
+        point = trainer.find_resume_point(states, made.run_id, lambda *w: pytest.fail(str(w)))
         assert point
         found.add(point.state.step)
         loras = trainer.numbered(made.folder.checkpoints, "lora_step")
@@ -2057,6 +2097,34 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_state_and_its_lora(
         number += 1
     assert number > 40
     assert found == {3, 4}
+
+
+@needs_torch
+def test_a_fall_back_keeps_what_it_saves(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=8, checkpoint_steps=2, checkpoint_limit=1)
+    stopped = train(tmp_path, config, stop=Quiet(after=6))
+    checkpoints = stopped.folder.checkpoints
+    shutil.copy(checkpoints / "state_step_6.safetensors", checkpoints / "state_step_7.safetensors")
+    for step in (6, 7):
+        state = checkpoints / f"state_step_{step}.safetensors"
+        state.write_bytes(state.read_bytes()[:-1] + b"?")
+    made = prepare(tmp_path, config, stop=Quiet(after=1))
+    assert made.stop.saved.step == 4
+    assert not made.train()
+    made.save()
+    assert all(Path(str(path)).exists() for path in (made.stop.saved.path, made.stop.saved.state_path))
+    good = [path.name for _, path in trainer.numbered(checkpoints, "state_step") if is_good(path)]
+    assert good == ["state_step_5.safetensors", "state_step_4.safetensors"]
+    made.folder._lock.close()  # type: ignore[union-attr]
+    train(tmp_path, config)
+    assert all(is_good(path) for _, path in trainer.numbered(checkpoints, "state_step"))
+
+
+def is_good(state: Path) -> bool:
+    try:
+        return bool(trainer.decode_state(state))
+    except ValueError:
+        return False
 
 
 @needs_torch
@@ -2153,6 +2221,29 @@ def test_a_fresh_run_that_is_killed_before_its_first_save_still_replaces_the_old
 
 
 @needs_torch
+def test_fresh_replaces_a_run_whose_states_or_config_are_broken(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    old = train(tmp_path, config)
+    (tmp_path / "out/config.json").unlink()
+    broken = old.folder.checkpoints / "state_step_9.safetensors"
+    broken.write_bytes(b"junk")
+    prepare(tmp_path, config, fresh=True).folder._lock.close()  # type: ignore[union-attr]
+    again = train(tmp_path, config)
+    assert len(emitted(again, "progress")) == 4
+    wrote = {trainer.written_by(path) for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert wrote == {again.run_id, None}
+
+
+@needs_torch
+def test_states_of_another_run_are_not_passed_over_in_silence(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    train(tmp_path, config)
+    write_json(tmp_path / "out/config.json", {"run_id": "another"})
+    made = prepare(tmp_path, config)
+    assert "states_ignored" in warning_codes(made)
+
+
+@needs_torch
 def test_a_final_lora_that_is_damaged_or_wanted_otherwise_is_written_again(
     tmp_path: Path, images: Path, models: Path
 ) -> None:
@@ -2202,6 +2293,12 @@ def test_a_model_that_was_replaced_does_not_resume(tmp_path: Path, images: Path,
         prepare(tmp_path, config)
     assert caught.value.code == "resume_mismatch"
     assert [item["path"] for item in caught.value.problems] == ["unet"]
+    shutil.rmtree(model)
+    copy_model(models / "sd15", model)
+    write_json(model / "scheduler/scheduler_config.json", SCHEDULER | {"beta_end": 0.02})
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, config)
+    assert [item["path"] for item in caught.value.problems] == ["scheduler"]
 
 
 @needs_torch
@@ -2378,8 +2475,15 @@ def test_fp16_with_a_scaler_trains_and_resumes(tmp_path: Path, images: Path, mod
     try:
         whole = train(tmp_path, config | {"output_path": str(tmp_path / "whole")})
     except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
         pytest.skip(f"no fp16 on this CPU: {error}")
     train(tmp_path, config, stop=Quiet(after=3))
+    resumed = prepare(tmp_path, config)
+    point = resumed.find_point()
+    assert point
+    resumed.restore(dataclasses.replace(point, record=point.record | {"scaler": {}}))  # begun without one
+    resumed.folder._lock.close()  # type: ignore[union-attr]
     resumed = train(tmp_path, config)
     assert resumed.scaler.state_dict() == whole.scaler.state_dict()
     assert_same_tensors(resumed.final_path, whole.final_path)
@@ -2839,12 +2943,6 @@ class Forks:
         self.server.wait(timeout=60)
 
 
-def logged(path: Path) -> list[Json]:
-    """The events in a file, but for a torn last line."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 KILLED_RUNS: list[Json] = [
     {"lr_scheduler": "cosine", "lr_warmup_steps": 20, "lora_dropout": 0.1},
     {"batch_size": 1, "checkpoint_limit": 3, "lr_scheduler": "linear"},
@@ -2901,6 +2999,7 @@ def test_two_hundred_kills_lose_no_checkpoint_and_change_no_bit(tmp_path: Path, 
         for event in logged(folder / "parts/events.jsonl"):
             assert event["type"] != "progress" or event["loss"] == training[event["step"]]
     forks.close()
+    assert lost_steps <= 2
     print(f"\n{kills} kills over {finished} runs; never more than {lost_steps} steps to do again")
 
 
@@ -2912,9 +3011,11 @@ def traced_save(made: trainer.LoRATrainer, log: Path, *options: str) -> bool:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        os.read(reading, 1)
-        made.save()
-        os._exit(0)
+        with contextlib.suppress(BaseException):
+            os.read(reading, 1)
+            made.save()
+            os._exit(0)
+        os._exit(1)
     with subprocess.Popen(
         [*STRACE, *options, "-o", str(log), "-p", str(child)], stderr=subprocess.PIPE, text=True
     ) as tracer:
@@ -2958,7 +3059,8 @@ def test_a_kill_at_every_system_call_of_a_save_leaves_a_good_state(tmp_path: Pat
         for number in range(1, count + 1):
             reset()
             assert not traced_save(made, log, "-e", f"inject={call}:signal=KILL:when={number}")
-            point = trainer.find_resume_point(made.folder.checkpoints, made.run_id, lambda *w: pytest.fail(str(w)))
+            states = trainer.numbered(made.folder.checkpoints, "state_step")
+            point = trainer.find_resume_point(states, made.run_id, lambda *w: pytest.fail(str(w)))
             assert point
             found[point.state.step] += 1
             assert len(trainer.numbered(made.folder.checkpoints, "lora_step")) >= 2
@@ -2997,8 +3099,12 @@ def test_a_hundred_stops_at_random_moments_end_as_promised(tmp_path: Path, image
         assert (result.code, result.last["type"], result.last["signal"]) == (143, "interrupted", "SIGTERM")
         if result.last["state_path"]:
             assert trainer.decode_state(Path(result.last["state_path"]))[1]["state"]["step"] == result.last["step"]
-        phases[[event["phase"] for event in result.events if "phase" in event][-1]] += 1
+        assert result.last["step"] >= max([event["step"] for event in result.of("progress")], default=0)
+        phases[
+            [event.get("phase", "starting") for event in result.events if event["type"] in ("start", "info")][-1]
+        ] += 1
     waits.sort()
+    assert waits[-1] < 10
     print(f"\n{len(waits)} stops in {dict(phases)}: 95 % within {waits[94]:.2f} s, all within {waits[-1]:.2f} s")
 
 

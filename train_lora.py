@@ -132,7 +132,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
     "out_of_memory": "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
-    "loss_not_finite": 'Lower learning_rate, or set mixed_precision to "no" or "bf16". The last checkpoint is good.',
+    "loss_not_finite": "Start over with a lower learning_rate or another mixed_precision; earlier LoRA files are good.",
     "disk_full": "Free some space and start the same command again.",
     "output_not_writable": "Check output_path, its permissions and the file system.",
     "output_in_use": "Wait for the other run, stop it, or choose another output_path.",
@@ -614,6 +614,11 @@ def open_missing_descriptors() -> bool:
     return 1 in missing
 
 
+def wait_until_empty(lines: queue.Queue[Any], timeout: float | None) -> None:
+    with lines.all_tasks_done:
+        lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, timeout)
+
+
 class EventStream:
     """The one writer of stdout: events go through a queue, so a slow reader never slows training.
 
@@ -634,14 +639,14 @@ class EventStream:
         os.dup2(2, 1)
         self.warnings: list[JSON] = []
         self.phase = "starting"
+        self.ended = ""  # the last event's type
+        self.lost: OSError | None = None  # why stdout takes nothing any more
         self._seq = 0
         self._dropped = 0
-        self.ended = ""
         self._last_info: tuple[str, float] = ("", 0.0)
         self._last_log = -math.inf
         self._log: IO[bytes] | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
-        self.lost: OSError | None = None  # why stdout takes nothing any more
         self._queue: queue.Queue[bytes] = queue.Queue()
         self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
         self._lock = threading.RLock()
@@ -698,7 +703,9 @@ class EventStream:
             content = self._log.read()
             whole = content.rfind(b"\n") + 1
             torn = content[whole:]
-            if torn.startswith(b'{"type"') or not torn.strip(b"\0"):  # zeros: the power went before the data came
+            ours = b'{"type"'
+            # Zeros: the power went before the data came.
+            if torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0")):
                 self._log.truncate(start + whole)
             else:
                 write_all(self._log.fileno(), b"\n")  # not ours: keep it
@@ -706,10 +713,8 @@ class EventStream:
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until the reader has taken everything, or the time is up."""
-        with self._queue.all_tasks_done:
-            self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, timeout)
-        with self._spoken.all_tasks_done:
-            self._spoken.all_tasks_done.wait_for(lambda: not self._spoken.unfinished_tasks, 0.5)
+        wait_until_empty(self._queue, timeout)
+        wait_until_empty(self._spoken, 0.5)
 
     def _write_log(self) -> None:
         """Append what is waiting; whole lines only, so a full disk tears none and they come once it has room."""
@@ -721,6 +726,7 @@ class EventStream:
                 write_all(self._log.fileno(), b"".join(self._unlogged))
                 self._unlogged.clear()
             except OSError:
+                del self._unlogged[:-10_000]  # should it stay so for hours
                 self._log.truncate(end)
 
     def _drain(self) -> None:
@@ -791,6 +797,7 @@ class StopWatcher:
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._rescue: Callable[[], bool] | None = None
+        self._numbers = {self.SAVE, self.READER_GONE}
         self.signal: int | None = None
         self.save_requested = False
         self.saved = SavedFiles()
@@ -806,6 +813,7 @@ class StopWatcher:
             # What our parent made us ignore (nohup's SIGHUP) stays ignored.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
+                self._numbers.add(int(number))
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -813,7 +821,7 @@ class StopWatcher:
 
     def watch_folder(self, folder: Path) -> None:
         """Take the files `stop` and `save` in the output folder for signals."""
-        start = time.time() - (time.monotonic() - STARTED)
+        start = time.time() - (time.monotonic() - STARTED) - 3  # file times can be coarse, and Python takes its time
         for name in ("stop", "save"):
             if (folder / name).is_file() and (folder / name).stat().st_mtime < start:  # meant for an earlier run
                 (folder / name).unlink()
@@ -832,36 +840,49 @@ class StopWatcher:
         with self._lock:
             self._rescue = rescue
 
-    def conclude(self) -> int:
-        """Emit the last event after a stop request; the exit code."""
-        number, lost = self.signal or int(signal.SIGTERM), self._events.lost
-        if lost and not isinstance(lost, BrokenPipeError):  # stdout is a file on a full disk: no reader that went away
+    def conclude(self) -> None:
+        """Emit the last event after a stop request."""
+        number, lost, saved = self.signal or int(signal.SIGTERM), self._events.lost, self.saved
+        # Windows says EINVAL for a closed pipe. The rest is no reader that went away, but a file on a full disk, say.
+        gone = isinstance(lost, ConnectionError) or (lost and WINDOWS and lost.errno == errno.EINVAL)
+        if number == self.READER_GONE and lost and not gone:
             code = "disk_full" if lost.errno in DISK_FULL else "output_not_writable"
             failure = TrainerError(code, f"stdout cannot be written to: {lost.strerror}.")
-            self._events.emit("error", **failure.fields(self.saved.step))
-            return 1
+            return self._events.emit("error", **failure.fields(saved.step))
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        again = f"saved at step {self.saved.step}; the same command goes on from there"
-        message = f"Stopped by {name}: {again if self.saved.state_path else 'nothing to save'}."
-        self._events.emit("interrupted", signal=name, message=message, **dataclasses.asdict(self.saved))
-        return 128 + number
+        again = f"saved at step {saved.step}; the same command (without --fresh) goes on from there"
+        message = f"Stopped by {name}: {again if saved.state_path else 'nothing to save'}."
+        return self._events.emit("interrupted", signal=name, message=message, **dataclasses.asdict(saved))
+
+    def exit_code(self) -> int:
+        """Give the exit code that belongs to the last event."""
+        codes = {"complete": 0, "validated": 0, "interrupted": 128 + (self.signal or int(signal.SIGTERM))}
+        return codes.get(self._events.ended, 1)
 
     def leave(self) -> NoReturn:
         """End the process now, naming the last good files."""
-        code = self.conclude()
+        # A disk that hangs may hold the stream's lock.
+        last = threading.Timer(1.5, os._exit, (128 + (self.signal or int(signal.SIGTERM)),))
+        last.daemon = True
+        last.start()
+        self.conclude()
         self._events.close(timeout=1.0)
-        os._exit({"complete": 0, "validated": 0, "error": 1}.get(self._events.ended, code))
+        os._exit(self.exit_code())
 
     def _listen(self) -> None:
         first = math.inf
         while True:
             number = self._receive.recv(1)[0]
+            if number not in self._numbers:  # a library handles it: the descriptor hears of every signal
+                continue
             if number == self.SAVE:
                 self.save_requested = True
                 continue
             with self._lock:
                 again, rescue, self.signal = self.requested, self._rescue, self.signal or number
-            if not rescue or (again and time.monotonic() - first > self.ECHO_S):
+            # A parent that asks for a stop and goes away at once asks only once.
+            urgent = again and number != self.READER_GONE and time.monotonic() - first > self.ECHO_S
+            if not rescue or urgent:
                 self.leave()
             if not again:
                 first = time.monotonic()
@@ -878,13 +899,18 @@ class StopWatcher:
                 self.leave()
 
     def _poll(self, folder: Path) -> None:
+        asked = set()  # by a file that cannot be removed: once is enough
         while True:
             time.sleep(0.5)
             for name, number in (("stop", int(signal.SIGTERM)), ("save", self.SAVE)):
                 with contextlib.suppress(OSError):
-                    if (folder / name).is_file():
-                        (folder / name).unlink()
+                    if not (folder / name).is_file():
+                        continue
+                    if name not in asked:
+                        asked.add(name)
                         self.request(number)
+                    (folder / name).unlink()
+                    asked.discard(name)
 
 
 # ======================================================================================
@@ -909,7 +935,8 @@ class OutputFolder:
         with blame("output_not_writable"):
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(self.path)
+            for folder in (self.path, self.path.parent):
+                sync_folder(folder)
             self._lock = (self.path / ".lock").open("ab")
             if not lock_file(self._lock):
                 raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
@@ -974,13 +1001,18 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last, where the system and the file system have that."""
     if WINDOWS:
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # shared folders of virtual machines, SMB, FUSE; a parent that we may not read
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM):
+            raise
 
 
 # ======================================================================================
@@ -2268,13 +2300,15 @@ class ResumePoint:
         return TrainState(**fields | {"losses": tuple(fields["losses"])})
 
 
-def find_resume_point(folder: Path, run_id: str | None, warn: Callable[[str, str, str], None]) -> ResumePoint | None:
-    """Give the newest good state of this run (of any, where config.json is lost with the id); None where it has none.
+def find_resume_point(
+    states: Iterable[tuple[int, Path]], run_id: str | None, warn: Callable[[str, str, str], None]
+) -> ResumePoint | None:
+    """Give the first good one of `states` that is this run's (any run's, where config.json is lost with the id).
 
     Raises TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
     """
     corrupt = []
-    for _, path in numbered(folder, "state_step"):
+    for _, path in states:
         try:
             tensors, record = decode_state(path)
         except (ValueError, KeyError) as error:
@@ -2285,24 +2319,25 @@ def find_resume_point(folder: Path, run_id: str | None, warn: Callable[[str, str
         if run_id in (None, record["run_id"]):  # else of a run that --fresh replaced
             return ResumePoint(path, tensors, record)
     if corrupt:
-        raise TrainerError("checkpoint_corrupt", f"No state in {folder} can be read ({', '.join(corrupt)}).")
+        raise TrainerError("checkpoint_corrupt", f"None of this run's states can be read ({', '.join(corrupt)}).")
     return None
 
 
 def run_identity(config: TrainingConfig, plan: Plan) -> JSON:
     """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
     resolved = plan.resolved(config)
-    unet = hashlib.sha256(json.dumps(plan.source.unet, sort_keys=True).encode()).hexdigest()
     identity = {key: resolved[key] for key in keys_marked("x-defines-run")}
-    identity |= {"dataset": plan.dataset.fingerprint, "unet": unet}
+    for part, document in {"unet": plan.source.unet, "scheduler": plan.source.scheduler}.items():
+        identity[part] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    identity["dataset"] = plan.dataset.fingerprint
     return dict(json.loads(json.dumps(identity)))
 
 
 def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
     """Raise `resume_mismatch` with every key that differs from the state's."""
-    differing = [key for key in ours if ours[key] != theirs.get(key)]
+    differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     if differing:
-        problems = [problem(key, f"was {show(theirs.get(key))}, is now {show(ours[key])}") for key in differing]
+        problems = [problem(key, f"was {show(theirs[key])}, is now {show(ours[key])}") for key in differing]
         message = f"{folder} holds a run with other settings: {', '.join(differing)}."
         raise TrainerError("resume_mismatch", message, problems=problems)
 
@@ -2355,33 +2390,31 @@ class LoRATrainer:
         self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.replaced: list[str] = []  # the runs that --fresh replaced; their files go after our first save
+        self.damaged: list[Path] = []  # states that we could not resume from; they go then too
         self.changing = threading.RLock()  # held while weights and counters change or are being saved
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
 
-    def run(self) -> int:
-        """Do all of it, or as much as there is time for; the exit code."""
+    def run(self) -> None:
+        """Do all of it, or as much as there is time for; the last event tells which."""
         if self.setup():
-            self.complete()
-            return 0
+            return self.complete()
         try:
-            finished = self.train()
+            if self.train():
+                return self.finish()
         except TrainerError:
             raise
         except Exception:  # memory ran out in a forward, say: the work up to there is whole
             with contextlib.suppress(Exception):
                 self.rescue()
             raise
-        if finished:
-            self.finish()
-            return 0
         if self.state.step > self.stop.saved.step or (self.stop.saved.state_path and not self.has_lora()):
             self.save()
         return self.stop.conclude()
 
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
-        hardware = choose_device(self.config.device)
+        self.hardware = hardware = choose_device(self.config.device)
         self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
         self.half = self.dtype != torch.float32
         self.device = torch.device(hardware.device)
@@ -2414,17 +2447,27 @@ class LoRATrainer:
         """Find what to go on from, and settle the run's id."""
         earlier = read_run(self.folder.path / "config.json")
         known, self.replaced = earlier.get("run_id"), earlier.get("replaces", [])
-        if self.fresh and known:
-            self.replaced.append(known)
-            known = None
-        point = None if self.fresh else find_resume_point(self.folder.checkpoints, known, self.events.warning)
+        states = numbered(self.folder.checkpoints, "state_step")
+        if self.fresh:
+            ids = {known, *(written_by(path) for _, path in states)}
+            self.replaced, known = [*self.replaced, *filter(None, ids)], None
+        try:
+            point = None if self.fresh else find_resume_point(states, known, self.events.warning)
+        except TrainerError:
+            if not self.replaced:  # else what cannot be read is the replaced run's: ours has saved nothing yet
+                raise
+            point = None
+        if states and not point and not self.replaced:
+            message = "The states in checkpoints/ are of another run than config.json names: this one starts at zero."
+            self.events.warning("states_ignored", message, "Put the config.json back that belongs to them.")
         self.identity = run_identity(self.config, self.plan)
         self.run_id = point.record["run_id"] if point else known or uuid.uuid4().hex
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
-            loras = numbered(self.folder.checkpoints, f"{self.config.output_name}_step")
-            newest = next((str(path) for _, path in loras if written_by(path) == self.run_id), None)
-            self.stop.saved = SavedFiles(point.state.step, newest, str(point.path))
+            step, loras = point.state.step, numbered(self.folder.checkpoints, f"{self.config.output_name}_step")
+            newest = next((str(p) for number, p in loras if number <= step and written_by(p) == self.run_id), None)
+            self.stop.saved = SavedFiles(step, newest, str(point.path))
+            self.damaged = [path for number, path in states if number > step and written_by(path) == self.run_id]
         return point
 
     def lora_path(self, step: int) -> Path:
@@ -2526,7 +2569,8 @@ class LoRATrainer:
                 down.copy_(point.tensors[f"lora/{name}/down"])
                 up.copy_(point.tensors[f"lora/{name}/up"])
         unpack_optimizer(self.optimizer, point.tensors, point.record["optimizer"])
-        self.scaler.load_state_dict(point.record["scaler"])
+        if point.record["scaler"]:  # {}: the run had no loss scaler until now
+            self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
         now = self.environment()
         changed = [key for key, value in point.record["environment"].items() if now[key] != value]
@@ -2541,7 +2585,14 @@ class LoRATrainer:
             self.events.warning("schedule_stretched", message, hint)
 
     def environment(self) -> JSON:
-        return {"torch": str(torch.__version__), "device": self.device.type, "threads": torch.get_num_threads()}
+        """Give what else decides the last bits."""
+        return {
+            "torch": str(torch.__version__),
+            "device": self.hardware.name,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype),
+            "checkpointing": self.plan.checkpointing,
+        }
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -2775,7 +2826,7 @@ class LoRATrainer:
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
         with self.changing:
-            self.stop.save_requested = False
+            self.stop.save_requested &= not lora
             self.keep_folder()
             step = self.state.step
             state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
@@ -2836,10 +2887,15 @@ class LoRATrainer:
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
+        for path in self.damaged:
+            if str(path) != self.stop.saved.state_path:
+                remove(path)
+        self.damaged = []
         limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
         for stem, limit in limits.items():
-            files = [path for _, path in numbered(self.folder.checkpoints, stem)] if limit else []
-            for path in [path for path in files if written_by(path) == self.run_id][limit:]:
+            # Files of later steps are from before a damaged state sent us back: they are not the newest.
+            past = [path for step, path in numbered(self.folder.checkpoints, stem) if step <= self.state.step]
+            for path in [path for path in past if written_by(path) == self.run_id][limit:] if limit else []:
                 remove(path)
         if self.replaced:
             candidates = [*self.folder.path.glob("*/*.safetensors"), *self.folder.path.glob("*.safetensors")]
@@ -3019,13 +3075,12 @@ def validation_report(config: TrainingConfig, plan: Plan, hardware: Hardware | N
     }
 
 
-def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> int:
-    """Validate or train; the exit code."""
+def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> None:
+    """Validate or train."""
     import_checkers()
     config = load_config(options.config, options.set)
     if options.validate_only:
-        validate(config, events)
-        return 0
+        return validate(config, events)
     events.info("Checking the dataset and the model.", phase="checking")
     if locate_model(config, weights=False, half=True).folder is None:
         raise hub_unreachable(config)
@@ -3060,15 +3115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if usage:
             raise usage
-        code = run(options, events, stop)
+        run(options, events, stop)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:
             traceback.print_exc()
         failure = as_trainer_error(error, events.phase)
         events.emit("error", **failure.fields(stop.saved.step))
-        code = 2 if failure.code == "usage" else 1
     events.close(timeout=stop.GRACE_S if stop.requested else None)
-    return code
+    return 2 if usage else stop.exit_code()
 
 
 if __name__ == "__main__":
