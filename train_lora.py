@@ -2445,18 +2445,15 @@ class LoRATrainer:
 
     def find_point(self) -> ResumePoint | None:
         """Find what to go on from, and settle the run's id."""
-        earlier = read_run(self.folder.path / "config.json")
+        earlier, states = read_run(self.folder.path / "config.json"), numbered(self.folder.checkpoints, "state_step")
         known, self.replaced = earlier.get("run_id"), earlier.get("replaces", [])
-        states = numbered(self.folder.checkpoints, "state_step")
         if self.fresh:
             ids = {known, *(written_by(path) for _, path in states)}
-            self.replaced, known = [*self.replaced, *filter(None, ids)], None
-        try:
-            point = None if self.fresh else find_resume_point(states, known, self.events.warning)
-        except TrainerError:
-            if not self.replaced:  # else what cannot be read is the replaced run's: ours has saved nothing yet
-                raise
-            point = None
+            self.replaced, known, states = [*self.replaced, *filter(None, ids)], None, []
+        point = None
+        # While a replaced run's files are there, ours has saved nothing: what cannot be read is that run's.
+        with contextlib.suppress(TrainerError) if self.replaced else contextlib.nullcontext():
+            point = find_resume_point(states, known, self.events.warning)
         if states and not point and not self.replaced:
             message = "The states in checkpoints/ are of another run than config.json names: this one starts at zero."
             self.events.warning("states_ignored", message, "Put the config.json back that belongs to them.")
