@@ -871,7 +871,9 @@ def test_the_log_takes_whole_lines_only_and_catches_up_once_the_disk_has_room(
     meanwhile = [json.loads(line) for line in done.stderr.splitlines() if line.startswith(b"{")]
     assert [event["seq"] for event in meanwhile] == [0, 1, 2]
     assert log.read_bytes() == done.stdout
-    assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == list(range(7))
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["seq"] for event in events] == list(range(8))
+    assert [event["code"] for event in events if event["type"] == "warning"] == ["log_not_written"]
 
 
 @posix
@@ -2178,6 +2180,10 @@ def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
     first = train(tmp_path, config | {"sample_prompts": ["a", "b"], "output_name": "old"})
     mine = tmp_path / "out/samples/step_by_step.png"
     draw_image(mine, (64, 64))
+    kept = [tmp_path / "out/my_best.safetensors", tmp_path / "out/keep/lora_final.safetensors"]
+    for copy in kept:
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(first.final_path, copy)
     checkpoints = tmp_path / "out/checkpoints"
     broken = small(images, copy_model(models / "sd15", tmp_path / "broken"), tmp_path / "out")
     (tmp_path / "broken/tokenizer/vocab.json").unlink()
@@ -2194,6 +2200,8 @@ def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
     assert names == {
         ".lock",
         "config.json",
+        "my_best.safetensors",
+        "keep/lora_final.safetensors",
         "lora_final.safetensors",
         *(f"checkpoints/{name}.safetensors" for name in ("lora_step_3", "state_step_3", "state_step_4")),
         *(f"samples/{name}.png" for name in ("step_2_0", "step_4_0", "step_by_step")),
@@ -2241,6 +2249,23 @@ def test_states_of_another_run_are_not_passed_over_in_silence(tmp_path: Path, im
     write_json(tmp_path / "out/config.json", {"run_id": "another"})
     made = prepare(tmp_path, config)
     assert "states_ignored" in warning_codes(made)
+
+
+@needs_torch
+def test_a_state_that_may_not_be_read_is_not_called_corrupt(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    train(tmp_path, config, stop=Quiet(after=3))
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    folder = trainer.OutputFolder(tmp_path / "out")
+    with pytest.raises(trainer.TrainerError, match="Permission denied") as caught:
+        trainer.find_resume_point(trainer.numbered(folder.checkpoints, "state_step"), None, lambda *_: None)
+    assert caught.value.code == "output_not_writable"
 
 
 @needs_torch
@@ -2539,6 +2564,21 @@ def test_a_periodic_save_that_fails_warns_and_a_second_in_a_row_ends_the_run(
 
 @linux
 @needs_torch
+def test_memory_that_runs_out_in_a_save_is_an_exception_and_no_abort() -> None:
+    resource = pytest.importorskip("resource")
+    tensors = {"large": torch.zeros(2**27)}
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, before[1]))
+    try:
+        with pytest.raises(MemoryError):
+            trainer.serialize(tensors, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@linux
+@needs_torch
 def test_a_lora_that_cannot_be_written_leaves_the_state_and_comes_when_the_run_goes_on(
     tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2651,6 +2691,45 @@ def test_a_folder_that_goes_during_the_run_is_made_again(tmp_path: Path, images:
 
 
 @needs_torch
+def test_a_folder_that_goes_after_the_last_save_is_saved_again(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1)
+    made = prepare(tmp_path, config, stop=Quiet(after=2))
+    made.setup = lambda: False  # type: ignore[method-assign]
+    done = made.train
+
+    def and_then_remove() -> bool:
+        finished = done()
+        shutil.rmtree(tmp_path / "out")
+        return finished
+
+    made.train = and_then_remove  # type: ignore[method-assign]
+    made.stop.conclude = lambda: None  # type: ignore[method-assign]
+    made.run()
+    assert all(Path(str(path)).exists() for path in (made.stop.saved.path, made.stop.saved.state_path))
+    made.folder._lock.close()  # type: ignore[union-attr]
+    assert len(emitted(train(tmp_path, config), "progress")) == 2
+
+
+@needs_torch
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_run_whose_folder_was_moved_away_leaves_its_successor_alone(
+    tmp_path: Path, images: Path, models: Path, alive: bool
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=2)
+    moved = prepare(tmp_path, config)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    successor = prepare(tmp_path, config | {"seed": 7})
+    assert successor.train()
+    if not alive:
+        successor.folder._lock.close()  # type: ignore[union-attr]
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
+    with pytest.raises(trainer.TrainerError) as caught:
+        moved.train()
+    assert caught.value.code == "output_in_use"
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")} == before
+
+
+@needs_torch
 def test_epochs_give_the_length_when_steps_do_not(tmp_path: Path, images: Path, models: Path) -> None:
     changes = {"steps": None, "epochs": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
@@ -2669,7 +2748,14 @@ def test_a_disk_that_will_not_hold_the_run_is_a_warning(
 
 def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
     cases: dict[str, list[BaseException]] = {
-        "out_of_memory": [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+        "out_of_memory": [
+            MemoryError(),
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            ImportError("libgomp.so.1: failed to map segment from shared object"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("could not create a primitive"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        ],
         "disk_full": [OSError(errno.ENOSPC, "No space left on device")],
         "internal": [KeyError("x")],
     }

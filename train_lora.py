@@ -144,6 +144,9 @@ HINTS = {  # the remedy, where the place that fails knows no better one
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
+# the dynamic linker fails an import ("segment").
+MEMORY_SIGNS = ("out of memory", "alloc_failed", "allocate memory", "failed to map segment", "create a primitive")
 
 
 @contextlib.contextmanager
@@ -161,16 +164,14 @@ def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     """Give any exception its stable code; what nobody foresaw is `internal`."""
     if isinstance(error, TrainerError):
         return error
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in MEMORY_SIGNS):
+        return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
     if isinstance(error, ImportError):
         name = (error.name or str(error)).partition(".")[0]
         return TrainerError("dependency_missing", f"The Python package '{name}' could not be imported: {error}")
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return TrainerError("disk_full", f"The disk is full: {error}")
-    text = f"{type(error).__name__}: {error}"
-    # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU and from cuBLAS.
-    signs = ("out of memory", "alloc_failed", "can't allocate memory")
-    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
-        return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
     return TrainerError("internal", f"Unexpected failure while {phase}: {text}")
 
 
@@ -646,6 +647,7 @@ class EventStream:
         self._last_info: tuple[str, float] = ("", 0.0)
         self._last_log = -math.inf
         self._log: IO[bytes] | None = None
+        self._log_error: OSError | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
         self._queue: queue.Queue[bytes] = queue.Queue()
         self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
@@ -677,6 +679,9 @@ class EventStream:
             else:
                 self._queue.put(line)
             self._say(event)
+            if self._log_error and all(told["code"] != "log_not_written" for told in self.warnings):
+                message = f"events.jsonl takes no events: {self._log_error.strerror}."
+                self.warning("log_not_written", message, "stdout has them all; the log catches up if it can.")
 
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
         """Tell of a phase; repeats with `current` and `total` are thinned out, but for the last."""
@@ -720,7 +725,7 @@ class EventStream:
         """Append what is waiting; whole lines only, so a full disk tears none and they come once it has room."""
         if self._log is None:
             return
-        with contextlib.suppress(OSError):  # the next save will say so
+        try:
             end = self._log.seek(0, os.SEEK_END)
             try:
                 write_all(self._log.fileno(), b"".join(self._unlogged))
@@ -728,6 +733,9 @@ class EventStream:
             except OSError:
                 del self._unlogged[:-10_000]  # should it stay so for hours
                 self._log.truncate(end)
+                raise
+        except OSError as error:
+            self._log_error = error
 
     def _drain(self) -> None:
         while True:
@@ -927,6 +935,14 @@ class OutputFolder:
         self.samples = path / "samples"
         self._lock: IO[bytes] | None = None
 
+    def is_ours(self) -> bool:
+        """Tell whether the lock in the folder is the one we hold: the folder may be gone, moved or another's by now."""
+        try:
+            there = (self.path / ".lock").stat()
+        except OSError:
+            return False
+        return self._lock is not None and os.path.samestat(there, os.fstat(self._lock.fileno()))
+
     def open(self) -> None:
         """Create and lock the folder, sweep what a killed run left half-written.
 
@@ -982,8 +998,9 @@ def write_file(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             replace_file(temporary, path)
             sync_folder(path.parent)
-        except OSError:
+        except OSError as error:
             remove(temporary)
+            error.filename = error.filename or str(path)
             raise
 
 
@@ -1324,10 +1341,14 @@ def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
         try:
             if not (folder / name).is_file():
                 raise ValueError("it is not a regular file")
+            (folder / name).open("rb").close()  # safetensors says "no such file" where it may not read
             with safe_open(folder / name, framework="numpy") as file:
                 shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # SafetensorError stands directly below Exception
-            raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
+            hint = "Give the user that runs this the right to read it." if isinstance(error, PermissionError) else ""
+            if as_trainer_error(error, "").code == "out_of_memory":
+                raise
+            raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
     return shapes
 
 
@@ -2121,6 +2142,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
 
 
 def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    bytearray(2 * sum(tensor.nbytes for tensor in tensors.values()))  # safetensors would abort where this only raises
     return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
 
 
@@ -2240,6 +2262,8 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
     """
     try:
         tensors = safetensors.torch.load(path.read_bytes())
+    except (PermissionError, MemoryError):  # no fault of the file's
+        raise
     except Exception as error:  # SafetensorError, OSError, struct errors: all mean the same here
         raise ValueError(str(error)) from error
     header = read_header(path)
@@ -2300,6 +2324,7 @@ class ResumePoint:
         return TrainState(**fields | {"losses": tuple(fields["losses"])})
 
 
+@blame("output_not_writable")
 def find_resume_point(
     states: Iterable[tuple[int, Path]], run_id: str | None, warn: Callable[[str, str, str], None]
 ) -> ResumePoint | None:
@@ -2408,7 +2433,7 @@ class LoRATrainer:
             with contextlib.suppress(Exception):
                 self.rescue()
             raise
-        if self.state.step > self.stop.saved.step or (self.stop.saved.state_path and not self.has_lora()):
+        if self.state.step and not self.is_saved():
             self.save()
         return self.stop.conclude()
 
@@ -2555,7 +2580,7 @@ class LoRATrainer:
         needed = weights * (3 * 12 + loras * (4 if config.save_dtype == "fp32" else 2))
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
-            message = f"The run will write about {gigabytes(needed)} GB, and {gigabytes(free)} GB are free."
+            message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
             self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
 
     def restore(self, point: ResumePoint) -> None:
@@ -2613,7 +2638,7 @@ class LoRATrainer:
     def catch_up(self) -> None:
         """Make what was due at the step we resume from, where a kill came before it was on disk."""
         config, step = self.config, self.state.step
-        if step and is_due(step, config.checkpoint_steps) and not self.has_lora():
+        if step and is_due(step, config.checkpoint_steps) and not self.is_saved():
             self.save_or_warn()
         if step and is_due(step, config.validation_steps):
             last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
@@ -2812,8 +2837,9 @@ class LoRATrainer:
         self.failed_saves += 1
         try:
             self.save(lora)
-        except TrainerError as failure:
-            if self.failed_saves > 1 or failure.code not in ("disk_full", "output_not_writable"):
+        except (TrainerError, MemoryError) as error:
+            failure = as_trainer_error(error, "saving")
+            if self.failed_saves > 1 or failure.code not in ("disk_full", "output_not_writable", "out_of_memory"):
                 raise
             message = f"Saving at step {self.state.step} failed; what was saved before stands. {failure.message}"
             self.events.warning("save_failed", message, f"{failure.hint} A second failure in a row ends the run.")
@@ -2848,9 +2874,14 @@ class LoRATrainer:
             self.events.emit("checkpoint", step=step, path=path, state_path=str(state_path))
             self.prune()
 
-    def has_lora(self) -> bool:
-        """Tell whether the newest state's LoRA is saved too."""
-        return self.stop.saved.path == str(self.lora_path(self.stop.saved.step))
+    def is_saved(self, lora: bool = True) -> bool:
+        """Tell whether this step's state (and with `lora` its LoRA) is on disk, and still there."""
+        saved = self.stop.saved
+        if saved.step != self.state.step or (lora and saved.path != str(self.lora_path(saved.step))):
+            return False
+        return all(
+            file and Path(file).exists() for file in (saved.state_path, saved.path if lora else saved.state_path)
+        )
 
     def rescue(self) -> bool:
         """Save the state where the loop cannot: from the watcher's thread, or after a failure; True if it did.
@@ -2869,11 +2900,17 @@ class LoRATrainer:
 
     @blame("output_not_writable")
     def keep_folder(self) -> None:
-        """Take the folder again where somebody removed it under a long run."""
-        if not (self.folder.path / ".lock").exists():
+        """Take the folder again where somebody removed or moved it under a long run.
+
+        Raises TrainerError: `output_in_use` where another run has taken its place.
+        """
+        config_path = self.folder.path / "config.json"
+        if read_run(config_path).get("run_id", self.run_id) != self.run_id:
+            raise TrainerError("output_in_use", f"{self.folder.path} is another run's now; this run's was moved away.")
+        if not self.folder.is_ours():
             self.folder.open()
             self.events.open_log(self.folder.path / "events.jsonl")
-        if not (self.folder.path / "config.json").exists():
+        if not config_path.exists():
             self.write_config()
 
     def write_lora(self, path: Path) -> None:
@@ -2895,10 +2932,11 @@ class LoRATrainer:
             for path in [path for path in past if written_by(path) == self.run_id][limit:] if limit else []:
                 remove(path)
         if self.replaced:
-            candidates = [*self.folder.path.glob("*/*.safetensors"), *self.folder.path.glob("*.safetensors")]
-            for path in [*candidates, *self.folder.samples.glob("*.png")]:
-                if written_by(path) in self.replaced:
-                    remove(path)
+            places = {self.folder.path: r".+_final\.safetensors", self.folder.samples: r"step_\d+_\d+\.png"}
+            for folder, names in (places | {self.folder.checkpoints: r".+_step_\d+\.safetensors"}).items():
+                for path in folder.iterdir():  # copies that a user made under other names stay
+                    if re.fullmatch(names, path.name) and written_by(path) in self.replaced:
+                        remove(path)
             self.replaced = []
             self.write_config()
 
@@ -2907,8 +2945,9 @@ class LoRATrainer:
         if self.state.step and not self.state.losses:
             raise TrainerError("loss_not_finite", "Not one step was finite: nothing was trained.")
         self.events.info("Saving the final LoRA.", phase="saving")
-        if self.stop.saved.step != self.state.step:
+        if not self.is_saved(lora=False):
             self.save(lora=False)
+        self.keep_folder()
         self.write_lora(self.final_path)
         self.complete()
 
