@@ -805,7 +805,7 @@ class StopWatcher:
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._rescue: Callable[[], bool] | None = None
-        self._numbers = {self.SAVE, self.READER_GONE}
+        self._numbers = {self.SAVE, self.READER_GONE, int(signal.SIGTERM)}  # what we send ourselves, and `install` adds
         self.signal: int | None = None
         self.save_requested = False
         self.saved = SavedFiles()
