@@ -2011,9 +2011,11 @@ def damage(data: bytes, step: int) -> Iterator[bytes]:
 def check_damage(tmp_path: Path, images: Path, models: Path, step: int) -> int:
     """Damage the newer of two states in many ways: each time the other one is found, or the whole of this one."""
     config = small(images, models / "sd15", tmp_path / "out", lora_rank=1, lora_targets="attention")
-    made = train(tmp_path, config, stop=Quiet(after=3))
-    made.state = dataclasses.replace(made.state, step=2)
-    made.save()
+    made = prepare(tmp_path, config, stop=Quiet(after=3))
+    assert not made.train()
+    for number in (3, 2):
+        made.state = dataclasses.replace(made.state, step=number)
+        made.save()
     newest = made.folder.checkpoints / "state_step_3.safetensors"
     (tensors, record), data = trainer.decode_state(newest), newest.read_bytes()
     warnings: list[str] = []
