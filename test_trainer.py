@@ -2159,19 +2159,17 @@ def test_more_steps_under_a_decaying_schedule_warn(tmp_path: Path, images: Path,
 def test_five_interruptions_change_no_rate_no_loss_and_no_bit(
     tmp_path: Path, images: Path, models: Path, kind: str
 ) -> None:
-    config = small(images, models / kind, tmp_path / "whole", steps=18, lr_scheduler="cosine", lr_warmup_steps=5)
+    config = small(images, models / kind, tmp_path / "whole", steps=12, lr_scheduler="cosine", lr_warmup_steps=4)
     whole = train(tmp_path, config)
     config["output_path"] = str(tmp_path / "parts")
-    parts = [train(tmp_path, config, stop=Quiet(after=3)) for _ in range(5)] + [train(tmp_path, config)]
+    parts = [train(tmp_path, config, stop=Quiet(after=2)) for _ in range(5)] + [train(tmp_path, config)]
     progress = [event for part in parts for event in emitted(part, "progress")]
     same = ("step", "loss", "loss_avg", "learning_rate", "grad_norm", "epoch", "percent")
     expected = emitted(whole, "progress")
     assert [[event[key] for key in same] for event in progress] == [[event[key] for key in same] for event in expected]
     assert_same_tensors(parts[-1].final_path, whole.final_path)
-    for step in (17, 18):
-        state = f"checkpoints/state_step_{step}.safetensors"
-        if (tmp_path / "whole" / state).exists():
-            assert_same_tensors(tmp_path / "parts" / state, tmp_path / "whole" / state)
+    state = "checkpoints/state_step_12.safetensors"
+    assert_same_tensors(tmp_path / "parts" / state, tmp_path / "whole" / state)
 
 
 @needs_torch
@@ -2544,7 +2542,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /pr
 
 @linux
 @needs_torch
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_periodic_save_that_fails_warns_and_a_second_in_a_row_ends_the_run(
     tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -2554,7 +2552,7 @@ def test_a_periodic_save_that_fails_warns_and_a_second_in_a_row_ends_the_run(
     fail_writes(monkeypatch, number, lambda name: made.state.step in (4, 8, 10))
     with pytest.raises(trainer.TrainerError) as caught:
         made.train()
-    assert caught.value.code == ("disk_full" if number in (errno.ENOSPC, errno.EDQUOT) else "output_not_writable")
+    assert caught.value.code == ("disk_full" if number == errno.ENOSPC else "output_not_writable")
     assert [event["step"] for event in emitted(made, "checkpoint")] == [2, 6]
     assert warning_codes(made).count("save_failed") == 2
     names = {path.name for path in made.folder.checkpoints.iterdir()}
@@ -2758,7 +2756,7 @@ def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
             RuntimeError("could not create a primitive"),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
         ],
-        "disk_full": [OSError(errno.ENOSPC, "No space left on device")],
+        "disk_full": [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
         "internal": [KeyError("x")],
     }
     for code, errors in cases.items():
