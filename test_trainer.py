@@ -3135,6 +3135,7 @@ def test_a_kill_at_every_system_call_of_a_save_leaves_a_good_state(tmp_path: Pat
 
     assert traced_save(made, log)
     calls = [match[1] for line in log.read_text().splitlines() if (match := re.match(r"\d+ +(\w+)\(", line))]
+    calls = [call for call in calls if call != "mmap"]  # malloc's too, so their number varies
     order = [call for call in calls if call in ("fsync", "rename", "unlink", "write")]
     print("\n" + " ".join(order))
     assert [call for call in order if call != "write"] == ["fsync", "rename", "fsync"] * 2 + ["unlink"] * 2
