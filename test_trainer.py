@@ -897,14 +897,14 @@ def test_a_name_that_is_not_utf8_is_a_folder_like_any_other(tmp_path: Path, imag
 # ======================================================================================
 
 
-def stop_when(process: subprocess.Popen[bytes], ready: Any, number: int) -> Run:
-    """Send a signal once an event is `ready`; the finished run."""
+def stop_when(process: subprocess.Popen[bytes], ready: Any, stop: int | Callable[[], None]) -> Run:
+    """Send a signal, or do what else stops it, once an event is `ready`; the finished run."""
     lines = []
     assert process.stdout
     for line in process.stdout:
         lines.append(line)
         if ready(json.loads(line)):
-            process.send_signal(number)
+            process.send_signal(stop) if isinstance(stop, int) else stop()
             break
     rest = process.stdout.read()
     return Run(process.wait(timeout=60), b"".join(lines) + rest, b"")
@@ -1110,15 +1110,12 @@ def test_as_the_first_process_of_a_container_it_hears_a_stop(tmp_path: Path, ima
     arguments = [*inside, *command("--config", config)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        lines = []
-        assert process.stdout
-        for line in process.stdout:
-            lines.append(line)
-            if json.loads(line)["type"] == "progress":
-                (child,) = children.read_text().split()
-                os.kill(int(child), signal.SIGTERM)
-                break
-        result = Run(process.wait(timeout=30), b"".join(lines) + process.stdout.read(), b"")
+
+        def stop_child() -> None:
+            (child,) = children.read_text().split()
+            os.kill(int(child), signal.SIGTERM)
+
+        result = stop_when(process, lambda event: event["type"] == "progress", stop_child)
     assert result.events[0]["pid"] == 1
     assert (result.code, result.last["type"]) == (143, "interrupted")
     assert Path(result.last["path"]).exists()
@@ -1133,16 +1130,10 @@ def test_a_signal_to_the_whole_group_is_one_stop_and_leaves_no_process(
     # The shell gets the signal too, and outlives it, as a job runner does.
     shell = ["sh", "-c", f"trap : TERM; {shlex.join(command('--config', config))} & wait $!; wait $!"]
     with subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        lines = []
-        assert process.stdout
-        for line in process.stdout:
-            lines.append(line)
-            if json.loads(line)["type"] == "progress":
-                os.killpg(process.pid, signal.SIGTERM)
-                break
-        result = Run(0, b"".join(lines) + process.stdout.read(), b"")
-        assert process.wait(timeout=30) == 143
-    assert result.last["type"] == "interrupted"
+        result = stop_when(
+            process, lambda event: event["type"] == "progress", lambda: os.killpg(process.pid, signal.SIGTERM)
+        )
+    assert (result.code, result.last["type"]) == (143, "interrupted")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

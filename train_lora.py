@@ -21,7 +21,7 @@ signal, and gets .safetensors files that A1111, Forge, ComfyUI, InvokeAI and dif
 The file reads once, top to bottom; each section uses only what stands above it:
 
     imports and constants    only what is cheap to import
-    errors                   TrainerError: what a user can mend; import_libraries(): everything heavy
+    errors                   TrainerError: what a user can mend; the imports that take time
     config                   config_schema.json -> TrainingConfig
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
@@ -34,7 +34,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     model                    components, prompts, latents, the adapter
     LoRA files               key names and header of the file that other tools load
     checkpoints              the state file: everything needed to go on
-    samples                  DDIM with guidance, PNG
+    samples                  the DDIM sampler, PNG with its prompt in it
     trainer                  LoRATrainer: setup, train, loss, sample, save, finish
     command line             arguments, --validate-only, main
 """
@@ -814,6 +814,11 @@ class StopWatcher:
     def requested(self) -> bool:
         return self.signal is not None
 
+    @property
+    def number(self) -> int:
+        """The signal that the last event and the exit code tell of."""
+        return self.signal or int(signal.SIGTERM)
+
     def install(self) -> None:
         """Take over the signals; they wait in the socket until `listen`."""
         for name in self.SIGNALS:
@@ -850,7 +855,7 @@ class StopWatcher:
 
     def conclude(self) -> None:
         """Emit the last event after a stop request."""
-        number, lost, saved = self.signal or int(signal.SIGTERM), self._events.lost, self.saved
+        number, lost, saved = self.number, self._events.lost, self.saved
         # Windows says EINVAL for a closed pipe. The rest is no reader that went away, but a file on a full disk, say.
         gone = isinstance(lost, ConnectionError) or (lost and WINDOWS and lost.errno == errno.EINVAL)
         if number == self.READER_GONE and lost and not gone:
@@ -864,13 +869,13 @@ class StopWatcher:
 
     def exit_code(self) -> int:
         """Give the exit code that belongs to the last event."""
-        codes = {"complete": 0, "validated": 0, "interrupted": 128 + (self.signal or int(signal.SIGTERM))}
+        codes = {"complete": 0, "validated": 0, "interrupted": 128 + self.number}
         return codes.get(self._events.ended, 1)
 
     def leave(self) -> NoReturn:
         """End the process now, naming the last good files."""
         # A disk that hangs may hold the stream's lock.
-        last = threading.Timer(1.5, os._exit, (128 + (self.signal or int(signal.SIGTERM)),))
+        last = threading.Timer(1.5, os._exit, (128 + self.number,))
         last.daemon = True
         last.start()
         self.conclude()
@@ -2142,7 +2147,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
 
 
 def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    bytearray(2 * sum(tensor.nbytes for tensor in tensors.values()))  # safetensors would abort where this only raises
+    bytes(2 * sum(tensor.nbytes for tensor in tensors.values()))  # safetensors would abort where this only raises
     return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
 
 
@@ -2486,11 +2491,15 @@ class LoRATrainer:
         self.run_id = point.record["run_id"] if point else known or uuid.uuid4().hex
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
-            step, loras = point.state.step, numbered(self.folder.checkpoints, f"{self.config.output_name}_step")
-            newest = next((str(p) for number, p in loras if number <= step and written_by(p) == self.run_id), None)
+            step, loras = point.state.step, self.ours(f"{self.config.output_name}_step")
+            newest = next((str(path) for number, path in loras if number <= step), None)
             self.stop.saved = SavedFiles(step, newest, str(point.path))
-            self.damaged = [path for number, path in states if number > step and written_by(path) == self.run_id]
+            self.damaged = [path for number, path in self.ours("state_step") if number > step]
         return point
+
+    def ours(self, stem: str) -> Iterator[tuple[int, Path]]:
+        """Give this run's files of a stem as (step, path), newest first."""
+        return ((step, p) for step, p in numbered(self.folder.checkpoints, stem) if written_by(p) == self.run_id)
 
     def lora_path(self, step: int) -> Path:
         return self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors"
@@ -2928,8 +2937,8 @@ class LoRATrainer:
         limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
         for stem, limit in limits.items():
             # Files of later steps are from before a damaged state sent us back: they are not the newest.
-            past = [path for step, path in numbered(self.folder.checkpoints, stem) if step <= self.state.step]
-            for path in [path for path in past if written_by(path) == self.run_id][limit:] if limit else []:
+            past = [path for step, path in self.ours(stem) if step <= self.state.step] if limit else []
+            for path in past[limit:]:
                 remove(path)
         if self.replaced:
             places = {self.folder.path: r".+_final\.safetensors", self.folder.samples: r"step_\d+_\d+\.png"}
