@@ -28,10 +28,12 @@ The file reads once, top to bottom; each section uses only what stands above it:
     output folder            one run per folder, every file whole or not at all
     model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data
     hardware and memory      device, dtype, the VRAM estimate
-    dataset                  images, captions, buckets, batches
+    images                   pictures that strangers supply: decoding, masks, fitting to a size
+    dataset                  which images and captions there are, buckets, batches
     plan                     what a run will do, before anything is loaded
     diffusion maths          pure functions of tensors and numbers
     model                    components, prompts, latents, the adapter
+    cache                    what is encoded once, in memory or in a folder
     LoRA files               key names and header of the file that other tools load
     checkpoints              the state file: everything needed to go on
     samples                  the DDIM sampler, PNG with its prompt in it
@@ -56,6 +58,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -71,11 +74,11 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import diffusers
@@ -96,6 +99,8 @@ SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 WINDOWS = os.name == "nt"
 
 JSON = dict[str, Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 # ======================================================================================
@@ -325,6 +330,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     values |= {key: resolve_value(value, definitions[key], base) for key, value in flat.items()}
     values |= {key: resolve_value(value, definitions[key], Path.cwd()) for key, value in changed.items()}
     problems += more + check_values(values, definitions)
+    problems += combination_problems(values) if not problems else []
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
@@ -507,10 +513,25 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
     return problems
 
 
+def combination_problems(values: JSON) -> list[dict[str, str]]:
+    """Find settings that cannot work together, once each is right by itself."""
+    if values["regularization_path"] == values["dataset_path"]:
+        return [problem("regularization_path", "must be another folder than dataset_path")]
+    return []
+
+
 def freeze(value: Any, definition: JSON) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return float(value) if "number" in definition["type"] and isinstance(value, int) else value
+
+
+USED_WITH = {
+    "keep_tokens": "shuffle_tags",
+    "unmasked_weight": "masked_loss",
+    "prior_loss_weight": "regularization_path",
+    "validation_split": "validation_steps",
+}
 
 
 def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
@@ -521,6 +542,9 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     if config.lr_warmup_steps and config.steps is not None and config.lr_warmup_steps >= config.steps:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
+    for key, needed in USED_WITH.items():
+        if getattr(config, key) != load_schema()["definitions"][key]["default"] and not getattr(config, needed):
+            yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
     if config.learning_rate > 2e-2:
         message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
         yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
@@ -579,6 +603,7 @@ HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
         f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
         f"{f['steps_per_second'] or 0:.2f} steps/s  left {short_time(f['eta_seconds'])}"
     ),
+    "validation": lambda f: f"step {f['step']}  held-out loss {f['loss'] or 0:.4f}",
     "sample": lambda f: f"sample: {f['image_path']}",
     "checkpoint": lambda f: f"saved: {f['path'] or f['state_path']}",
     "validated": lambda f: "valid",
@@ -692,6 +717,17 @@ class EventStream:
             return
         self._last_info = (message, now)
         self.emit("info", message=message, **({"phase": phase} if phase else {}), **fields)
+
+    def track(
+        self, message: str, items: Iterable[T], total: int, *, phase: str = "", count: Callable[[T], int] = lambda _: 1
+    ) -> Iterator[T]:
+        """Yield the items of long work, telling after each how many of `total` are done."""
+        done, phase = 0, phase or self.phase
+        self.info(message, phase, current=0, total=total)
+        for item in items:
+            yield item
+            done += count(item)
+            self.info(message, phase, current=done, total=total)
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
         self.warnings.append({"code": code, "message": message, "hint": hint})
@@ -1009,6 +1045,11 @@ def write_file(path: Path, data: bytes) -> None:
             raise
 
 
+def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    bytes(2 * sum(tensor.nbytes for tensor in tensors.values()))  # safetensors would abort where this only raises
+    return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
+
+
 def replace_file(source: Path, target: Path) -> None:
     deadline = time.monotonic() + 2.0
     while True:
@@ -1080,7 +1121,7 @@ class ModelFamily:
     is_v2: bool = False
 
 
-SD_UNET = {
+SD_UNET: JSON = {
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
     "transformer_layers_per_block": 1,
@@ -1100,7 +1141,7 @@ FAMILIES = (
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
         lora_width={"attention": 199_296, "transformer": 423_936},
-        unet=SD_UNET,
+        unet=SD_UNET | {"cross_attention_dim": 768},
     ),
     ModelFamily(
         name="sd21",
@@ -1116,7 +1157,7 @@ FAMILIES = (
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
         parameters={"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
         lora_width={"attention": 207_488, "transformer": 432_128},
-        unet=SD_UNET,
+        unet=SD_UNET | {"cross_attention_dim": 1024},
     ),
     ModelFamily(
         name="sdxl",
@@ -1142,6 +1183,7 @@ FAMILIES = (
         },
         lora_width={"attention": 1_451_520, "transformer": 2_659_840},
         unet={
+            "cross_attention_dim": 2048,
             "block_out_channels": (320, 640, 1280),
             "layers_per_block": 2,
             "transformer_layers_per_block": (1, 2, 10),
@@ -1161,6 +1203,7 @@ MODEL_KEYS: dict[str, JSON] = {
         "block_out_channels": COUNTS,
         "layers_per_block": COUNT,
         "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
+        "cross_attention_dim": COUNT,
         "down_block_types": {"type": "array", "items": {"type": "string"}},
         "in_channels": COUNT,
         "out_channels": COUNT,
@@ -1436,6 +1479,21 @@ def gigabytes(count: float | None) -> float | None:
     return None if count is None else round(count / 1024**3, 2)
 
 
+def free_memory_bytes() -> int | None:
+    """Give the main memory that is free, also within a container's limit (cgroup v2); None where it cannot be told."""
+    try:
+        import psutil  # accelerate needs it: it is there wherever a run can start
+    except ImportError:
+        return None
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics["file"])  # files' pages can be dropped
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
+
+
 def has_nvidia_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
 
@@ -1582,17 +1640,128 @@ def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware 
 
 
 # ======================================================================================
-# dataset
+# images
 # ======================================================================================
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+MASK_SUFFIX = "-masklabel.png"  # OneTrainer's name for the mask beside an image
+MAX_PIXELS = 120_000_000  # of one image: beyond what phones and cameras make
+MAX_FILE_BYTES = 1 << 30
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+class PixelBudget:
+    """Bounds the pixels that all threads together hold decoded; one image alone may be larger."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._changed = limit, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + pixels <= self._limit)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= pixels
+                self._changed.notify_all()
+
+
+DECODED = PixelBudget(64_000_000)  # a pixel takes 3 to 12 bytes on its way to RGB
+
+
+def prepare_pillow() -> None:
+    """Make a decompression bomb an error for its file, known from the header alone."""
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[tuple[Image.Image, str]]:
+    """Decode a file's first frame, upright (EXIF) and in its own mode: (image, SHA-256 of the file).
+
+    Raises whatever Pillow's plugins do on broken files, from struct.error to SyntaxError.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
+        digest = file_digest(file)
+        file.seek(0)
+        known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+        image: Image.Image = Image.open(file, formats=known)
+        with DECODED.take(image.width * image.height):
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            yield image, digest
+
+
+def file_digest(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return "A" in image.mode or "transparency" in image.info
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to 8-bit RGB: transparency on white, 16 bits scaled."""
+    if image.mode.startswith("I") or image.mode == "F":
+        import numpy
+
+        values = numpy.asarray(image).astype("float32")
+        scale = 257.0 if image.mode != "F" else max(1.0, float(values.max())) / 255
+        image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
+    if not has_alpha(image):
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    opaque = Image.new("RGB", layer.size, "white")
+    opaque.paste(layer, mask=layer)
+    return opaque
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    return to_rgb(image).convert("L")
+
+
+def to_alpha(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A")
+
+
+def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
+    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop)."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    covered = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
+    left, top = (covered[0] - size[0]) // 2, (covered[1] - size[1]) // 2
+    scaled = image if covered == image.size else image.resize(covered, Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + size[0], top + size[1])), (left, top)
+
+
+# ======================================================================================
+# dataset
+# ======================================================================================
+
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
+MAX_CAPTION_BYTES = 1 << 16
+MAX_METADATA_BYTES = 1 << 26
+MAX_BAD_LINES = 20  # of metadata.jsonl, that are told one by one
+CAPTION_VARIANTS = 16  # shuffles of one caption's tags
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training image, checked but not kept decoded; sizes in pixels, after EXIF rotation."""
+    """One image, checked but not kept decoded; sizes in pixels, after EXIF rotation.
+
+    `role` is train, prior (a regularization image) or validation (held out). `mask` is the file of
+    a mask beside the image; an image with an alpha channel can carry its own.
+    """
 
     name: str
     path: Path
@@ -1602,136 +1771,331 @@ class Example:
     width: int
     height: int
     digest: str
+    role: str
+    has_alpha: bool
+    mask: Path | None
+    mask_digest: str
+
+    @property
+    def has_mask(self) -> bool:
+        return self.has_alpha or self.mask is not None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One image ready for the VAE: RGB and mask ("L", or None) of one size, and SDXL's time ids."""
+
+    name: str
+    picture: Image.Image
+    mask: Image.Image | None
+    time_ids: tuple[int, ...]  # (height, width) of the original, (top, left) of the crop, (height, width) as trained
+
+
+@dataclass(frozen=True)
+class View:
+    """One image as it is encoded: at its bucket's size, mirrored or not, with or without its mask."""
+
+    example: Example
+    size: Size
+    mirrored: bool
+    masked: bool
+
+    def identity(self) -> list[Any]:
+        """Give all that decides the pixels."""
+        mask = [self.example.mask_digest] if self.masked else []
+        return [self.example.digest, self.size, self.mirrored, *mask]
+
+    def load(self) -> Fitted:
+        """Decode and fit.
+
+        Raises TrainerError: `dataset_unreadable` where a file is no longer what was checked.
+        """
+        example, mask = self.example, None
+        try:
+            picture, (left, top) = self.fit(example.path, example.digest, to_rgb)
+            if self.masked and example.mask:
+                mask, _ = self.fit(example.mask, example.mask_digest, to_grey)
+            elif self.masked and example.has_alpha:
+                mask, _ = self.fit(example.path, example.digest, to_alpha)
+        except MemoryError:
+            raise
+        except Exception as error:  # it was whole when it was checked
+            raise TrainerError("dataset_unreadable", f"{example.name} has changed meanwhile: {error}") from error
+        return Fitted(
+            example.name, picture, mask, (example.height, example.width, top, left, self.size[1], self.size[0])
+        )
+
+    def fit(self, path: Path, digest: str, convert: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, Size]:
+        with open_image(path) as (image, found):
+            if found != digest:
+                raise ValueError("its content is another one")
+            image = convert(image)
+            return fit_image(ImageOps.mirror(image) if self.mirrored else image, self.size)
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """What is wrong with one file or line of a dataset; `code` is its warning's."""
+
+    code: str
+    path: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Dataset:
     examples: tuple[Example, ...]
-    skipped: tuple[Mapping[str, str], ...]
+    flaws: tuple[Flaw, ...]
 
     @property
     def fingerprint(self) -> str:
-        """Change when any image, caption or repeat does; not when the folder moves."""
-        rows = [[example.name, example.digest, example.caption, example.repeats] for example in self.examples]
+        """Change when any image, mask, caption, repeat or role does; not when the folder moves."""
+        keys = ("name", "digest", "mask_digest", "caption", "repeats", "role")
+        rows = [[getattr(example, key) for key in keys] for example in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
+    def of_role(self, *roles: str) -> list[Example]:
+        return [example for example in self.examples if example.role in roles]
 
-@blame("dataset_unreadable")
-def scan_dataset(config: TrainingConfig) -> Dataset:
-    """Find, open and fully decode every image once; bad ones are listed, not raised.
+
+def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
+    """Find, open and fully decode every image once; what is wrong with one is listed, not raised.
 
     Raises TrainerError: `dataset_unreadable`, `dataset_empty`.
     """
-    root = Path(config.dataset_path)
+    prepare_pillow()
+    examples, flaws = scan_folder(config, "dataset_path", events)
+    examples = hold_out(examples, config.validation_split, config.seed)
+    if config.regularization_path:
+        prior, more = scan_folder(config, "regularization_path", events)
+        examples, flaws = examples + prior, flaws + more
+    if flaws and config.on_bad_image == "error":
+        raise unusable("dataset_unreadable", f"{len(flaws)} entries are flawed, and on_bad_image is error.", flaws)
+    return Dataset(tuple(examples), tuple(flaws))
+
+
+def unusable(code: str, message: str, flaws: Sequence[Flaw]) -> TrainerError:
+    hint = "" if code == "dataset_empty" else 'Mend the entries under problems, or set on_bad_image to "skip".'
+    return TrainerError(code, message, hint, [problem(flaw.path, flaw.message) for flaw in flaws])
+
+
+@blame("dataset_unreadable")
+def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[list[Example], list[Flaw]]:
+    """Check every image of the folder that the config's `key` names."""
+    root = Path(getattr(config, key))
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise TrainerError("dataset_unreadable", f"dataset_path {root} {what}.")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    Image.init()
-    described, complaints = read_metadata(root)
-    paths = find_images(root, Path(config.output_path))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(lambda path: check_image(path, root, config, described), paths))
-    examples = tuple(result for result in results if isinstance(result, Example))
-    skipped = [*complaints, *(result for result in results if not isinstance(result, Example))]
-    if skipped and config.on_bad_image == "error":
-        message = f"{len(skipped)} entries of the dataset cannot be used, and on_bad_image is error."
-        raise TrainerError("dataset_unreadable", message, 'Mend them, or set on_bad_image to "skip".', skipped)
+        raise TrainerError("dataset_unreadable", f"{key} {root} {what}.", f"Give the folder with your images as {key}.")
+    others = {Path(other).resolve() for other in (config.dataset_path, config.regularization_path) if other}
+    output = Path(config.output_path).resolve()
+    paths, flaws = find_images(root, {output, output / "samples"} | others)
+    described, more = read_metadata(root, {path.relative_to(root).as_posix() for path in paths})
+    check = functools.partial(check_image, root=root, config=config, described=described, prior=key != "dataset_path")
+    message = "Checking images." if key == "dataset_path" else "Checking regularization images."
+    examples: list[Example] = []
+    flaws += more
+    for example, found in events.track(message, map_ahead(check, paths), len(paths)):
+        examples += [example] if example else []
+        flaws += found
     if not examples:
-        message = f"No usable image in {root}" + (f": all {len(skipped)} are broken." if skipped else ".")
-        raise TrainerError("dataset_empty", message, problems=skipped)
-    return Dataset(examples, tuple(skipped))
+        raise unusable("dataset_empty", f"No usable image in {root}; {len(flaws)} entries are flawed.", flaws)
+    return examples, flaws
 
 
-def find_images(root: Path, output: Path) -> list[Path]:
-    """List image files below the root, sorted; links that lead out, special files and our own output are left out."""
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
+    """Map in order over threads, which are only a few results ahead of whoever takes them."""
+    workers = workers or min(8, os.cpu_count() or 1)
+    waiting: collections.deque[Future[R]] = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def find_images(root: Path, excluded: set[Path]) -> tuple[list[Path], list[Flaw]]:
+    """List image files below the root, sorted, and what is refused; without hidden ones, masks, `excluded` folders."""
     inside = root.resolve()
-    own = {output.resolve(), output.resolve() / "samples"} - {inside}
-    found = []
-    for folder, folders, names in os.walk(root, onerror=reraise):
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(folder, name).resolve() not in own]
-        for name in names:
+    found: list[Path] = []
+    flaws: list[Flaw] = []
+
+    def refuse(path: str | Path, reason: str) -> None:
+        flaws.append(Flaw("image_skipped", Path(path).relative_to(root).as_posix(), f"is skipped: {reason}"))
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise error
+        refuse(error.filename, f"the folder cannot be read ({error.strerror})")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        for link in [name for name in folders if Path(folder, name).is_symlink()]:
+            refuse(Path(folder, link), "links to folders are not followed")
+        folders[:] = [name for name in folders if Path(folder, name).resolve() not in excluded - {inside}]
+        for name in sorted(names):
             path = Path(folder, name)
-            wanted = path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-            if wanted and path.is_file() and path.resolve().is_relative_to(inside):
+            if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or name.endswith(MASK_SUFFIX):
+                continue
+            if reason := why_not_open(path, inside):
+                refuse(path, reason)
+            else:
                 found.append(path)
-    return sorted(found)
+    return sorted(found), flaws
 
 
-def reraise(error: OSError) -> NoReturn:
-    raise error
+def why_not_open(path: Path, inside: Path) -> str:
+    """Say why a file of a dataset is not opened: only regular files inside the folder are; '' where it may be."""
+    try:
+        if not path.resolve(strict=True).is_relative_to(inside):
+            return "a link that leads out of the folder"
+        return "" if path.is_file() else "not a regular file"
+    except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
+        return "a link that leads nowhere" if path.is_symlink() else "it cannot be opened"
 
 
-def read_metadata(root: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Read metadata.jsonl (`file_name`, `text`): ({relative name: caption}, complaints)."""
+def read_metadata(root: Path, names: Collection[str]) -> tuple[dict[str, str], list[Flaw]]:
+    """Read metadata.jsonl (`file_name`, `text`) for the images of these names: ({name: caption}, flaws)."""
     path = root / "metadata.jsonl"
+    if not path.is_symlink() and not path.exists():
+        return {}, []
+    try:
+        text, _ = read_text(path, root.resolve(), MAX_METADATA_BYTES)
+    except (OSError, ValueError) as error:
+        return {}, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
     captions: dict[str, str] = {}
-    complaints = []
-    ours = path.is_file() and path.resolve().is_relative_to(root.resolve())
-    lines = path.read_text("utf-8-sig", "replace").split("\n") if ours else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    flaws, unknown = [], []
+    for number, line in enumerate(text.split("\n"), 1):
         try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-            if not isinstance(text, str):
-                raise TypeError("text must be a string")
-            captions[Path(name).as_posix()] = text
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            why = "is skipped: it needs file_name and text, both strings"
-            complaints.append(problem(f"metadata.jsonl:{number}", why))
-    return captions, complaints
+            if line.strip():
+                name, caption = parse_metadata(line)
+                captions[name] = caption
+                unknown += [name] if name not in names else []
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings"
+            flaws.append(Flaw("caption_skipped", f"{path.name}:{number}", f"is skipped: {reason}"))
+    if len(flaws) > MAX_BAD_LINES:
+        rest = f"has {len(flaws) - MAX_BAD_LINES} more bad lines, which are skipped"
+        flaws = [*flaws[:MAX_BAD_LINES], Flaw("caption_skipped", path.name, rest)]
+    if unknown:
+        what = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
+        flaws.append(Flaw("caption_skipped", path.name, what))
+    return {name: caption for name, caption in captions.items() if name in names}, flaws
+
+
+def parse_metadata(line: str) -> tuple[str, str]:
+    """Read one line: (name as find_images gives it, caption)."""
+    entry = json.loads(line)
+    name = PurePosixPath(entry["file_name"].replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
+        raise ValueError(f"{show(str(name))} leads out of the folder")
+    if not isinstance(entry["text"], str):
+        raise TypeError("text")
+    return name.as_posix(), entry["text"]
+
+
+BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+
+
+def read_text(path: Path, inside: Path, limit: int) -> tuple[str, str]:
+    """Read a text file as people's editors write them: (text, what is odd about it, or '').
+
+    Raises ValueError: it must not be opened, or is no text; OSError.
+    """
+    if reason := why_not_open(path, inside):
+        raise ValueError(reason)
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    odd = f"is longer than {limit >> 10} kB; the rest is not read" if len(data) > limit else ""
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data[:limit].decode(encoding, "ignore" if odd else "strict")
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8":
+            raise ValueError(f"it is no {encoding.upper()} text") from error
+        text, odd = data.decode("cp1252", "replace"), "is not UTF-8; it was read as Windows-1252"
+    if "\0" in text:
+        raise ValueError("it is no text (save it as UTF-8)")
+    return text, odd
 
 
 def check_image(
-    path: Path, root: Path, config: TrainingConfig, described: Mapping[str, str]
-) -> Example | dict[str, str]:
-    """Decode one image and find its caption; a bad file comes back as a problem."""
+    path: Path, *, root: Path, config: TrainingConfig, described: Mapping[str, str], prior: bool
+) -> tuple[Example | None, list[Flaw]]:
+    """Decode one image, find its caption and its mask: (the example, or None for a bad file; flaws)."""
     name = path.relative_to(root).as_posix()
+    told = f"{root.name}/{name}" if prior else name
     try:
-        data = path.read_bytes()
-        width, height = load_rgb(data).size
-        caption, source = find_caption(path, name, config, described)
+        with open_image(path) as (image, digest):
+            size, alpha = image.size, has_alpha(image)
+        folder = kohya_folder(name)
+        repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
+        if not repeats:
+            raise ValueError("its folder repeats it 0 times")
+        caption, source, flaws = find_caption(path, name, root, config, described)
+        mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise anything from struct.error to SyntaxError on broken files
+    except Exception as error:  # see open_image
         unknown = type(error).__name__ == "UnidentifiedImageError"
-        return problem(name, f"is skipped: {'no image of a known format' if unknown else error}")
-    folder = REPEATS_FOLDER.fullmatch(path.parent.name) if "/" in name else None
-    repeats = config.repeats * (int(folder[1]) if folder else 1)
+        reason = "no image of a known format" if unknown else str(error) or type(error).__name__
+        return None, [Flaw("image_skipped", told, f"is skipped: {reason}")]
     caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
-    caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
-    return Example(name, path, caption, source, max(1, repeats), width, height, hashlib.sha256(data).hexdigest())
+    if not prior:
+        caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
+    role = "prior" if prior else "train"
+    return Example(told, path, caption, source, repeats, *size, digest, role, alpha, mask, mask_digest), flaws
 
 
-def load_rgb(data: bytes) -> Image.Image:
-    """Decode the first frame to 8-bit RGB, upright: EXIF rotation first, alpha on white."""
-
-    image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        import numpy
-
-        values = numpy.asarray(image).astype("float64")
-        scale = 257.0 if image.mode != "F" else max(1.0, float(values.max())) / 255
-        image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
-    if "A" in image.mode or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB")
+def kohya_folder(name: str) -> re.Match[str] | None:
+    """Match the nearest folder above an image that has kohya's form: its repeats and its name."""
+    matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
+    return next(filter(None, matches), None)
 
 
-def find_caption(path: Path, name: str, config: TrainingConfig, described: Mapping[str, str]) -> tuple[str, str]:
-    """Give (caption, where it is from): metadata.jsonl, a sidecar file, a kohya folder's name, or nothing."""
-    if name in described:
-        return described[name].strip(), "metadata.jsonl"
-    sidecar = path.with_suffix(config.caption_extension)
-    if sidecar.is_file() and sidecar.resolve().is_relative_to(Path(config.dataset_path).resolve()):
-        return sidecar.read_text("utf-8-sig", "replace").strip(), "sidecar"
-    if "/" in name and (folder := REPEATS_FOLDER.fullmatch(path.parent.name)):
-        return folder[2].strip(), "folder name"
-    return "", "trigger words"
+def find_caption(
+    path: Path, name: str, root: Path, config: TrainingConfig, described: Mapping[str, str]
+) -> tuple[str, str, list[Flaw]]:
+    """Give (caption, where it is from, flaws): metadata.jsonl, a sidecar file, a kohya folder's name, or nothing.
+
+    Raises ValueError: the sidecar cannot be used.
+    """
+    sidecar, flaws = path.with_suffix(config.caption_extension), []
+    if described.get(name, "").strip():
+        return described[name].strip(), "metadata.jsonl", []
+    if sidecar.is_symlink() or sidecar.exists():
+        try:
+            text, odd = read_text(sidecar, root.resolve(), MAX_CAPTION_BYTES)
+        except ValueError as error:
+            raise ValueError(f"its caption {sidecar.name}: {error}") from error
+        flaws = [Flaw("caption_doubtful", sidecar.relative_to(root).as_posix(), odd)] if odd else []
+        if text.strip():
+            return text.strip(), "sidecar", flaws
+    folder = kohya_folder(name)
+    return (folder[2].strip(), "folder name", flaws) if folder else ("", "trigger words", flaws)
+
+
+def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
+    """Give the mask file beside an image and its SHA-256; (None, '') where there is none.
+
+    Raises ValueError: it cannot be used.
+    """
+    mask = path.with_name(path.stem + MASK_SUFFIX)
+    if not mask.is_symlink() and not mask.exists():
+        return None, ""
+    if reason := why_not_open(mask, root.resolve()):
+        raise ValueError(f"its mask {mask.name}: {reason}")
+    with open_image(mask) as (image, digest):
+        if image.size != size:
+            raise ValueError(f"its mask {mask.name} has another size ({image.width}x{image.height})")
+    return mask, digest
 
 
 def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
@@ -1740,32 +2104,30 @@ def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> st
     return f"{separator} ".join([*missing, *([caption] if caption else [])])
 
 
-def dataset_warnings(dataset: Dataset, resolution: int) -> Iterator[tuple[str, str, str]]:
-    """Yield (code, message, hint) for what is usable but hardly meant."""
-    examples = dataset.examples
-    for item in dataset.skipped:
-        yield "image_skipped", f"{item['path']} {item['message']}", "Mend or remove the file."
-    bare = [example.name for example in examples if example.caption_source == "trigger words"]
-    if bare:
-        hint = "Add a caption file beside each image; captions make the concept separable from its surroundings."
-        yield "captions_missing", f"{len(bare)} of {len(examples)} images have no caption: {listing(bare)}.", hint
-    tiny = [example.name for example in examples if min(example.width, example.height) < resolution / 2]
-    if tiny:
-        message = f"{len(tiny)} images are less than half the resolution {resolution}: {listing(tiny)}."
-        yield "images_tiny", message, "Larger originals train sharper; or lower the resolution."
-    by_digest: dict[str, list[str]] = collections.defaultdict(list)
-    for example in examples:
-        by_digest[example.digest].append(example.name)
-    doubled = [" = ".join(names) for names in by_digest.values() if len(names) > 1]
-    if doubled:
-        yield "duplicates", f"The same image more than once: {listing(doubled)}.", "Remove the copies, or use repeats."
+def caption_variants(caption: str, config: TrainingConfig, passes: int) -> tuple[str, ...]:
+    """Give the texts that stand for a caption: itself, or a shuffle of its tags for each pass, up to 16.
+
+    Each is a pure function of (seed, caption, number), so that more passes only add to them.
+    """
+    if not config.shuffle_tags:
+        return (caption,)
+    tags = [tag.strip() for tag in caption.split(config.caption_separator) if tag.strip()]
+    kept, loose = tags[: config.keep_tokens], tags[config.keep_tokens :]
+    draws = [random.Random(draw_key("tags", config.seed, caption, number)) for number in range(CAPTION_VARIANTS)]
+    shuffled = [[*kept, *draw.sample(loose, len(loose))] for draw in draws[: max(1, passes)]]
+    return tuple(f"{config.caption_separator} ".join(tags) for tags in shuffled)
+
+
+def hold_out(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Give a share of the images the role `validation`: drawn by content, so copies stay on one side."""
+    digests = {example.digest for example in examples}
+    count = min(math.ceil(share * len(digests)), len(digests) - 1)
+    chosen = set(sorted(digests, key=lambda digest: draw_key("held out", seed, digest))[:count])
+    return [dataclasses.replace(e, role="validation") if e.digest in chosen else e for e in examples]
 
 
 def listing(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-Size = tuple[int, int]  # (width, height) in pixels
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
@@ -1784,45 +2146,86 @@ def choose_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
 
 
-def make_buckets(config: TrainingConfig, dataset: Dataset, resolution: int) -> dict[Size, list[int]]:
-    """Group example indices by size, each as often as it repeats."""
-    square = [(resolution, resolution)]
-    sizes = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
-    buckets: dict[Size, list[int]] = collections.defaultdict(list)
-    for index, example in enumerate(dataset.examples):
-        buckets[choose_bucket(example.width, example.height, sizes)].extend([index] * example.repeats)
-    return dict(sorted(buckets.items()))
+def cropped_share(example: Example, size: Size) -> float:
+    """Give the share of an image's pixels that the crop to `size` cuts away."""
+    ratio = example.width * size[1] / (example.height * size[0])
+    return 1 - min(ratio, 1 / ratio)
 
 
-def epoch_batches(buckets: Mapping[Size, Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Bucket:
+    """The training images of one size, by index, each as often as an epoch shows it.
+
+    Of the regularization images an epoch shows `prior_count`, the next ones in each epoch.
+    """
+
+    members: tuple[int, ...]
+    prior: tuple[int, ...] = ()
+    prior_count: int = 0
+
+    def __len__(self) -> int:
+        return len(self.members) + self.prior_count
+
+    def epoch(self, seed: int, epoch: int) -> list[int]:
+        """List what an epoch shows; a pure function of (seed, epoch)."""
+        ring = random.Random(draw_key("prior order", seed)).sample(self.prior, len(self.prior))
+        start = epoch * self.prior_count
+        return [*self.members, *(ring[(start + place) % len(ring)] for place in range(self.prior_count))]
+
+
+def make_buckets(dataset: Dataset, sizes: Sequence[Size]) -> dict[Size, Bucket]:
+    """Group example indices by size; regularization images are shown as often as the others together."""
+    groups: dict[tuple[Size, str], list[int]] = collections.defaultdict(list)
+    for index, (example, size) in enumerate(zip(dataset.examples, sizes, strict=True)):
+        groups[size, example.role].extend([index] * example.repeats)
+    total = {role: sum(e.repeats for e in dataset.of_role(role)) for role in ("train", "prior")}
+    buckets = {}
+    for size in sorted({size for size, role in groups if role != "validation"}):
+        prior = tuple(groups[size, "prior"])
+        share = round(len(prior) * total["train"] / total["prior"]) if prior else 0
+        buckets[size] = Bucket(tuple(groups[size, "train"]), prior, max(1, share) if prior else 0)
+    return buckets
+
+
+def epoch_batches(buckets: Mapping[Size, Bucket], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Give an epoch's batches: a pure function of (seed, epoch); no batch mixes sizes, no image is dropped."""
     order = random.Random(draw_key("batch order", seed, epoch))
     batches = []
-    for members in buckets.values():
-        shuffled = order.sample(list(members), len(members))
-        batches += [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+    for bucket in buckets.values():
+        members = bucket.epoch(seed, epoch)
+        batches += split(order.sample(members, len(members)), batch_size)
     order.shuffle(batches)
     return batches
 
 
-def batches_per_epoch(buckets: Mapping[Size, Sequence[int]], batch_size: int) -> int:
-    return sum(math.ceil(len(members) / batch_size) for members in buckets.values())
+def grouped(items: Iterable[T], key: Callable[[T], R]) -> dict[R, list[T]]:
+    """Group items by a key, in the order in which the keys come."""
+    groups: dict[R, list[T]] = collections.defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
 
 
-def draw_key(purpose: str, *numbers: int) -> int:
-    """Hash a purpose and numbers such as (seed, step, micro-batch) to a seed for one draw, 63 bits."""
-    text = "/".join([purpose, *map(str, numbers)])
+def split(items: Sequence[T], size: int) -> list[list[T]]:
+    """Cut a sequence into parts of `size`, the last one shorter."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def batches_per_epoch(buckets: Mapping[Size, Bucket], batch_size: int) -> int:
+    return sum(math.ceil(len(bucket) / batch_size) for bucket in buckets.values())
+
+
+def draw_key(purpose: str, *parts: int | str) -> int:
+    """Hash a purpose and parts such as (seed, step, micro-batch) to a seed for one draw, 63 bits."""
+    text = "/".join([purpose, *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
-    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop)."""
-
-    scale = max(size[0] / image.width, size[1] / image.height)
-    covered = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
-    left, top = (covered[0] - size[0]) // 2, (covered[1] - size[1]) // 2
-    scaled = image if covered == image.size else image.resize(covered, Image.Resampling.LANCZOS)
-    return scaled.crop((left, top, left + size[0], top + size[1])), (left, top)
+def draw_view(config: TrainingConfig, variants: Sequence[str], micro_batch: int, position: int) -> tuple[bool, str]:
+    """Draw how a batch shows an image, (mirrored, text): a pure function of its place in the run."""
+    draw = random.Random(draw_key("view", config.seed, micro_batch, position))
+    mirrored, dropped = draw.random() < 0.5, draw.random() < config.caption_dropout
+    return mirrored and config.random_flip, "" if dropped else draw.choice(variants)
 
 
 # ======================================================================================
@@ -1831,41 +2234,149 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 
 
 @dataclass(frozen=True)
+class CacheChoice:
+    """Where what is encoded is kept: `folder` between runs (None: nowhere), and whether memory holds it all."""
+
+    folder: Path | None
+    in_memory: bool
+    size_bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do, decided from configs and headers before any weight is loaded."""
 
+    config: TrainingConfig
     source: ModelSource
     dataset: Dataset
     resolution: int
-    buckets: Mapping[Size, Sequence[int]]
+    sizes: Sequence[Size]  # of each example's bucket
+    buckets: Mapping[Size, Bucket]
     total_steps: int
+    variants: Sequence[Sequence[str]]  # the texts that stand for each example's caption
+    cache: CacheChoice
     checkpointing: bool
     memory: Mapping[str, int]
     reasons: tuple[str, ...]
 
-    def epoch(self, config: TrainingConfig, step: int) -> float:
-        micro_batches = step * config.gradient_accumulation_steps
-        return round(micro_batches / batches_per_epoch(self.buckets, config.batch_size), 3)
+    def epoch(self, step: int) -> float:
+        return round(epochs_done(self.config, self.buckets, step), 3)
 
-    def resolved(self, config: TrainingConfig) -> JSON:
+    def resolved(self) -> JSON:
         """Give the config with every null that has a meaning replaced by what it came to."""
-        return dataclasses.asdict(config) | {"steps": self.total_steps, "resolution": self.resolution}
+        return dataclasses.asdict(self.config) | {"steps": self.total_steps, "resolution": self.resolution}
+
+    def texts(self) -> list[str]:
+        """List every text that the run shows the UNet, once."""
+        config = self.config
+        shown = [text for variants in self.variants for text in variants]
+        return list(dict.fromkeys([*shown, "", *config.sample_prompts, config.sample_negative_prompt]))
+
+    def view(self, index: int, mirrored: bool = False) -> View:
+        return View(self.dataset.examples[index], self.sizes[index], mirrored, self.config.masked_loss)
+
+    def views(self) -> list[View]:
+        """List every way in which the run shows an image, once, by size."""
+        sides = (False, True) if self.config.random_flip else (False,)
+        shown = [self.view(index, side) for index in range(len(self.sizes)) for side in sides]
+        return sorted((v for v in shown if not (v.mirrored and v.example.role == "validation")), key=lambda v: v.size)
 
 
-def count_steps(config: TrainingConfig, buckets: Mapping[Size, Sequence[int]]) -> int:
+def epochs_done(config: TrainingConfig, buckets: Mapping[Size, Bucket], step: int) -> float:
+    return step * config.gradient_accumulation_steps / batches_per_epoch(buckets, config.batch_size)
+
+
+def count_steps(config: TrainingConfig, buckets: Mapping[Size, Bucket]) -> int:
     if config.steps is None and config.epochs is not None:
         micro_batches = config.epochs * batches_per_epoch(buckets, config.batch_size)
         return math.ceil(micro_batches / config.gradient_accumulation_steps)
     return config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
 
 
-def plan_warnings(config: TrainingConfig, plan: Plan) -> Iterator[tuple[str, str, str]]:
+def latent_size(source: ModelSource, size: Size) -> Size:
+    return size[0] // source.vae_factor, size[1] // source.vae_factor
+
+
+CACHE_BYTES = 2  # a number in the cache is fp16
+
+
+def cache_size(config: TrainingConfig, source: ModelSource, sizes: Sequence[Size], texts: int) -> int:
+    """Estimate the bytes that latents (mean and std, both mirrorings, a mask) and text embeddings take."""
+    channels = 2 * int(source.unet.get("in_channels", 4)) + config.masked_loss
+    pixels = sum(math.prod(latent_size(source, size)) for size in sizes) * (1 + config.random_flip)
+    width = source.unet.get("cross_attention_dim", 1280)  # the default of diffusers' class
+    return int(CACHE_BYTES * (channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75)))
+
+
+def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> CacheChoice:
+    """Keep the cache in memory where that leaves half of it free, else in a folder; there too where one is named."""
+    in_memory = free is None or needed <= free / 2
+    folder = Path(config.cache_dir) if config.cache_dir else None if in_memory else Path(config.output_path, "cache")
+    where = " and ".join(["memory"] * in_memory + [str(folder)] * (folder is not None))
+    known = "" if free is None else f", {gigabytes(free)} GB of memory are free"
+    return CacheChoice(folder, in_memory, needed, f"about {gigabytes(needed)} GB, in {where}{known}")
+
+
+def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what a user should know before the run starts."""
-    yield from config_warnings(config)
-    yield from dataset_warnings(plan.dataset, plan.resolution)
+    yield from config_warnings(plan.config)
+    yield from dataset_warnings(plan)
     if (source := plan.source).folder is None:
         message = f"That {source.name} is {source.family.title} is a guess from its name: the Hub was not reached."
         yield "model_guessed", message, "Check again with a network connection, or set model_type."
+
+
+FLAW_HINTS = {
+    "image_skipped": "Mend or remove the file.",
+    "caption_skipped": "Mend or remove the entry.",
+    "caption_doubtful": "Save it as UTF-8 text of a few sentences.",
+}
+
+
+def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) for images and captions that are usable but hardly meant."""
+    config, dataset, resolution = plan.config, plan.dataset, plan.resolution
+    for flaw in dataset.flaws:
+        yield flaw.code, f"{flaw.path} {flaw.message}.", FLAW_HINTS[flaw.code]
+    ours = dataset.of_role("train", "validation")
+    if bare := [example.name for example in ours if example.caption_source == "trigger words"]:
+        hint = "Add a caption file beside each image; captions make the concept separable from its surroundings."
+        yield "captions_missing", f"{len(bare)} of {len(ours)} images have no caption: {listing(bare)}.", hint
+    prior = dataset.of_role("prior")
+    if bare := [example.name for example in prior if example.caption_source == "trigger words"]:
+        hint = "Name their class in a caption file beside each, or put them in a folder such as 1_woman."
+        message = f"{len(bare)} of {len(prior)} regularization images have no caption: {listing(bare)}."
+        yield "prior_captions_missing", message, hint
+    small = [example.name for example in dataset.examples if min(example.width, example.height) < resolution / 2]
+    if small:
+        message = f"{len(small)} images are less than half the resolution {resolution}: {listing(small)}."
+        yield "images_tiny", message, "Larger originals train sharper; or lower the resolution."
+    pairs = zip(dataset.examples, plan.sizes, strict=True)
+    if cropped := [example.name for example, size in pairs if cropped_share(example, size) > 1 / 4]:
+        message = f"{len(cropped)} images lose more than a quarter to the crop: {listing(cropped)}."
+        yield (
+            "images_cropped",
+            message,
+            "Crop them yourself around what matters, or let aspect_ratio_bucketing be true.",
+        )
+    if often := [e.name for e in dataset.examples if e.repeats >= 200 * config.repeats]:
+        hint = "A number and _ in front of a folder's name is kohya's mark for repeats; rename it if it is a date."
+        yield "repeats_high", f"{len(often)} images are repeated 200 times or more: {listing(often)}.", hint
+    if doubled := [" = ".join(names) for names in duplicates(dataset)]:
+        yield "duplicates", f"The same image more than once: {listing(doubled)}.", "Remove the copies, or use repeats."
+    thin = [f"{size[0]}x{size[1]}" for size, bucket in plan.buckets.items() if len(bucket) < config.batch_size]
+    if thin and len(plan.buckets) > 1:
+        message = f"{len(thin)} buckets hold less than one batch of {config.batch_size}: {listing(thin)}."
+        yield "buckets_small", message, "Their batches are smaller; a larger bucket_step makes fewer buckets."
+    if config.masked_loss and (whole := [e.name for e in dataset.examples if not e.has_mask]):
+        message = f"{len(whole)} of {len(dataset.examples)} images have no mask: {listing(whole)}."
+        yield "masks_missing", message, f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}."
+
+
+def duplicates(dataset: Dataset) -> list[list[str]]:
+    copies = grouped(dataset.examples, lambda example: example.digest).values()
+    return [[example.name for example in same] for same in copies if len(same) > 1]
 
 
 def make_plan(
@@ -1873,7 +2384,17 @@ def make_plan(
 ) -> Plan:
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
     resolution = config.resolution or source.native_resolution
-    buckets = make_buckets(config, dataset, resolution)
+    square = [(resolution, resolution)]
+    allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
+    sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
+    buckets = make_buckets(dataset, sizes)
+    total_steps = count_steps(config, buckets)
+    epochs = epochs_done(config, buckets, total_steps)
+    variants = [
+        caption_variants(example.caption, config, math.ceil(epochs * example.repeats)) for example in dataset.examples
+    ]
+    needed = cache_size(config, source, sizes, len({text for texts in variants for text in texts}))
+    cache = choose_cache(config, needed, free_memory_bytes())
     plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)
     checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
     memory = estimate_vram(config, source, resolution, half=half, checkpointing=True) if checkpointing else plain
@@ -1881,8 +2402,22 @@ def make_plan(
         f"Model: {source.family.title}, {source.prediction_type}, resolution {resolution}.",
         f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
         f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
+        f"Cache: {cache.why}.",
     )
-    return Plan(source, dataset, resolution, buckets, count_steps(config, buckets), checkpointing, memory, reasons)
+    return Plan(
+        config,
+        source,
+        dataset,
+        resolution,
+        sizes,
+        buckets,
+        total_steps,
+        variants,
+        cache,
+        checkpointing,
+        memory,
+        reasons,
+    )
 
 
 # ======================================================================================
@@ -1938,9 +2473,14 @@ def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tenso
 TARGET_OF: dict[str, Callable[..., Tensor]] = {"epsilon": lambda latents, noise, *_: noise, "v_prediction": velocity}
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample [B], in float32; weights go onto it before the batch's mean."""
-    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample [B], in float32; weights go onto it before the batch's mean.
+
+    `mask` [B, 1, h, w] weights each latent pixel. The mean is still over all of them, as in kohya's and
+    OneTrainer's masked losses: a pixel counts alike however much of its image the mask leaves out.
+    """
+    error = (prediction.float() - target.float()).square()
+    return (error if mask is None else error * mask).mean(dim=(1, 2, 3))
 
 
 RESTARTS = 3
@@ -1968,29 +2508,38 @@ def learning_rate_factor(schedule: str, step: int, total: int, warmup: int) -> f
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """What the UNet sees of one text: context [1, tokens, width], pooled [1, width] for SDXL."""
+    """What the UNet sees of one text: context [1, tokens, width], pooled [1, width] for SDXL; fp16."""
 
     context: Tensor
-    pooled: Tensor | None
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class CachedImage:
-    """One image as the VAE sees it: the scaled latent distribution [C, h, w], and SDXL's time ids [6]."""
+    """One image as the VAE sees it: the scaled latent distribution [C, h, w], fp16; SDXL's time ids [6], fp32.
+
+    `mask` [1, h, w] is 255 for what trains in full (uint8).
+    """
 
     mean: Tensor
     std: Tensor
     time_ids: Tensor
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device: latents' mean and std [B, C, h, w], and the UNet's conditions."""
+    """One micro-batch on the device: latents' mean and std [B, C, h, w], the UNet's conditions, the loss's weights.
+
+    `weights` [B] are those of whole samples, `mask` [B, 1, h, w] those of their pixels.
+    """
 
     mean: Tensor
     std: Tensor
     context: Tensor
     conditions: dict[str, Tensor] | None
+    weights: Tensor
+    mask: Tensor | None
 
 
 def load_component(source: ModelSource, owner: Any, part: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -2016,56 +2565,136 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
     return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
 
 
-class PromptEncoder:
-    """The tokenizers and text encoders of a model, for as long as texts are encoded."""
+def load_tokenizers(source: ModelSource) -> list[Any]:
+    """Load the tokenizer of each text encoder.
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
-        assert source.folder is not None
+    Raises TrainerError: `model_corrupt`.
+    """
+    assert source.folder is not None
+    tokenizers = []
+    for row in source.family.text_encoders:
+        folder = source.folder / row.tokenizer
+        try:
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder))
+        except Exception as error:  # a missing or broken vocabulary shows in many classes
+            raise model_corrupt(folder, str(error)) from error
+    return tokenizers
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize without the tokens for begin and end, however long the text is."""
+    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+COMMON_TOKENS = 20_000  # of CLIP's 49,408, which are numbered from the most to the least frequent
+
+
+def token_report(plan: Plan, tokenizers: Sequence[Any]) -> JSON:
+    """Count what the text encoders see of the captions, and find trigger words that already mean something."""
+    longest = {
+        text: max(len(token_ids(tokenizer, text)) for tokenizer in tokenizers)
+        for text in {example.caption for example in plan.dataset.examples}
+    }
+    limit = plan.config.max_caption_tokens
+    vocabulary = tokenizers[0].get_vocab()
+    words = {word: re.findall(r"\w+", word.lower()) for word in plan.config.trigger_words}
+    common = [
+        trigger
+        for trigger, parts in words.items()
+        if parts and all(vocabulary.get(f"{part}</w>", COMMON_TOKENS) < COMMON_TOKENS for part in parts)
+    ]
+    cut = [example.name for example in plan.dataset.examples if longest[example.caption] > limit]
+    return {"limit": limit, "longest": max(longest.values()), "cut": cut, "common_trigger_words": common}
+
+
+def token_warnings(report: JSON) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) for what the tokenizers make of captions and trigger words."""
+    if cut := report["cut"]:
+        longest = f"the longest has {report['longest']}"
+        message = f"{len(cut)} captions are longer than {report['limit']} tokens ({longest}): {listing(cut)}."
+        more = "Set max_caption_tokens to 150 or 225, or put" if report["limit"] < 225 else "Put"
+        yield "captions_cut", message, f"{more} what matters first; the rest is not seen."
+    if common := report["common_trigger_words"]:
+        message = f"The model knows these trigger words as common words: {', '.join(common)}."
+        yield "trigger_words_common", message, "An invented word is not mixed up with what the model knows already."
+
+
+class PromptEncoder:
+    """The text encoders of a model, for as long as texts are encoded."""
+
+    def __init__(
+        self, source: ModelSource, tokenizers: Sequence[Any], tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.parts = []
-        for row in source.family.text_encoders:
-            folder = source.folder / row.tokenizer
-            try:
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-            except Exception as error:  # a missing or broken vocabulary shows in many classes
-                raise model_corrupt(folder, str(error)) from error
+        for row, tokenizer in zip(source.family.text_encoders, tokenizers, strict=True):
             encoder = load_component(source, getattr(transformers, row.class_name), row.folder, dtype, device)
             if len(tokenizer) > encoder.config.vocab_size:
-                raise model_corrupt(folder, "it has more tokens than its text encoder")
+                raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             self.parts.append((row, tokenizer, encoder))
         self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
+        self.most = tokens // 75  # windows
 
-    def is_cut(self, text: str) -> bool:
-        """Tell whether the encoders see less than the whole text."""
-        return any(len(tokenizer(text, truncation=False).input_ids) > self.length for _, tokenizer, _ in self.parts)
+    def encode(self, texts: Sequence[str]) -> list[TextEmbedding]:
+        """Encode texts as diffusers' pipelines do: 77 tokens, padded as the tokenizer says.
 
-    def encode(self, text: str) -> TextEmbedding:
-        """Encode one text as diffusers' pipelines do: 77 tokens, padded as the tokenizer says."""
-        fitted = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        A longer text is encoded in windows of 75 tokens between their own begin and end, which are
+        joined, and pooled is the first window's: as A1111 and ComfyUI encode long prompts.
+        """
+        inside = self.length - 2
+        ids = [[token_ids(tokenizer, text)[: inside * self.most] for text in texts] for _, tokenizer, _ in self.parts]
+        counts = [max(1, *(math.ceil(len(part) / inside) for part in parts)) for parts in zip(*ids, strict=True)]
         states, pooled = [], None
-        for row, tokenizer, encoder in self.parts:
-            tokens = tokenizer(text, **fitted).to(encoder.device)
-            mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        for (row, tokenizer, encoder), part in zip(self.parts, ids, strict=True):
+            windows = [
+                self.window(tokenizer, text[start * inside : (start + 1) * inside])
+                for text, count in zip(part, counts, strict=True)
+                for start in range(count)
+            ]
+            tokens, mask = torch.tensor(windows, device=encoder.device).unbind(1)
             with torch.no_grad():
-                output = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
+                output = encoder(
+                    tokens,
+                    attention_mask=mask if getattr(encoder.config, "use_attention_mask", False) else None,
+                    output_hidden_states=True,
+                )
             states.append(output.hidden_states[-2] if row.penultimate else output.last_hidden_state)
-            pooled = output.text_embeds.cpu() if row.pooled else pooled
-        return TextEmbedding(torch.cat(states, dim=-1).cpu(), pooled)
+            pooled = output.text_embeds if row.pooled else pooled
+        contexts = torch.split(torch.cat(states, dim=-1).half(), counts)
+        first = [None] * len(texts) if pooled is None else [part[:1] for part in torch.split(pooled.half(), counts)]
+        return [TextEmbedding(part.flatten(0, 1)[None], one) for part, one in zip(contexts, first, strict=True)]
+
+    def window(self, tokenizer: Any, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Frame one window's tokens and pad it: (tokens, attention mask), as the tokenizer itself does."""
+        framed = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+        padding = self.length - len(framed)
+        return framed + [tokenizer.pad_token_id] * padding, [1] * len(framed) + [0] * padding
 
 
-def encode_image(vae: Any, image: Image.Image, original: Size, crop: Size) -> CachedImage:
-    """Encode one fitted image to its latent distribution, in the UNet's scale."""
+def encode_images(vae: Any, images: Sequence[Fitted]) -> list[CachedImage]:
+    """Encode images of one size to their latent distributions, in the UNet's scale.
+
+    Raises TrainerError: `loss_not_finite`.
+    """
+    pixels = torch.stack([pixel_tensor(image.picture) for image in images]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        latents = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    means, stds = ((latents.mean.float() - shift) * scale).half(), (latents.std.float() * scale).half()
+    if not bool(torch.isfinite(means).all() and torch.isfinite(stds).all()):
+        names = listing([image.name for image in images])
+        message = f"The VAE's output is not finite in {vae.dtype}: {names}."
+        raise TrainerError("loss_not_finite", message, 'Set mixed_precision to "bf16" or "no", or use another VAE.')
+    factor = pixels.shape[-1] // means.shape[-1]
+    masks = [pixel_tensor(image.mask.reduce(factor))[None] if image.mask else None for image in images]
+    time_ids = [torch.tensor(image.time_ids, dtype=torch.float32) for image in images]
+    return [CachedImage(*values) for values in zip(means, stds, time_ids, masks, strict=True)]
+
+
+def pixel_tensor(image: Image.Image) -> Tensor:
+    """Give an image's bytes as uint8 [h, w, channels], or [h, w] for grey."""
     import numpy
 
-    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    with torch.no_grad():
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    sizes = (original[1], original[0], crop[1], crop[0], image.height, image.width)
-    return CachedImage(
-        mean=((latents.mean.float() - shift) * scale).squeeze(0).cpu(),
-        std=(latents.std.float() * scale).squeeze(0).cpu(),
-        time_ids=torch.tensor(sizes, dtype=torch.float32),
-    )
+    return torch.from_numpy(numpy.array(image))
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Image.Image:
@@ -2108,6 +2737,112 @@ def add_lora(unet: Any, config: TrainingConfig) -> LoraLayers:
 
 
 # ======================================================================================
+# cache
+# ======================================================================================
+
+CACHE_FORMAT = "train_lora cache 1"
+
+
+def entry_key(*parts: Any) -> str:
+    """Hash all that decides an entry's content to its name."""
+    return hashlib.sha256(json.dumps([CACHE_FORMAT, *parts], default=str).encode()).hexdigest()
+
+
+@blame("model_corrupt")
+def component_digest(source: ModelSource, *folders: str) -> str:
+    """Hash a component's files: weights of the variant in use, config, vocabulary. Reads them all: a second per GB."""
+    assert source.folder is not None
+    digest = hashlib.sha256()
+    for folder in folders:
+        names = sorted(path.relative_to(source.folder).as_posix() for path in (source.folder / folder).iterdir())
+        weights = (
+            choose_weights(names, folder, source.variants[folder], half=False)[1] if folder in source.variants else []
+        )
+        for name in [name for name in names if name in weights or name.endswith((".json", ".txt"))]:
+            with (source.folder / name).open("rb") as file:
+                digest.update(f"{name} {file_digest(file)}".encode())
+    return digest.hexdigest()
+
+
+def entry_keys(plan: Plan, dtype: str, vae_dtype: str) -> dict[str | View, str]:
+    """Name the cache entry of every text and view of a run."""
+    source = plan.source
+    parts = [folder for row in source.family.text_encoders for folder in (row.folder, row.tokenizer)]
+    # In memory alone there is one model only.
+    reader, viewer = [(component_digest(source, *folders) if plan.cache.folder else "") for folders in (parts, ["vae"])]
+    keys: dict[str | View, str] = {
+        text: entry_key("text", reader, dtype, plan.config.max_caption_tokens, text) for text in plan.texts()
+    }
+    return keys | {view: entry_key("image", viewer, vae_dtype, *view.identity()) for view in plan.views()}
+
+
+class Cache:
+    """What was encoded, by key: in memory, in a folder that outlives the run, or in both.
+
+    Where memory is too small for all of it, entries are mapped from their files.
+    """
+
+    STALE_S = 24 * 3600.0  # a temporary file that old is a killed run's; a younger one may be another run's
+
+    def __init__(self, choice: CacheChoice, warn: Callable[[str, str, str], None]) -> None:
+        self._folder, self._in_memory, self._warn = choice.folder, choice.in_memory, warn
+        self._entries: dict[str, dict[str, Tensor]] = {}
+        for left in self._folder.glob("*/.*.train_lora.tmp") if self._folder else ():
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > self.STALE_S:
+                    left.unlink()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries or self._read(key) is not None
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        entry = self._entries.get(key) or self._read(key)
+        if entry is None:
+            raise TrainerError("dataset_unreadable", f"An entry of the cache in {self._folder} is gone.", CACHE_HINT)
+        return entry
+
+    def put(self, key: str, entry: TextEmbedding | CachedImage) -> None:
+        """Keep an entry; its folder may be full, as long as memory holds it.
+
+        Raises TrainerError: `disk_full`, `output_not_writable`.
+        """
+        tensors = {name: value.cpu().contiguous() for name, value in vars(entry).items() if value is not None}
+        if self._in_memory:
+            self._entries[key] = tensors
+        if self._folder is None:
+            return
+        try:
+            write_file(self._path(key), serialize(tensors, {"key": key}))
+        except TrainerError as error:
+            if not self._in_memory:
+                raise
+            self._folder = None
+            self._warn("cache_not_written", f"The cache stays in memory only: {error.message}", error.hint)
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> dict[str, Tensor] | None:
+        """Map an entry's file; None where it is missing or not whole."""
+        if self._folder is None:
+            return None
+        try:
+            with safe_open(self._path(key), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if file.metadata().get("key") != key:
+                    return None
+        except Exception:  # missing, torn, no safetensors file: encoded again in all cases
+            return None
+        if self._in_memory:
+            tensors = self._entries[key] = {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors
+
+
+CACHE_HINT = "Leave the folder alone while a run uses it; the same command encodes again what is missing."
+
+
+# ======================================================================================
 # LoRA files
 # ======================================================================================
 
@@ -2146,11 +2881,6 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
     return tensors
 
 
-def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    bytes(2 * sum(tensor.nbytes for tensor in tensors.values()))  # safetensors would abort where this only raises
-    return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
-
-
 def tensor_bytes_hash(data: bytes) -> str:
     """Hash a safetensors file without its header, as A1111 and Forge identify LoRAs."""
     start = 8 + int.from_bytes(data[:8], "little")
@@ -2165,14 +2895,14 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
-    tags = (tag.strip() for example in dataset.examples for tag in example.caption.split(separator))
+    tags = (tag.strip() for example in dataset.of_role("train") for tag in example.caption.split(separator))
     return dict(collections.Counter(tag for tag in tags if tag).most_common())
 
 
-def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
+def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
     """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
-    source, family, given = plan.source, plan.source.family, config.metadata
-    resolved = plan.resolved(config)
+    config, source, family, given = plan.config, plan.source, plan.source.family, plan.config.metadata
+    resolved = plan.resolved()
     width = plan.resolution
     header = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -2199,8 +2929,9 @@ def lora_header(config: TrainingConfig, plan: Plan, step: int, run_id: str, dige
         "ss_optimizer": "torch.optim.AdamW",
         "ss_steps": str(step),
         "ss_max_train_steps": str(plan.total_steps),
-        "ss_epoch": str(math.ceil(plan.epoch(config, step))),
-        "ss_num_train_images": str(len(plan.dataset.examples)),
+        "ss_epoch": str(math.ceil(plan.epoch(step))),
+        "ss_num_train_images": str(len(plan.dataset.of_role("train"))),
+        "ss_num_reg_images": str(len(plan.dataset.of_role("prior"))),
         "ss_total_batch_size": str(config.batch_size * config.gradient_accumulation_steps),
         "ss_resolution": f"({width}, {width})",
         "ss_seed": str(config.seed),
@@ -2353,9 +3084,9 @@ def find_resume_point(
     return None
 
 
-def run_identity(config: TrainingConfig, plan: Plan) -> JSON:
+def run_identity(plan: Plan) -> JSON:
     """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
-    resolved = plan.resolved(config)
+    resolved = plan.resolved()
     identity = {key: resolved[key] for key in keys_marked("x-defines-run")}
     for part, document in {"unet": plan.source.unet, "scheduler": plan.source.scheduler}.items():
         identity[part] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -2414,6 +3145,11 @@ class LoRATrainer:
     fresh: bool = False
 
     MOST_BAD_STEPS = 5  # in a row, before the run ends
+    VALIDATION_PARTS = 4  # of the schedule: each held-out image is tried in the middle of each
+    GROUP_TEXTS, GROUP_PIXELS = (
+        32,
+        1024**2,
+    )  # what is encoded at once on a GPU: fixed groups, for the same bits each time
 
     def __post_init__(self) -> None:
         self.state = TrainState()
@@ -2458,7 +3194,7 @@ class LoRATrainer:
         self.order = functools.lru_cache(maxsize=2)(order)  # so as not to shuffle at each step
         for reason in self.plan.reasons:
             self.events.info(reason)
-        for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.config, self.plan)):
+        for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.plan)):
             self.events.warning(*warning)
         point = self.find_point()
         if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
@@ -2487,7 +3223,7 @@ class LoRATrainer:
         if states and not point and not self.replaced:
             message = "The states in checkpoints/ are of another run than config.json names: this one starts at zero."
             self.events.warning("states_ignored", message, "Put the config.json back that belongs to them.")
-        self.identity = run_identity(self.config, self.plan)
+        self.identity = run_identity(self.plan)
         self.run_id = point.record["run_id"] if point else known or uuid.uuid4().hex
         if point:
             check_identity(self.identity, point.record["identity"], self.folder.path)
@@ -2505,7 +3241,7 @@ class LoRATrainer:
         return self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors"
 
     def write_config(self) -> None:
-        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved(self.config)}
+        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved()}
         if self.replaced:
             document["replaces"] = self.replaced
         write_file(self.folder.path / "config.json", json.dumps(strict(document), indent=2).encode() + b"\n")
@@ -2515,47 +3251,64 @@ class LoRATrainer:
         header = read_header(self.final_path)
         if header.get("train_lora.run_id") != self.run_id:
             return False
-        wanted = lora_header(self.config, self.plan, step, self.run_id, tensor_bytes_hash(self.final_path.read_bytes()))
+        wanted = lora_header(self.plan, step, self.run_id, tensor_bytes_hash(self.final_path.read_bytes()))
         keys = [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
         return all(header.get(key) == wanted[key] for key in (*keys, "ss_steps", "train_lora.save_dtype"))
 
     def cache(self) -> None:
-        """Encode every text and image once; let the encoders go. Needs self.plan."""
-        source, config = self.plan.source, self.config
-        self.events.info("Loading the text encoders.", phase="loading")
-        encoder = PromptEncoder(source, self.dtype, self.device)
-        captions = [example.caption for example in self.plan.dataset.examples]
-        texts = list(dict.fromkeys([*captions, *config.sample_prompts, config.sample_negative_prompt]))
-        self.texts = {}
-        self.events.info("Encoding captions.", phase="caching", current=0, total=len(texts))
-        for number, text in enumerate(texts, 1):
-            self.texts[text] = encoder.encode(text)
-            self.events.info("Encoding captions.", phase="caching", current=number, total=len(texts))
-        cut = [example.name for example in self.plan.dataset.examples if encoder.is_cut(example.caption)]
-        if cut:
-            message = f"{len(cut)} captions are longer than the text encoder reads: {listing(cut)}."
-            self.events.warning("captions_cut", message, "Put what matters first; the rest is not seen.")
-        del encoder
-        self.events.info("Loading the VAE.", phase="loading")
-        dtype = torch.float32 if source.vae.get("force_upcast") else self.dtype
-        self.vae = load_component(source, diffusers.AutoencoderKL, "vae", dtype, self.device)
+        """Encode what the cache lacks of texts and images; let the encoders go. Needs self.plan."""
+        plan, source = self.plan, self.plan.source
+        tokenizers = load_tokenizers(source)
+        for warning in token_warnings(token_report(plan, tokenizers)):
+            self.events.warning(*warning)
+        self.cached = Cache(plan.cache, self.events.warning)
+        self.vae_dtype = torch.float32 if source.vae.get("force_upcast") else self.dtype
+        self.keys = entry_keys(plan, str(self.dtype), str(self.vae_dtype))
+        self.cache_texts(tokenizers)
+        free_memory()
         self.cache_images()
-        self.vae.encoder = self.vae.quant_conv = None
-        self.vae.to("cpu")
         free_memory()
 
+    def cache_texts(self, tokenizers: Sequence[Any]) -> None:
+        missing = self.missing("texts", split(self.plan.texts(), 1 if self.device.type == "cpu" else self.GROUP_TEXTS))
+        if not missing:
+            return
+        self.events.info("Loading the text encoders.", phase="loading")
+        tokens = self.config.max_caption_tokens
+        encoder = PromptEncoder(self.plan.source, tokenizers, tokens, self.dtype, self.device)
+        for group in self.track("Encoding captions.", missing):
+            for text, embedding in zip(group, encoder.encode(group), strict=True):
+                self.cached.put(self.keys[text], embedding)
+
     def cache_images(self) -> None:
-        self.images: dict[int, CachedImage] = {}
-        members = [(index, size) for size, indices in self.plan.buckets.items() for index in dict.fromkeys(indices)]
-        self.events.info("Encoding images.", phase="caching", current=0, total=len(members))
-        for number, (index, size) in enumerate(members, 1):
-            example = self.plan.dataset.examples[index]
-            try:
-                image, crop = fit_image(load_rgb(example.path.read_bytes()), size)
-            except Exception as error:  # it was whole when it was checked
-                raise TrainerError("dataset_unreadable", f"{example.name} has changed meanwhile: {error}") from error
-            self.images[index] = encode_image(self.vae, image, (example.width, example.height), crop)
-            self.events.info("Encoding images.", phase="caching", current=number, total=len(members))
+        groups = []
+        for (width, height), views in grouped(self.plan.views(), lambda view: view.size).items():
+            most = 1 if self.device.type == "cpu" else max(1, self.GROUP_PIXELS // (width * height))
+            groups += split(views, most)
+        missing = self.missing("images", groups)
+        if not (missing or self.config.validation_steps or self.config.sample_at_start):
+            return  # nobody needs the VAE
+        self.events.info("Loading the VAE.", phase="loading")
+        self.vae = load_component(self.plan.source, diffusers.AutoencoderKL, "vae", self.vae_dtype, self.device)
+        pictures = map_ahead(lambda group: [view.load() for view in group], missing)
+        for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
+            for view, image in zip(group, encode_images(self.vae, loaded), strict=True):
+                self.cached.put(self.keys[view], image)
+        self.vae.encoder = self.vae.quant_conv = None
+        self.vae.to("cpu")
+
+    def missing(self, what: str, groups: Sequence[list[T]]) -> list[list[T]]:
+        """Choose the groups to encode: as a whole where a member is missing, so that the cache decides no bit."""
+        keys: Mapping[Any, str] = self.keys
+        missing = [group for group in groups if any(keys[item] not in self.cached for item in group)]
+        if self.plan.cache.folder:
+            total = sum(map(len, groups))
+            found = total - sum(map(len, missing))
+            self.events.info(f"{found} of {total} {what} are in the cache already.")
+        return missing
+
+    def track(self, message: str, groups: Sequence[list[T]]) -> Iterator[list[T]]:
+        return self.events.track(message, groups, sum(map(len, groups)), phase="caching", count=len)
 
     def adapt(self) -> None:
         """Load the UNet, put the LoRA on it, make the optimizer. Needs self.plan."""
@@ -2629,6 +3382,7 @@ class LoRATrainer:
         """Run the loop to the last step (True) or to a stop request (False)."""
         self.events.info("Training.", phase="training")
         if self.config.sample_at_start and self.state.step == 0:
+            self.validate(0)
             self.sample(0)
         self.stop.arm(self.rescue)
         self.catch_up()
@@ -2652,6 +3406,7 @@ class LoRATrainer:
         if step and is_due(step, config.validation_steps):
             last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
             if written_by(last) != self.run_id:
+                self.validate(step)
                 self.sample(step)
 
     def set_learning_rate(self, step: int) -> float:
@@ -2681,21 +3436,43 @@ class LoRATrainer:
 
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
-        indices = self.batch_indices(micro_batch)
-        images = [self.images[index] for index in indices]
-        texts = [self.texts[self.plan.dataset.examples[index].caption] for index in indices]
-        context, conditions = self.conditions(texts, torch.stack([image.time_ids for image in images]))
-        mean = torch.stack([image.mean for image in images]).to(self.device)
-        std = torch.stack([image.std for image in images]).to(self.device)
-        return Batch(mean, std, context, conditions)
+        plan, views, texts, weights = self.plan, [], [], []
+        for position, index in enumerate(self.batch_indices(micro_batch)):
+            mirrored, text = draw_view(self.config, plan.variants[index], micro_batch, position)
+            views.append(plan.view(index, mirrored))
+            texts.append(text)
+            weights.append(self.config.prior_loss_weight if views[-1].example.role == "prior" else 1.0)
+        return self.assemble(views, texts, weights)
 
-    def conditions(self, texts: Sequence[TextEmbedding], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids."""
-        context = torch.cat([text.context for text in texts]).to(self.device)
+    def assemble(self, views: Sequence[View], texts: Sequence[str], weights: Sequence[float]) -> Batch:
+        images = [CachedImage(**self.cached[self.keys[view]]) for view in views]
+        mean = torch.stack([image.mean for image in images]).to(self.device).float()
+        std = torch.stack([image.std for image in images]).to(self.device).float()
+        context, conditions = self.conditions(texts, torch.stack([image.time_ids for image in images]))
+        mask = None
+        if self.config.masked_loss:
+            full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
+            inside = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
+            mask = (inside + (1 - inside) * self.config.unmasked_weight).to(self.device)
+        return Batch(mean, std, context, conditions, torch.tensor(weights).to(self.device), mask)
+
+    def conditions(self, texts: Sequence[str], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids.
+
+        Texts of fewer windows are filled up with the empty text's, as A1111 does.
+        """
+        embeddings = [TextEmbedding(**self.cached[self.keys[text]]) for text in texts]
+        length = max(embedding.context.shape[1] for embedding in embeddings)
+        filler = self.cached[self.keys[""]]["context"]
+        contexts = [
+            torch.cat([one.context, *[filler] * ((length - one.context.shape[1]) // filler.shape[1])], dim=1)
+            for one in embeddings
+        ]
+        context = torch.cat(contexts).to(self.device, self.dtype)
         if not self.plan.source.family.time_ids:
             return context, None
-        pooled = torch.cat([text.pooled for text in texts if text.pooled is not None])
-        return context, {"text_embeds": pooled.to(self.device), "time_ids": time_ids.to(self.device)}
+        pooled = torch.cat([one.pooled for one in embeddings if one.pooled is not None])
+        return context, {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": time_ids.to(self.device)}
 
     def loss(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
         """Give the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only."""
@@ -2707,12 +3484,38 @@ class LoRATrainer:
         source = generator("timesteps", self.config.seed, step, micro_batch)
         timesteps = torch.randint(len(self.alpha_bar), (len(batch.mean),), generator=source)  # on the CPU, as the table
         latents = batch.mean + batch.std * draw("posterior")
-        noise = draw("noise")
         torch.manual_seed(draw_key("dropout", self.config.seed, step, micro_batch))
+        return (self.errors(batch, latents, draw("noise"), timesteps) * batch.weights).mean()
+
+    def errors(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Give each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU)."""
         noisy = add_noise(latents, noise, self.alpha_bar, timesteps)
         prediction = self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions)
-        target = self.target_of(latents, noise, self.alpha_bar, timesteps)
-        return squared_error(prediction, target).mean()
+        return squared_error(prediction, self.target_of(latents, noise, self.alpha_bar, timesteps), batch.mask)
+
+    def validate(self, step: int) -> None:
+        """Tell the held-out images' mean loss, at the same noise and timesteps every time; not after a stop request."""
+        held_out = [index for index, example in enumerate(self.plan.dataset.examples) if example.role == "validation"]
+        by_size = grouped(held_out, lambda index: self.plan.sizes[index]).values()
+        batches = [batch for members in by_size for batch in split(members, self.config.batch_size)]
+        losses: list[Tensor] = []
+        self.unet.eval()
+        for batch, part in itertools.product(batches, range(self.VALIDATION_PARTS)):
+            if not self.stop.requested:
+                losses.append(self.held_out_errors(batch, part))
+        self.unet.train()
+        if losses and not self.stop.requested:
+            self.events.emit("validation", step=step, loss=float(torch.cat(losses).mean()))
+
+    def held_out_errors(self, indices: Sequence[int], part: int) -> Tensor:
+        """Give the losses [B] of images in the middle of one part of the schedule; each image has its own noise."""
+        views = [self.plan.view(index) for index in indices]
+        batch = self.assemble(views, [view.example.caption for view in views], [1.0] * len(views))
+        sources = [generator("validation", self.config.seed, index, part) for index in indices]
+        noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
+        timestep = len(self.alpha_bar) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
+        with torch.no_grad():
+            return self.errors(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
 
     def predict(
         self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: dict[str, Tensor] | None
@@ -2781,7 +3584,7 @@ class LoRATrainer:
             loss_avg=state.loss_avg,
             learning_rate=rate,
             grad_norm=grad_norm,
-            epoch=self.plan.epoch(self.config, state.step),
+            epoch=self.plan.epoch(state.step),
             steps_per_second=speed,
             eta_seconds=(total - state.step) / speed if speed else None,
             vram_gb=gigabytes(peak),
@@ -2796,6 +3599,7 @@ class LoRATrainer:
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
         if is_due(step, config.validation_steps):
+            self.validate(step)
             self.sample(step)
 
     def sample(self, step: int) -> None:
@@ -2828,7 +3632,7 @@ class LoRATrainer:
         """Run DDIM with classifier-free guidance, both prompts in one batch; None: a stop was asked for."""
         config, source, side = self.config, self.plan.source, float(self.plan.resolution)
         sampler = make_sampler(source.scheduler, source.prediction_type, config.sample_steps, str(self.device))
-        texts = [self.texts[config.sample_negative_prompt], self.texts[prompt]]
+        texts = [config.sample_negative_prompt, prompt]
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
         with torch.no_grad():
@@ -2926,7 +3730,7 @@ class LoRATrainer:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.config.save_dtype]
         tensors = kohya_tensors(self.layers, self.config.lora_alpha, dtype, self.plan.source)
         digest = tensor_bytes_hash(serialize(tensors, {}))
-        write_file(path, serialize(tensors, lora_header(self.config, self.plan, self.state.step, self.run_id, digest)))
+        write_file(path, serialize(tensors, lora_header(self.plan, self.state.step, self.run_id, digest)))
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
@@ -3054,12 +3858,13 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
             return None
 
     events.info("Checking the dataset.", phase="validating")
-    dataset = attempt(lambda: scan_dataset(config))
+    dataset = attempt(lambda: scan_dataset(config, events))
     events.info("Checking the model and the hardware.")
     hardware = attempt(lambda: check_hardware(config, events))
     half = hardware is None or choose_dtype(config.mixed_precision, hardware.device)[0] != torch.float32
     source = attempt(lambda: locate_model(config, weights=False, half=half))
-    attempt(lambda: check_writable(Path(config.output_path)))
+    for path in filter(None, (config.output_path, config.cache_dir)):
+        attempt(functools.partial(check_writable, Path(path)))
     if failures:
         problems = [item for error in failures for item in (error.problems or [problem(error.code, error.message)])]
         message = " ".join(error.message for error in failures)
@@ -3067,9 +3872,19 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
     plan = make_plan(config, dataset, source, hardware, half=half)
     for reason in plan.reasons:
         events.info(reason)
-    for warning in plan_warnings(config, plan):
+    tokens = count_tokens(plan) if hardware else None
+    for warning in (*plan_warnings(plan), *(token_warnings(tokens) if tokens else ())):
         events.warning(*warning)
-    events.emit("validated", **validation_report(config, plan, hardware), warnings=events.warnings)
+    events.emit("validated", **validation_report(plan, tokens, hardware), warnings=events.warnings)
+
+
+def count_tokens(plan: Plan) -> JSON | None:
+    """Give the token report, where the tokenizers are here: of a Hub model only its configs may be."""
+    folder = plan.source.folder
+    rows = plan.source.family.text_encoders
+    if folder is None or not all((folder / row.tokenizer / "vocab.json").is_file() for row in rows):
+        return None
+    return token_report(plan, load_tokenizers(plan.source))
 
 
 def check_hardware(config: TrainingConfig, events: EventStream) -> Hardware | None:
@@ -3093,10 +3908,31 @@ def check_writable(path: Path) -> None:
         raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
 
 
-def validation_report(config: TrainingConfig, plan: Plan, hardware: Hardware | None) -> JSON:
-    """Give the fields of the `validated` event."""
-    source, dataset = plan.source, plan.dataset
+def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
+    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
+    config, dataset = plan.config, plan.dataset
+    ours = dataset.of_role("train", "validation")
     batches = batches_per_epoch(plan.buckets, config.batch_size)
+    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
+    return {
+        "images": len(ours),
+        "validation_images": len(dataset.of_role("validation")),
+        "regularization_images": len(dataset.of_role("prior")),
+        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
+        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws],
+        "captions": dict(collections.Counter(example.caption_source for example in ours)),
+        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
+        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items()},
+        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
+        "tokens": tokens,
+        "duplicates": duplicates(dataset),
+        "suggestions": list(dict.fromkeys(filter(None, hints))),
+    }
+
+
+def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
+    """Give the fields of the `validated` event."""
+    source = plan.source
     return {
         "valid": True,
         "model": {
@@ -3107,16 +3943,10 @@ def validation_report(config: TrainingConfig, plan: Plan, hardware: Hardware | N
             "native_resolution": source.native_resolution,
             "guessed": source.folder is None,
         },
-        "dataset": {
-            "images": len(dataset.examples),
-            "skipped": list(dataset.skipped),
-            "captions": dict(collections.Counter(example.caption_source for example in dataset.examples)),
-            "buckets": {f"{width}x{height}": len(members) for (width, height), members in plan.buckets.items()},
-            "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
-        },
+        "dataset": dataset_report(plan, tokens),
         "memory": {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()},
         "hardware": hardware.report() if hardware else None,
-        "config": plan.resolved(config),
+        "config": plan.resolved(),
     }
 
 
@@ -3129,7 +3959,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     events.info("Checking the dataset and the model.", phase="checking")
     if locate_model(config, weights=False, half=True).folder is None:
         raise hub_unreachable(config)
-    dataset = scan_dataset(config)
+    dataset = scan_dataset(config, events)
     folder = OutputFolder(Path(config.output_path))
     folder.open()
     with blame("output_not_writable"):
