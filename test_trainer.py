@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1502,7 +1502,6 @@ def full_size_unet(family: trainer.ModelFamily) -> Any:
         return owner(
             **family.unet,
             up_block_types=up,
-            cross_attention_dim={"sd15": 768, "sd21": 1024, "sdxl": 2048}[family.name],
             attention_head_dim=heads,
             use_linear_projection=family.linear_projection,
             **(xl if family.time_ids else {}),
@@ -1546,6 +1545,118 @@ def test_checkpointing_is_turned_on_when_the_run_would_not_fit() -> None:
 
 
 # ======================================================================================
+# images
+# ======================================================================================
+
+
+def save_picture(path: Path, image: Image.Image, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def picture_kinds() -> Iterator[tuple[str, Callable[[Path], Path], Any]]:
+    """Yield (name, writer, what must be read: RGB [h, w, 3], computed with numpy from what was written)."""
+    numpy = pytest.importorskip("numpy")
+    rng = numpy.random.default_rng(0)
+    rgb = rng.integers(0, 256, (12, 20, 3), dtype="uint8")
+    grey, alpha = rgb[..., 0], rgb[..., 1]
+
+    def over_white(colour: Any, opacity: Any) -> Any:
+        share = opacity[..., None].astype(float) / 255
+        return colour.astype(float) * share + 255 * (1 - share)
+
+    def saved(name: str, image: Image.Image, **options: Any) -> Callable[[Path], Path]:
+        return lambda folder: save_picture(folder / name, image, **options)
+
+    turns: dict[int, Callable[[Any], Any]] = {  # what a viewer does with the stored rows, by EXIF's definition
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+        7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+        8: lambda x: x.swapaxes(0, 1)[::-1],
+    }
+    for number, turn in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = number
+        yield f"EXIF {number}", saved("a.png", Image.fromarray(rgb), exif=exif), turn(rgb)
+    cmyk = rng.integers(0, 256, (12, 20, 4), dtype="uint8")
+    ink = cmyk.astype(float)
+    inked = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
+    yield "CMYK", saved("a.tif", Image.frombytes("CMYK", (20, 12), cmyk.tobytes())), inked
+    deep = rng.integers(0, 65536, (12, 20), dtype="uint16")
+    for suffix in ("png", "tif"):
+        yield f"16 bits grey {suffix}", saved(f"a.{suffix}", Image.fromarray(deep)), (deep / 257)[..., None]
+    yield "1 bit", saved("a.png", Image.fromarray(grey > 99)), (grey > 99)[..., None] * 255.0
+    yield (
+        "LA",
+        saved("a.png", Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])),
+        over_white(grey[..., None], alpha),
+    )
+    rgba = numpy.dstack([rgb, alpha])
+    for suffix in ("png", "webp", "tif"):
+        options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+        yield f"RGBA {suffix}", saved(f"a.{suffix}", Image.fromarray(rgba), **options), over_white(rgb, alpha)
+    palette = rng.integers(0, 256, (16, 3), dtype="uint8")
+    see_through = rng.integers(0, 256, 16, dtype="uint8")
+    indices = rng.integers(0, 16, (12, 20), dtype="uint8")
+    image = Image.fromarray(indices, "L").convert("P")
+    image.putdata(indices.flatten().tolist())
+    image.putpalette(palette.tobytes())
+    expected = over_white(palette[indices], see_through[indices])
+    yield "palette, transparent", saved("a.png", image, transparency=see_through.tobytes()), expected
+    yield "palette", saved("a.bmp", image), palette[indices]
+    others = [Image.fromarray(255 - rgb)]
+    animation = {"save_all": True, "append_images": others, "duration": 50}
+    yield "animated PNG", saved("a.png", Image.fromarray(rgb), **animation), rgb
+    yield "animated WebP", saved("a.webp", Image.fromarray(rgb), lossless=True, **animation), rgb
+    yield "pages TIFF", saved("a.tif", Image.fromarray(rgb), save_all=True, append_images=others), rgb
+
+
+def test_every_kind_of_picture_is_read_as_it_looks(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    trainer.prepare_pillow()
+    table = {}
+    for number, (name, write, expected) in enumerate(picture_kinds()):
+        with trainer.open_image(write(tmp_path / str(number))) as (image, _):
+            loaded = numpy.asarray(trainer.to_rgb(image)).astype(float)
+        wanted = numpy.broadcast_to(expected, (*expected.shape[:2], 3))
+        assert loaded.shape == wanted.shape, name
+        table[name] = float(abs(loaded - wanted).max())
+    print("\nlargest difference in 1/255:", {name: round(value, 2) for name, value in table.items()})
+    assert len(table) == 21
+    assert max(table.values()) <= 1, table
+
+
+def test_an_image_is_scaled_to_cover_and_cropped_in_the_centre() -> None:
+    image = Image.new("RGB", (200, 100), "red")
+    image.paste((0, 0, 255), (50, 0, 150, 100))
+    fitted, crop = trainer.fit_image(image, (64, 64))
+    assert (fitted.size, crop) == ((64, 64), (32, 0))
+    for left in (2, 61):
+        red, _, blue = fitted.getpixel((left, 32))  # type: ignore[misc]
+        assert red <= 2 and blue >= 253
+
+
+def test_large_images_are_decoded_one_after_the_other() -> None:
+    budget, most, now = trainer.PixelBudget(100), [0], [0]
+
+    def decode(pixels: int) -> None:
+        with budget.take(pixels):
+            now[0] += pixels
+            most[0] = max(most[0], now[0])
+            time.sleep(0.01)
+            now[0] -= pixels
+
+    list(trainer.map_ahead(decode, [60, 60, 30, 30, 30, 30, 60], workers=7))
+    assert most[0] <= 100
+    decode(1000)  # alone, a larger one may
+
+
+# ======================================================================================
 # dataset
 # ======================================================================================
 
@@ -1582,58 +1693,140 @@ def test_trigger_words_count_as_whole_words_only() -> None:
     assert trainer.with_trigger_words("", ["a b", "c"], ";") == "a b; c"
 
 
-def test_pictures_are_read_upright_opaque_and_in_eight_bits() -> None:
-    numpy = pytest.importorskip("numpy")
+LATIN = "café, zorb".encode("cp1252")
 
-    def pixel(image: Image.Image, **options: Any) -> tuple[int, ...]:
-        buffer = io.BytesIO()
-        image.save(buffer, options.pop("format", "PNG"), **options)
-        loaded = trainer.load_rgb(buffer.getvalue())
-        value = loaded.getpixel((0, 0))
-        assert loaded.mode == "RGB" and isinstance(value, tuple)
-        return value
 
-    assert pixel(Image.new("RGBA", (4, 4), (255, 0, 0, 0))) == (255, 255, 255)
-    assert pixel(Image.new("LA", (4, 4), (0, 128))) == (127, 127, 127)
-    assert pixel(Image.new("CMYK", (4, 4), (0, 0, 0, 255)), format="TIFF") == (0, 0, 0)
-    assert pixel(Image.fromarray(numpy.full((4, 4), 32768, "uint16"))) == (128, 128, 128)
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30])
-    assert pixel(palette) == (10, 20, 30)
-    assert pixel(palette, transparency=0) == (255, 255, 255)
-    assert pixel(Image.new("1", (4, 4), 1)) == (255, 255, 255)
-    turned = Image.new("RGB", (4, 2), "red")
-    turned.putpixel((3, 0), (0, 0, 255))
-    exif = Image.Exif()
-    exif[0x0112] = 8  # stored turned clockwise: shown, the right end is on top
-    assert pixel(turned, exif=exif) == (0, 0, 255)
+@pytest.mark.parametrize(
+    ("data", "caption", "doubt"),
+    [
+        ("über, zorb".encode(), "über, zorb", ""),
+        ("über, zorb".encode("utf-8-sig"), "über, zorb", ""),
+        ("über, zorb".encode("utf-16"), "über, zorb", ""),
+        (b"\xfe\xff" + "über, zorb".encode("utf-16-be"), "über, zorb", ""),
+        ("über, zorb".encode("utf-32"), "über, zorb", ""),
+        (LATIN, "café, zorb", "Windows-1252"),
+        (b"zorb " * 200_000, ("zorb " * 200_000)[: 1 << 16].strip(), "longer than 64 kB"),
+        (b" \n", "zorb", ""),
+        ("zorb".encode("utf-16-le"), None, "a.txt: it is no text"),
+        (b"\xff\xfe\x00\xd8", None, "a.txt: it is no UTF-16 text"),
+    ],
+    ids=[
+        "utf-8",
+        "bom",
+        "utf-16",
+        "utf-16-be",
+        "utf-32",
+        "latin",
+        "megabyte",
+        "blank",
+        "utf-16 without mark",
+        "broken",
+    ],
+)
+def test_captions_are_read_as_editors_write_them(tmp_path: Path, data: bytes, caption: str | None, doubt: str) -> None:
+    folder = tmp_path / "images"
+    for name in ("a.png", "b.png"):
+        save_picture(folder / name, Image.new("RGB", (64, 64)))
+    (folder / "a.txt").write_bytes(data)
+    dataset = scan(tmp_path, folder)
+    assert [example.caption for example in dataset.examples] == [caption or "zorb", "zorb"][: 1 + bool(caption)]
+    assert [flaw.message for flaw in dataset.flaws if doubt not in flaw.message] == []
+    assert len(dataset.flaws) == bool(doubt)
+
+
+def make_hostile(folder: Path) -> dict[str, str]:
+    """Fill a folder with what strangers might send: {name that must be told of: words of its reason}."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    draw_image(outside / "secret.png", (64, 64))
+    (outside / "secret.txt").write_text("secret")
+    folder.mkdir()
+    for name in ("good.png", "good\nname 'x'.png", "told.png", "led out.png", "piped.png", "masked.png", "bare.png"):
+        draw_image(folder / name, (64, 64))
+    bad = {"link.png": "leads out", "loop.png": "nowhere", "dangling.png": "nowhere", "linked": "links to folders"}
+    (folder / "link.png").symlink_to(outside / "secret.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "dangling.png").symlink_to("nothing.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "circle").mkdir()
+    (folder / "circle/circle").symlink_to(folder / "circle")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as unix:
+        unix.bind(os.path.relpath(folder / "socket.png"))
+    bad |= {"circle/circle": "links to folders", "pipe.png": "not a regular", "device.png": "leads out"}
+    (folder / "led out.txt").symlink_to(outside / "secret.txt")
+    os.mkfifo(folder / "piped.txt")
+    (folder / "masked-masklabel.png").symlink_to(outside / "secret.png")
+    bad |= {"socket.png": "not a regular", "led out.png": "led out.txt", "piped.png": "piped.txt"}
+    bad |= {"masked.png": "leads out"}
+    with contextlib.suppress(OSError):  # macOS refuses it
+        draw_image(folder / os.fsdecode(b"g\xff.png"), (64, 64))
+    Image.new("1", (30000, 30000)).save(folder / "bomb.png")
+    Image.new("1", (12001, 10000)).save(folder / "wide.png")
+    with (folder / "sparse.png").open("wb") as sparse:
+        sparse.truncate(3 << 30)
+    good = Image.open(folder / "good.png")
+    for suffix in ("jpg", "png", "webp", "bmp", "tif", "avif"):
+        if f".{suffix}" in Image.registered_extensions():
+            data = save_picture(folder / f"cut.{suffix}", good).read_bytes()
+            (folder / f"cut.{suffix}").write_bytes(data[: len(data) * 2 // 3])
+            bad[f"cut.{suffix}"] = ""
+    good.save(folder / "script.jpg", "EPS")
+    good.convert("P").save(folder / "other.png", "GIF")
+    (folder / "page.jpg").write_text("<html><svg/></html>")
+    (folder / "empty.webp").touch()
+    bad |= dict.fromkeys(("script.jpg", "other.png", "page.jpg", "empty.webp"), "no image of a known format")
+    bad |= {"bomb.png": "exceeds limit", "wide.png": "exceeds limit", "sparse.png": "more than 1024 MB"}
+    entries: list[Any] = [
+        {"file_name": name, "text": "secret"} for name in ("../outside/secret.png", "/etc/passwd.png")
+    ]
+    entries += [{"file_name": "C:\\secret.png", "text": ""}, {"file_name": "told.png", "text": 1}, [], "x", 7, None]
+    entries += [{"file_name": "told.png", "text": "told \ud800"}, {"file_name": "nowhere.png", "text": "x"}]
+    lines = [*map(json.dumps, entries), "[" * 100_000, "{"]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+    bad |= {f"metadata.jsonl:{number}": "" for number in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12)} | {
+        "metadata.jsonl": "nowhere"
+    }
+    return bad
 
 
 @posix
-def test_bad_files_are_skipped_with_a_reason_and_nothing_outside_is_opened(tmp_path: Path) -> None:
-    folder, outside = tmp_path / "images", tmp_path / "outside"
-    folder.mkdir()
-    outside.mkdir()
-    draw_image(folder / "good.png", (64, 64))
-    draw_image(outside / "secret.png", (64, 64))
-    (folder / "link.png").symlink_to(outside / "secret.png")
-    (folder / "linked").symlink_to(outside)
-    (folder / "empty.jpg").touch()
-    (folder / "page.jpg").write_text("<html>")
-    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:100])
-    Image.new("1", (30000, 30000)).save(folder / "bomb.png")
-    os.mkfifo(folder / "pipe.png")
-    dataset = scan(tmp_path, folder)
-    assert [example.name for example in dataset.examples] == ["good.png"]
-    assert {item["path"] for item in dataset.skipped} == {"bomb.png", "cut.png", "empty.jpg", "page.jpg"}
+@needs_torch
+def test_hostile_files_are_named_none_outside_is_opened_and_the_rest_trains(tmp_path: Path, models: Path) -> None:
+    folder = tmp_path / "images"
+    bad = make_hostile(folder)
+    config = small(folder, models / "sd15", tmp_path / "out", steps=1, masked_loss=True)
+    OPENED.clear()
+    made = train(tmp_path, config)
+    told = {flaw.path: flaw.message for flaw in made.plan.dataset.flaws}
+    assert told.keys() == bad.keys()
+    assert [name for name, words in bad.items() if words not in told[name]] == []
+    warned = [event["message"] for event in emitted(made, "warning")]
+    assert [name for name in bad if not any(message.startswith(name) for message in warned)] == []
+    captions = {example.name: example.caption for example in made.plan.dataset.examples}
+    assert captions.pop("told.png") == "zorb, told ?"
+    assert set(captions.values()) == {"zorb"} and len(captions) >= 3
+    assert made.final_path.exists()
+    assert [path for path in OPENED if "secret" in path or path.startswith("/dev")] == []
     with pytest.raises(trainer.TrainerError) as caught:
-        scan(tmp_path, folder, on_bad_image="error")
+        scan(tmp_path, folder, on_bad_image="error", masked_loss=True)
     assert caught.value.code == "dataset_unreadable"
-    assert len(caught.value.problems) == 4
-    (folder / "good.png").unlink()
-    with pytest.raises(trainer.TrainerError) as caught:
-        scan(tmp_path, folder)
-    assert (caught.value.code, len(caught.value.problems)) == ("dataset_empty", 4)
+    assert {item["path"] for item in caught.value.problems} == bad.keys()
+
+
+OPENED: list[str] = []  # every path that this process opened
+sys.addaudithook(lambda event, details: OPENED.append(str(details[0])) if event == "open" else None)
+
+
+def test_an_empty_or_unusable_folder_is_an_error_that_says_what_was_found(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for flaws in (0, 1):
+        with pytest.raises(trainer.TrainerError) as caught:
+            scan(tmp_path, folder)
+        assert (caught.value.code, len(caught.value.problems)) == ("dataset_empty", flaws)
+        (folder / "empty.png").touch()
 
 
 def test_our_own_output_is_never_a_training_image(tmp_path: Path) -> None:
@@ -1648,14 +1841,50 @@ def test_our_own_output_is_never_a_training_image(tmp_path: Path) -> None:
     assert [example.name for example in same.examples] == ["out/samples/step_1_0.png", "photo.png"]
 
 
+def test_kohya_folders_repeat_and_a_zero_leaves_out(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for number, name in enumerate(("10_zorb/a.png", "10_zorb/deep/b.png", "0_off/c.png", "d.png", "1_x/2_y/e.png")):
+        save_picture(folder / name, Image.new("RGB", (64, 64), (number, 0, 0)))
+    dataset = scan(tmp_path, folder, repeats=3)
+    assert {example.name: (example.repeats, example.caption) for example in dataset.examples} == {
+        "10_zorb/a.png": (30, "zorb"),
+        "10_zorb/deep/b.png": (30, "zorb"),
+        "1_x/2_y/e.png": (6, "zorb, y"),
+        "d.png": (3, "zorb"),
+    }
+    assert [flaw.path for flaw in dataset.flaws] == ["0_off/c.png"]
+
+
+def plan_of(tmp_path: Path, dataset: Path, **changes: Any) -> trainer.Plan:
+    """A plan without torch, on a model of which only the headers are there."""
+    model = hollow_model(tmp_path / "hollow")
+    config = parse(tmp_path, REQUIRED | {"dataset_path": str(dataset), "base_model": str(model), **changes})
+    source = trainer.locate_model(config, weights=False, half=False)
+    return trainer.make_plan(config, scan_quietly(config), source, None, half=False)
+
+
 def test_what_is_usable_but_hardly_meant_is_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "images"
-    folder.mkdir()
-    draw_image(folder / "a.png", (64, 64))
-    draw_image(folder / "b.png", (64, 64))
+    for name, size in {"a": (64, 64), "b": (64, 64), "300_x/c": (64, 400), "d": (600, 600)}.items():
+        save_picture(folder / f"{name}.png", Image.new("RGB", size))
     (folder / "c.png").touch()
-    codes = [code for code, _, _ in trainer.dataset_warnings(scan(tmp_path, folder), 512)]
-    assert codes == ["image_skipped", "captions_missing", "images_tiny", "duplicates"]
+    prior = save_picture(tmp_path / "prior/p.png", Image.new("RGB", (512, 512), "red")).parent
+    plan = plan_of(
+        tmp_path,
+        folder,
+        batch_size=2,
+        masked_loss=True,
+        regularization_path=str(prior),
+        unmasked_weight=0.1,
+        keep_tokens=1,
+    )
+    codes = [code for code, _, _ in trainer.plan_warnings(plan)]
+    expected = ["setting_unused", "image_skipped", "captions_missing", "prior_captions_missing", "images_tiny"]
+    assert codes == [*expected, "images_cropped", "repeats_high", "duplicates", "masks_missing"]
+    square = plan_of(tmp_path, prior, aspect_ratio_bucketing=False, batch_size=2)
+    assert [code for code, _, _ in trainer.dataset_warnings(square)] == ["captions_missing"]
+    plan = plan_of(tmp_path, folder, batch_size=4)
+    assert "buckets_small" in [code for code, _, _ in trainer.plan_warnings(plan)]
 
 
 def test_buckets_keep_the_area_and_take_the_nearest_aspect_ratio() -> None:
@@ -1671,24 +1900,102 @@ def test_buckets_keep_the_area_and_take_the_nearest_aspect_ratio() -> None:
     assert trainer.bucket_sizes(64, 64) == [(64, 64)]
 
 
-def test_an_image_is_scaled_to_cover_and_cropped_in_the_centre() -> None:
-    image = Image.new("RGB", (200, 100), "red")
-    image.paste((0, 0, 255), (50, 0, 150, 100))
-    fitted, crop = trainer.fit_image(image, (64, 64))
-    assert (fitted.size, crop) == ((64, 64), (32, 0))
-    for left in (2, 61):
-        red, _, blue = fitted.getpixel((left, 32))  # type: ignore[misc]
-        assert red <= 2 and blue >= 253
+def random_examples(count: int) -> list[trainer.Example]:
+    """Images of all sizes that people have, without the images."""
+    draw = random.Random(1)
+    made = []
+    for number in range(count):
+        width, height = (round(math.exp(draw.uniform(math.log(300), math.log(6000)))) for _ in range(2))
+        height = min(max(height, width // 4), width * 4)
+        nowhere = Path(f"{number}.png")
+        made.append(
+            trainer.Example(str(number), nowhere, "", "", 1, width, height, str(number), "train", False, None, "")
+        )
+    return made
+
+
+def test_buckets_lose_no_image_and_less_of_each_than_a_square_crop() -> None:
+    dataset = trainer.Dataset(tuple(random_examples(500)), ())
+    allowed = trainer.bucket_sizes(1024, 64)
+    sizes = [trainer.choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
+    buckets = trainer.make_buckets(dataset, sizes)
+    batches = trainer.epoch_batches(buckets, 4, seed=0, epoch=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(500))
+    assert all(len({sizes[index] for index in batch}) == 1 for batch in batches)
+    pairs = list(zip(dataset.examples, sizes, strict=True))
+    cropped = sum(trainer.cropped_share(example, size) for example, size in pairs) / 500
+    square = sum(trainer.cropped_share(example, (1024, 1024)) for example in dataset.examples) / 500
+    assert cropped < 0.05 < 0.4 < square
+    example = dataclasses.replace(dataset.examples[0], width=200, height=100)
+    assert trainer.cropped_share(example, (64, 64)) == 0.5
 
 
 def test_an_epoch_shows_every_image_once_in_pure_batches() -> None:
-    buckets = {(64, 64): list(range(7)), (96, 48): [7, 7, 7, 8]}
+    buckets = {(64, 64): trainer.Bucket(tuple(range(7))), (96, 48): trainer.Bucket((7, 7, 7, 8))}
     batches = trainer.epoch_batches(buckets, 3, seed=1, epoch=2)
     assert sorted(index for batch in batches for index in batch) == sorted([*range(7), 7, 7, 7, 8])
     assert len(batches) == trainer.batches_per_epoch(buckets, 3) == 5
     assert all({index < 7 for index in batch} != {True, False} for batch in batches)
     assert batches == trainer.epoch_batches(buckets, 3, seed=1, epoch=2)
     assert batches != trainer.epoch_batches(buckets, 3, seed=1, epoch=3)
+
+
+def test_regularization_images_are_shown_as_often_as_the_others_and_all_have_their_turn(tmp_path: Path) -> None:
+    folder, prior = tmp_path / "images", tmp_path / "images/reg"  # a folder inside the dataset is not the dataset's
+    for number in range(4):
+        save_picture(folder / f"{number}.png", Image.new("RGB", (64, 64), (number, 0, 0)))
+    for number in range(10):
+        save_picture(prior / f"1_a car/{number}.png", Image.new("RGB", (64, 64), (0, number + 1, 0)))
+    dataset = scan(tmp_path, folder, regularization_path=str(prior), repeats=2)
+    assert collections.Counter((example.role, example.caption, example.repeats) for example in dataset.examples) == {
+        ("train", "zorb", 2): 4,
+        ("prior", "a car", 1): 10,
+    }
+    assert dataset.examples[-1].name == "reg/1_a car/9.png"
+    (bucket,) = trainer.make_buckets(dataset, [(64, 64)] * 14).values()
+    shown = [collections.Counter(bucket.epoch(7, epoch)) for epoch in range(5)]
+    assert all(epoch.total() == 16 and epoch.keys() >= set(range(4)) for epoch in shown)
+    assert {index: sum(epoch[index] for epoch in shown) for index in range(4, 14)} == dict.fromkeys(range(4, 14), 4)
+    rare = dataclasses.replace(bucket, prior=(4,), prior_count=8)
+    assert rare.epoch(7, 1) == [*bucket.members, *[4] * 8]
+
+
+def test_held_out_images_are_drawn_by_content_and_never_trained_on() -> None:
+    examples = random_examples(40)
+    copies = [dataclasses.replace(example, name=f"copy {example.name}") for example in examples[:20]]
+    parted = trainer.hold_out([*examples, *copies], 0.25, seed=3)
+    held_out = {example.digest for example in parted if example.role == "validation"}
+    assert len(held_out) == 10
+    assert not held_out & {example.digest for example in parted if example.role == "train"}
+    assert parted == trainer.hold_out([*examples, *copies], 0.25, seed=3)
+    assert parted != trainer.hold_out([*examples, *copies], 0.25, seed=4)
+    assert [example.role for example in trainer.hold_out(examples[:1], 0.5, seed=3)] == ["train"]
+    (bucket,) = trainer.make_buckets(trainer.Dataset(tuple(parted), ()), [(64, 64)] * 60).values()
+    assert {parted[index].digest for index in bucket.members} == {example.digest for example in examples} - held_out
+
+
+def test_shuffled_captions_keep_their_first_tags_and_more_passes_only_add(tmp_path: Path) -> None:
+    config = parse(tmp_path, REQUIRED | {"shuffle_tags": True, "keep_tokens": 2})
+    caption = "zorb, big, a, b ,, c, d"
+    variants = trainer.caption_variants(caption, config, 9)
+    assert len(variants) == 9 and len(set(variants)) > 4
+    assert all(text.startswith("zorb, big, ") for text in variants)
+    assert {tuple(sorted(text.split(", "))) for text in variants} == {("a", "b", "big", "c", "d", "zorb")}
+    assert trainer.caption_variants(caption, config, 99)[:9] == variants
+    assert len(trainer.caption_variants(caption, config, 99)) == 16
+    assert trainer.caption_variants(caption, dataclasses.replace(config, seed=1), 9) != variants
+    assert trainer.caption_variants(caption, dataclasses.replace(config, shuffle_tags=False), 9) == (caption,)
+
+
+def test_a_view_is_a_pure_draw_with_the_configured_shares(tmp_path: Path) -> None:
+    config = parse(tmp_path, REQUIRED | {"random_flip": True, "caption_dropout": 0.2})
+    views = [trainer.draw_view(config, ["a", "b"], step, place) for step in range(2000) for place in range(2)]
+    assert views[5:7] == [trainer.draw_view(config, ["a", "b"], *place) for place in ((2, 1), (3, 0))]
+    assert sum(mirrored for mirrored, _ in views) / 4000 == pytest.approx(0.5, abs=0.03)
+    shares = {text: count / 4000 for text, count in collections.Counter(text for _, text in views).items()}
+    assert shares == {text: pytest.approx(share, abs=0.03) for text, share in {"": 0.2, "a": 0.4, "b": 0.4}.items()}
+    plain = parse(tmp_path, REQUIRED)
+    assert {trainer.draw_view(plain, ["a"], step, 0) for step in range(100)} == {(False, "a")}
 
 
 def test_draws_are_pure_functions_of_what_they_are_for() -> None:
