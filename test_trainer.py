@@ -23,6 +23,7 @@ import shlex
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -2079,7 +2080,7 @@ def test_texts_and_images_are_encoded_as_the_pipeline_does(
     pipeline = load_pipeline(models / kind)
     text = made.plan.dataset.examples[2].caption
     encoded = pipeline.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-    half = {"atol": 1e-3, "rtol": 1e-3}  # fp16 keeps eleven bits
+    half: Json = {"atol": 1e-3, "rtol": 1e-3}  # fp16 keeps eleven bits
     cached = made.cached[made.keys[text]]
     torch.testing.assert_close(cached["context"].float(), encoded[0], **half)
     if kind == "sdxl":
@@ -2109,14 +2110,42 @@ def test_encoders_are_gone_after_caching(tmp_path: Path, images: Path, models: P
     assert {name.split(".")[0] for name, _ in made.vae.named_parameters()} == {"decoder", "post_quant_conv"}
 
 
+LONG = " ".join(string.ascii_lowercase * 5)  # 130 tokens
+
+
 @needs_torch
-def test_captions_over_the_limit_are_counted(tmp_path: Path, models: Path) -> None:
+def test_captions_over_the_limit_and_common_trigger_words_are_told(tmp_path: Path, models: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     draw_image(folder / "long.png", (64, 64))
-    (folder / "long.txt").write_text("abc " * 60)
-    made = prepare(tmp_path, small(folder, models / "sd15", tmp_path / "out"))
-    assert "captions_cut" in [event["code"] for event in emitted(made, "warning")]
+    (folder / "long.txt").write_text(LONG)
+    config = small(folder, models / "sd15", tmp_path / "out", trigger_words=["z", "zorb"])
+    warned = {event["code"]: event["message"] for event in emitted(prepare(tmp_path, config), "warning")}
+    assert warned["captions_cut"].startswith("1 captions are longer than 75 tokens (the longest has 135): long.png")
+    assert warned["trigger_words_common"].endswith("common words: z.")
+    wide = prepare(tmp_path, config | {"output_path": str(tmp_path / "wide"), "max_caption_tokens": 150})
+    assert "captions_cut" not in warning_codes(wide)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_long_captions_are_encoded_in_windows_and_shorter_ones_filled_up(
+    tmp_path: Path, images: Path, models: Path, kind: str
+) -> None:
+    config = small(images, models / kind, tmp_path / "out", max_caption_tokens=150, sample_prompts=[LONG, "a b"])
+    made = prepare(tmp_path, config)
+    context, conditions = made.conditions([LONG, "a b"], torch.zeros(2, 6))
+    pipeline = load_pipeline(models / kind)
+    words = LONG.split()
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    parts = [" ".join(words[:75]), " ".join(words[75:]), "a b", ""]
+    encoded = [pipeline.encode_prompt(part, **options) for part in parts]
+    expected = torch.stack([torch.cat([encoded[i][0], encoded[i + 1][0]], dim=1)[0] for i in (0, 2)])
+    assert context.shape == expected.shape == (2, 154, expected.shape[2])
+    torch.testing.assert_close(context, expected, atol=1e-3, rtol=1e-3)
+    if kind == "sdxl":
+        pooled = torch.cat([encoded[0][2], encoded[2][2]])
+        torch.testing.assert_close(conditions["text_embeds"], pooled, atol=1e-3, rtol=1e-3)  # type: ignore[index]
 
 
 @needs_torch
@@ -2136,6 +2165,113 @@ def test_the_lora_starts_as_the_identity_in_fp32_and_depends_on_the_seed_only(
         assert 0.5 * bound < down.abs().max() <= bound
         assert torch.equal(down, two.layers[name][0])
         assert not torch.equal(down, other.layers[name][0])
+
+
+# ======================================================================================
+# cache
+# ======================================================================================
+
+
+def encoded_counts(made: trainer.LoRATrainer) -> dict[str, int]:
+    """How many images and captions were encoded."""
+    told = [event for event in emitted(made, "info") if "total" in event and event["message"].startswith("Encoding")]
+    return {event["message"].split()[1].rstrip("."): event["total"] for event in told}
+
+
+@needs_torch
+def test_a_second_run_encodes_nothing_and_one_changed_image_is_the_only_one_encoded_again(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
+    model = copy_model(models / "sd15", tmp_path / "model")
+    config = small(folder, model, tmp_path / "1", cache_dir=str(tmp_path / "cache"), random_flip=True, steps=2)
+
+    def again(name: str, **changes: Any) -> dict[str, int]:
+        made = train(tmp_path, config | {"output_path": str(tmp_path / name)} | changes)
+        assert made.final_path.exists()
+        return encoded_counts(made)
+
+    assert again("1") == {"images": 10, "captions": 7}
+    assert again("memory", cache_dir=None) == {"images": 10, "captions": 7}
+    with monkeypatch.context() as patch:
+        for name in ("PromptEncoder", "encode_images"):
+            patch.setattr(trainer, name, lambda *_: pytest.fail("nothing is to be encoded"))
+        made = train(tmp_path, config | {"output_path": str(tmp_path / "2")})
+        assert encoded_counts(made) == {}
+    said = [event["message"] for event in emitted(made, "info")]
+    assert "10 of 10 images are in the cache already." in said
+    assert "7 of 7 texts are in the cache already." in said
+    assert again("3", steps=4) == {}
+    assert_same_tensors(tmp_path / "1/lora_final.safetensors", tmp_path / "memory/lora_final.safetensors")
+    draw_image(folder / "3.png", (128, 128), 99)
+    assert again("4", random_flip=False) == {"images": 1}
+    (folder / "3.txt").write_text("another caption")
+    assert again("5", random_flip=False) == {"captions": 1}
+    assert again("6", random_flip=False, resolution=96) == {"images": 5}
+    assert again("7", random_flip=False, max_caption_tokens=150) == {"captions": 7}
+    entries = sorted((tmp_path / "cache").glob("*/*.safetensors"))
+    junk = [b"", b"junk", entries[0].read_bytes()[:-1], entries[3].read_bytes()]
+    for entry, data in zip(entries, junk, strict=False):
+        entry.write_bytes(data)
+    again("8", random_flip=True)
+    vae = model / "vae/diffusion_pytorch_model.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-1] + bytes([vae.read_bytes()[-1] ^ 1]))
+    assert again("9", random_flip=False) == {"images": 5}
+
+
+@needs_torch
+def test_a_cache_too_large_for_memory_is_read_from_the_output_folder_with_the_same_result(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, models / "sdxl", tmp_path / "out")
+    in_memory = train(tmp_path, config | {"output_path": str(tmp_path / "memory")})
+    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 2 * in_memory.plan.cache.size_bytes - 1)
+    made = train(tmp_path, config)
+    assert not made.cached._entries
+    entries = list((tmp_path / "out/cache").glob("*/*.safetensors"))
+    assert len(entries) == len(made.keys)
+    held = sum(tensor.nbytes for key in in_memory.keys.values() for tensor in in_memory.cached[key].values())
+    assert made.plan.cache.size_bytes == pytest.approx(held, rel=0.05)
+    assert_same_tensors(made.final_path, in_memory.final_path)
+    for entry in entries:
+        entry.unlink()
+    with pytest.raises(trainer.TrainerError, match="is gone"):
+        made.collate(0)
+
+
+@needs_torch
+def test_a_full_cache_folder_is_no_reason_to_stop_while_memory_holds_it(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        if "cache" in path.parts:
+            raise trainer.TrainerError("disk_full", "The disk is full.")
+        real(path, data)
+
+    real = trainer.write_file
+    monkeypatch.setattr(trainer, "write_file", full)
+    config = small(images, models / "sd15", tmp_path / "out", cache_dir=str(tmp_path / "cache"), steps=1)
+    assert "cache_not_written" in warning_codes(train(tmp_path, config))
+    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 0)
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, config | {"output_path": str(tmp_path / "other")})
+    assert caught.value.code == "disk_full"
+
+
+@needs_torch
+def test_an_image_that_changes_after_its_check_is_not_cached_under_its_old_name(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
+    loaded = parse(tmp_path, small(folder, models / "sd15", tmp_path / "out"))
+    dataset = scan_quietly(loaded)
+    draw_image(folder / "2.png", (64, 100), 9)
+    output = trainer.OutputFolder(tmp_path / "out")
+    output.open()
+    made = trainer.LoRATrainer(loaded, dataset, Recorder(), Quiet(), output)
+    with pytest.raises(trainer.TrainerError, match=r"2\.png has changed meanwhile") as caught:
+        made.setup()
+    assert caught.value.code == "dataset_unreadable"
 
 
 # ======================================================================================
@@ -2270,13 +2406,27 @@ RESUMED: list[Json] = [
     {"lora_dropout": 0.3, "batch_size": 1},
     {"gradient_checkpointing": True},
     {"mixed_precision": "bf16"},
+    {
+        "caption_dropout": 0.3,
+        "random_flip": True,
+        "shuffle_tags": True,
+        "max_caption_tokens": 150,
+        "repeats": 2,
+        "masked_loss": True,
+        "validation_split": 0.2,
+        "validation_steps": 3,
+        "prior_loss_weight": 0.5,
+    },
 ]
 
 
 @needs_torch
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-@pytest.mark.parametrize("changes", RESUMED, ids=lambda changes: "+".join(changes) or "plain")
+@pytest.mark.parametrize("changes", RESUMED, ids=lambda changes: "+".join(list(changes)[:3]) or "plain")
 def test_resuming_is_exact(tmp_path: Path, images: Path, models: Path, kind: str, changes: Json) -> None:
+    if "prior_loss_weight" in changes:
+        prior = save_picture(tmp_path / "prior/1_blob/a.png", Image.new("RGB", (64, 64), "red"))
+        changes = changes | {"regularization_path": str(prior.parent.parent), "cache_dir": str(tmp_path / "cache")}
     config = small(images, models / kind, tmp_path / "whole", steps=8, **changes)
     whole = train(tmp_path, config)
     config["output_path"] = str(tmp_path / "parts")
@@ -2284,6 +2434,7 @@ def test_resuming_is_exact(tmp_path: Path, images: Path, models: Path, kind: str
         torch.manual_seed(polls)  # what was drawn before must not matter
         train(tmp_path, config, stop=Quiet(after=polls))
     parts = train(tmp_path, config)
+    assert emitted(parts, "validation") == emitted(whole, "validation")[-len(emitted(parts, "validation")) or 9 :]
     assert parts.state.step == 8
     assert parts.state.losses == whole.state.losses
     assert_same_tensors(parts.final_path, whole.final_path)
@@ -2723,6 +2874,99 @@ def test_the_loss_equals_an_independent_computation(tmp_path: Path, images: Path
     assert made.loss(batch, 0, 0).item() == pytest.approx(float(expected), abs=1e-6, rel=1e-6)
 
 
+def plain_errors(made: trainer.LoRATrainer, model: Path, batch: trainer.Batch, step: int) -> Any:
+    """Each pixel's squared error [B, C, h, w], by diffusers' scheduler and the pipeline's own UNet."""
+    shape, key = batch.mean.shape, (made.config.seed, step, 0)
+    posterior, noise = (torch.randn(shape, generator=trainer.generator(name, *key)) for name in ("posterior", "noise"))
+    timesteps = torch.randint(1000, (len(batch.mean),), generator=trainer.generator("timesteps", *key))
+    pipeline = load_pipeline(model)
+    owner: Any = diffusers.DDPMScheduler
+    noisy = owner.from_config(pipeline.scheduler.config).add_noise(batch.mean + batch.std * posterior, noise, timesteps)
+    with torch.no_grad():
+        return (pipeline.unet(noisy, timesteps, batch.context).sample - noise).double().square()
+
+
+@needs_torch
+def test_regularization_images_weigh_what_the_config_says_in_any_batch(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    for number in range(3):
+        draw_image(save_picture(tmp_path / f"prior/{number}.png", Image.new("RGB", (64, 64))), (64, 64), 7 + number)
+    changes = {"regularization_path": str(tmp_path / "prior"), "prior_loss_weight": 0.3, "batch_size": 3}
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", aspect_ratio_bucketing=False, **changes))
+    mixes = set()
+    for step in range(4):
+        roles = [made.plan.dataset.examples[index].role for index in made.batch_indices(step)]
+        errors = plain_errors(made, models / "sd15", batch := made.collate(step), step).mean(dim=(1, 2, 3)).tolist()
+        expected = sum(error * {"train": 1.0, "prior": 0.3}[role] for error, role in zip(errors, roles, strict=True))
+        assert made.loss(batch, step, 0).item() == pytest.approx(expected / len(roles), abs=1e-6)
+        mixes.add(tuple(sorted(roles)))
+    assert len(mixes) > 1, "batches of several kinds"
+
+
+@needs_torch
+def test_a_mask_weighs_each_latent_pixel_and_turns_with_its_image(tmp_path: Path, models: Path) -> None:
+    folder = tmp_path / "images"
+    half = Image.new("L", (64, 64), 0)
+    half.paste(255, (0, 0, 32, 64))
+    half.paste(51, (32, 0, 64, 8))
+    draw_image(save_picture(folder / "file.png", Image.new("RGB", (64, 64))), (64, 64))
+    save_picture(folder / "file-masklabel.png", half)
+    with Image.open(folder / "file.png") as image:
+        image.putalpha(half)
+        image.save(folder / "alpha.png")
+    draw_image(folder / "whole.png", (64, 64), 3)
+    expected = torch.zeros(8, 8)
+    expected[:, :4] = 1
+    expected[0, 4:] = 0.2
+    expected = expected + (1 - expected) * 0.25
+    changes = {"masked_loss": True, "unmasked_weight": 0.25, "random_flip": True, "batch_size": 3}
+    made = prepare(tmp_path, small(folder, models / "sd15", tmp_path / "out", **changes))
+    assert [example.name for example in made.plan.dataset.examples] == ["alpha.png", "file.png", "whole.png"]
+    assert "masks_missing" in warning_codes(made)
+    for step in range(3):
+        indices = made.batch_indices(step)
+        variants = made.plan.variants
+        mirrored = [trainer.draw_view(made.config, variants[i], step, place)[0] for place, i in enumerate(indices)]
+        masks = [expected.flip(1) if flip else expected for flip in mirrored]
+        masks = [torch.ones(8, 8) if index == 2 else mask for index, mask in zip(indices, masks, strict=True)]
+        batch = made.collate(step)
+        torch.testing.assert_close(batch.mask, torch.stack(masks)[:, None], atol=1e-7, rtol=0)
+        errors = plain_errors(made, models / "sd15", batch, step)
+        by_hand = (
+            sum(float((error * mask).sum()) / error.numel() for error, mask in zip(errors, masks, strict=True)) / 3
+        )
+        assert made.loss(batch, step, 0).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+@needs_torch
+def test_the_held_out_loss_is_the_same_each_time_and_equals_an_independent_one(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    changes = {"validation_split": 0.4, "validation_steps": 2, "sample_at_start": True, "lora_dropout": 0.5, "seed": 5}
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    told = {event["step"]: event["loss"] for event in emitted(made, "validation")}
+    held_out = [i for i, example in enumerate(made.plan.dataset.examples) if example.role == "validation"]
+    assert list(told) == [0, 2, 4] and len(held_out) == 2
+    assert not {index for step in range(20) for index in made.batch_indices(step)} & set(held_out)
+    pipeline = load_pipeline(models / "sd15")
+    owner: Any = diffusers.DDPMScheduler
+    scheduler, losses = owner.from_config(pipeline.scheduler.config), []
+    for index, part in itertools.product(held_out, range(4)):
+        batch = made.assemble([made.plan.view(index)], [made.plan.dataset.examples[index].caption], [1.0])
+        noise = torch.randn(batch.mean.shape, generator=trainer.generator("validation", 5, index, part))
+        timesteps = torch.tensor([125 + 250 * part])
+        with torch.no_grad():
+            noisy = scheduler.add_noise(batch.mean, noise, timesteps)
+            losses.append(torch.nn.functional.mse_loss(pipeline.unet(noisy, timesteps, batch.context).sample, noise))
+    assert told[0] == pytest.approx(float(sum(losses)) / 8, abs=1e-6)
+    made.validate(4)
+    assert emitted(made, "validation")[-1]["loss"] == told[4] != told[2]
+    assert "setting_unused" in warning_codes(
+        prepare(tmp_path, small(images, models / "sd15", tmp_path / "never", **changes | {"validation_steps": 0}))
+    )
+
+
 @needs_torch
 def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", max_grad_norm=1e-3))
@@ -3084,15 +3328,42 @@ def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
 
 @needs_torch
 def test_validation_reports_model_dataset_memory_and_hardware(tmp_path: Path, images: Path, models: Path) -> None:
-    config = write_config(tmp_path, **small(images, models / "sd21v", tmp_path / "out", epochs=2))
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "0.txt").write_text("ab " * 52)
+    (folder / "4.png").write_text("no image")
+    for name in ("3_bird/a.png", "copy.png"):
+        save_picture(folder / name, Image.new("RGBA", (64, 64), (9, 9, 9, 99)))
+    save_picture(folder / "copy-masklabel.png", Image.new("L", (64, 64)))
+    changes = {
+        "repeats": 2,
+        "validation_split": 0.1,
+        "masked_loss": True,
+        "regularization_path": str(tmp_path / "prior"),
+    }
+    save_picture(tmp_path / "prior/a.png", Image.new("RGB", (64, 64), "red"))
+    config = write_config(tmp_path, **small(folder, models / "sd21v", tmp_path / "out", epochs=2, **changes))
     result = run("--config", config, "--validate-only")
     assert result.code == 0
     last = result.last
     assert last["valid"] is True
     assert (last["model"]["family"], last["model"]["prediction_type"]) == ("sd21", "v_prediction")
     assert last["model"]["native_resolution"] == 96
-    assert last["dataset"]["images"] == 5
-    assert sum(last["dataset"]["buckets"].values()) == 5
+    dataset = last["dataset"]
+    assert dataset | {"buckets": {}, "suggestions": []} == {
+        "images": 6,
+        "validation_images": 1,
+        "regularization_images": 1,
+        "masks": 2,
+        "skipped": [{"path": "4.png", "message": "is skipped: no image of a known format"}],
+        "captions": {"sidecar": 4, "folder name": 1, "trigger words": 1},
+        "repeats": {"2": 5, "6": 1},
+        "buckets": {},
+        "steps_per_epoch": sum(math.ceil(count / 2) for count in dataset["buckets"].values()),
+        "tokens": {"limit": 75, "longest": 109, "cut": ["0.png"], "common_trigger_words": []},
+        "duplicates": [["3_bird/a.png", "copy.png"]],
+        "suggestions": [],
+    }
+    assert "Remove the copies, or use repeats." in dataset["suggestions"]
     assert last["hardware"]["device"]
     assert last["memory"]["total_gb"] > 0
     assert last["config"]["resolution"] == 96

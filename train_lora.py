@@ -2255,6 +2255,7 @@ class Plan:
     buckets: Mapping[Size, Bucket]
     total_steps: int
     variants: Sequence[Sequence[str]]  # the texts that stand for each example's caption
+    texts: Sequence[str]  # every text that the run shows the UNet, once
     cache: CacheChoice
     checkpointing: bool
     memory: Mapping[str, int]
@@ -2266,12 +2267,6 @@ class Plan:
     def resolved(self) -> JSON:
         """Give the config with every null that has a meaning replaced by what it came to."""
         return dataclasses.asdict(self.config) | {"steps": self.total_steps, "resolution": self.resolution}
-
-    def texts(self) -> list[str]:
-        """List every text that the run shows the UNet, once."""
-        config = self.config
-        shown = [text for variants in self.variants for text in variants]
-        return list(dict.fromkeys([*shown, "", *config.sample_prompts, config.sample_negative_prompt]))
 
     def view(self, index: int, mirrored: bool = False) -> View:
         return View(self.dataset.examples[index], self.sizes[index], mirrored, self.config.masked_loss)
@@ -2393,7 +2388,9 @@ def make_plan(
     variants = [
         caption_variants(example.caption, config, math.ceil(epochs * example.repeats)) for example in dataset.examples
     ]
-    needed = cache_size(config, source, sizes, len({text for texts in variants for text in texts}))
+    prompts = ("", *config.sample_prompts, config.sample_negative_prompt)
+    texts = list(dict.fromkeys(itertools.chain(*variants, prompts)))
+    needed = cache_size(config, source, sizes, len(texts))
     cache = choose_cache(config, needed, free_memory_bytes())
     plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)
     checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
@@ -2413,6 +2410,7 @@ def make_plan(
         buckets,
         total_steps,
         variants,
+        texts,
         cache,
         checkpointing,
         memory,
@@ -2771,7 +2769,7 @@ def entry_keys(plan: Plan, dtype: str, vae_dtype: str) -> dict[str | View, str]:
     # In memory alone there is one model only.
     reader, viewer = [(component_digest(source, *folders) if plan.cache.folder else "") for folders in (parts, ["vae"])]
     keys: dict[str | View, str] = {
-        text: entry_key("text", reader, dtype, plan.config.max_caption_tokens, text) for text in plan.texts()
+        text: entry_key("text", reader, dtype, plan.config.max_caption_tokens, text) for text in plan.texts
     }
     return keys | {view: entry_key("image", viewer, vae_dtype, *view.identity()) for view in plan.views()}
 
@@ -3270,7 +3268,7 @@ class LoRATrainer:
         free_memory()
 
     def cache_texts(self, tokenizers: Sequence[Any]) -> None:
-        missing = self.missing("texts", split(self.plan.texts(), 1 if self.device.type == "cpu" else self.GROUP_TEXTS))
+        missing = self.missing("texts", split(self.plan.texts, 1 if self.device.type == "cpu" else self.GROUP_TEXTS))
         if not missing:
             return
         self.events.info("Loading the text encoders.", phase="loading")
