@@ -1721,7 +1721,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
     if not has_alpha(image):
         return image.convert("RGB")
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
     opaque = Image.new("RGB", layer.size, "white")
     opaque.paste(layer, mask=layer)
     return opaque
