@@ -1749,9 +1749,10 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # ======================================================================================
 
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
+MAX_REPEATS = 10_000  # what the schema allows too
 MAX_CAPTION_BYTES = 1 << 16
 MAX_METADATA_BYTES = 1 << 26
-MAX_BAD_LINES = 20  # of metadata.jsonl, that are told one by one
+MAX_BAD_LINES = 100  # of metadata.jsonl, that are told one by one
 CAPTION_VARIANTS = 16  # shuffles of one caption's tags
 
 
@@ -1965,23 +1966,24 @@ def read_metadata(root: Path, names: Collection[str]) -> tuple[dict[str, str], l
     except (OSError, ValueError) as error:
         return {}, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
     captions: dict[str, str] = {}
-    flaws, unknown = [], []
-    for number, line in enumerate(text.split("\n"), 1):
+    bad, unknown, flaws = 0, [], []
+    for number, line in enumerate(io.StringIO(text), 1):
         try:
             if line.strip():
                 name, caption = parse_metadata(line)
-                captions[name] = caption
-                unknown += [name] if name not in names else []
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+                captions |= {name: caption} if name in names else {}
+                unknown += [] if name in names else [name]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            bad += 1
             reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings"
-            flaws.append(Flaw("caption_skipped", f"{path.name}:{number}", f"is skipped: {reason}"))
-    if len(flaws) > MAX_BAD_LINES:
-        rest = f"has {len(flaws) - MAX_BAD_LINES} more bad lines, which are skipped"
-        flaws = [*flaws[:MAX_BAD_LINES], Flaw("caption_skipped", path.name, rest)]
+            if bad <= MAX_BAD_LINES:
+                flaws.append(Flaw("caption_skipped", f"{path.name}:{number}", f"is skipped: {reason}"))
+    if bad > MAX_BAD_LINES:
+        flaws.append(Flaw("caption_skipped", path.name, f"has {bad - MAX_BAD_LINES} more lines that are skipped"))
     if unknown:
         what = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
         flaws.append(Flaw("caption_skipped", path.name, what))
-    return {name: caption for name, caption in captions.items() if name in names}, flaws
+    return captions, flaws
 
 
 def parse_metadata(line: str) -> tuple[str, str]:
@@ -2036,7 +2038,7 @@ def check_image(
         with open_image(path) as (image, digest):
             size, alpha = image.size, has_alpha(image)
         folder = kohya_folder(name)
-        repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
+        repeats = min(MAX_REPEATS, (1 if prior else config.repeats) * (int(folder[1]) if folder else 1))
         if not repeats:
             raise ValueError("its folder repeats it 0 times")
         caption, source, flaws = find_caption(path, name, root, config, described)
@@ -2289,19 +2291,12 @@ def count_steps(config: TrainingConfig, buckets: Mapping[Size, Bucket]) -> int:
     return config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
 
 
-def latent_size(source: ModelSource, size: Size) -> Size:
-    return size[0] // source.vae_factor, size[1] // source.vae_factor
-
-
-CACHE_BYTES = 2  # a number in the cache is fp16
-
-
 def cache_size(config: TrainingConfig, source: ModelSource, sizes: Sequence[Size], texts: int) -> int:
     """Estimate the bytes that latents (mean and std, both mirrorings, a mask) and text embeddings take."""
     channels = 2 * int(source.unet.get("in_channels", 4)) + config.masked_loss
-    pixels = sum(math.prod(latent_size(source, size)) for size in sizes) * (1 + config.random_flip)
+    pixels = sum(map(math.prod, sizes)) // source.vae_factor**2 * (1 + config.random_flip)
     width = source.unet.get("cross_attention_dim", 1280)  # the default of diffusers' class
-    return int(CACHE_BYTES * (channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75)))
+    return int(2 * (channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75)))  # all of it is fp16
 
 
 def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> CacheChoice:
@@ -2322,51 +2317,60 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "model_guessed", message, "Check again with a network connection, or set model_type."
 
 
-FLAW_HINTS = {
+DATASET_HINTS = {
     "image_skipped": "Mend or remove the file.",
     "caption_skipped": "Mend or remove the entry.",
     "caption_doubtful": "Save it as UTF-8 text of a few sentences.",
+    "captions_missing": "Add a caption file beside each; captions keep the concept apart from its surroundings.",
+    "prior_captions_missing": "Name their class in a caption file beside each, or in their folder's name: 1_woman.",
+    "images_tiny": "Larger originals train sharper; or lower the resolution.",
+    "images_cropped": "Crop them yourself around what matters; aspect_ratio_bucketing crops least.",
+    "repeats_high": "A number and _ before a folder's name are kohya's mark for repeats; rename it if it is a date.",
+    "duplicates": "Remove the copies, or use repeats.",
+    "buckets_small": "Their batches are smaller; a larger bucket_step makes fewer buckets.",
+    "masks_missing": f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}.",
 }
 
 
 def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for images and captions that are usable but hardly meant."""
-    config, dataset, resolution = plan.config, plan.dataset, plan.resolution
-    for flaw in dataset.flaws:
-        yield flaw.code, f"{flaw.path} {flaw.message}.", FLAW_HINTS[flaw.code]
-    ours = dataset.of_role("train", "validation")
-    if bare := [example.name for example in ours if example.caption_source == "trigger words"]:
-        hint = "Add a caption file beside each image; captions make the concept separable from its surroundings."
-        yield "captions_missing", f"{len(bare)} of {len(ours)} images have no caption: {listing(bare)}.", hint
-    prior = dataset.of_role("prior")
-    if bare := [example.name for example in prior if example.caption_source == "trigger words"]:
-        hint = "Name their class in a caption file beside each, or put them in a folder such as 1_woman."
-        message = f"{len(bare)} of {len(prior)} regularization images have no caption: {listing(bare)}."
-        yield "prior_captions_missing", message, hint
-    small = [example.name for example in dataset.examples if min(example.width, example.height) < resolution / 2]
-    if small:
-        message = f"{len(small)} images are less than half the resolution {resolution}: {listing(small)}."
-        yield "images_tiny", message, "Larger originals train sharper; or lower the resolution."
-    pairs = zip(dataset.examples, plan.sizes, strict=True)
-    if cropped := [example.name for example, size in pairs if cropped_share(example, size) > 1 / 4]:
-        message = f"{len(cropped)} images lose more than a quarter to the crop: {listing(cropped)}."
-        yield (
-            "images_cropped",
-            message,
-            "Crop them yourself around what matters, or let aspect_ratio_bucketing be true.",
-        )
-    if often := [e.name for e in dataset.examples if e.repeats >= 200 * config.repeats]:
-        hint = "A number and _ in front of a folder's name is kohya's mark for repeats; rename it if it is a date."
-        yield "repeats_high", f"{len(often)} images are repeated 200 times or more: {listing(often)}.", hint
-    if doubled := [" = ".join(names) for names in duplicates(dataset)]:
-        yield "duplicates", f"The same image more than once: {listing(doubled)}.", "Remove the copies, or use repeats."
-    thin = [f"{size[0]}x{size[1]}" for size, bucket in plan.buckets.items() if len(bucket) < config.batch_size]
-    if thin and len(plan.buckets) > 1:
-        message = f"{len(thin)} buckets hold less than one batch of {config.batch_size}: {listing(thin)}."
-        yield "buckets_small", message, "Their batches are smaller; a larger bucket_step makes fewer buckets."
-    if config.masked_loss and (whole := [e.name for e in dataset.examples if not e.has_mask]):
-        message = f"{len(whole)} of {len(dataset.examples)} images have no mask: {listing(whole)}."
-        yield "masks_missing", message, f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}."
+    config, examples = plan.config, plan.dataset.examples
+    for flaw in plan.dataset.flaws:
+        yield flaw.code, f"{flaw.path} {flaw.message}.", DATASET_HINTS[flaw.code]
+
+    def names(unwanted: Callable[[Example], bool]) -> list[str]:
+        return [example.name for example in examples if unwanted(example)]
+
+    size_of = dict(zip(examples, plan.sizes, strict=True))
+    bare = [example for example in examples if example.caption_source == "trigger words"]
+    found = {
+        "captions_missing": ("images have no caption", [e.name for e in bare if e.role != "prior"]),
+        "prior_captions_missing": (
+            "regularization images have no caption",
+            [e.name for e in bare if e.role == "prior"],
+        ),
+        "images_tiny": (
+            f"images are less than half the resolution {plan.resolution}",
+            names(lambda example: min(example.width, example.height) < plan.resolution / 2),
+        ),
+        "images_cropped": (
+            "images lose more than a quarter to the crop",
+            names(lambda example: cropped_share(example, size_of[example]) > 1 / 4),
+        ),
+        "repeats_high": (
+            "images are repeated 200 times or more",
+            names(lambda example: example.repeats >= 200 * config.repeats),
+        ),
+        "duplicates": ("images are there more than once", [" = ".join(names) for names in duplicates(plan.dataset)]),
+        "buckets_small": (
+            f"buckets hold less than one batch of {config.batch_size}",
+            [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if len(bucket) < config.batch_size < len(examples)],
+        ),
+        "masks_missing": ("images have no mask", names(lambda example: config.masked_loss and not example.has_mask)),
+    }
+    for code, (what, listed) in found.items():
+        if listed:
+            yield code, f"{len(listed)} {what}: {listing(listed)}.", DATASET_HINTS[code]
 
 
 def duplicates(dataset: Dataset) -> list[list[str]]:
@@ -3280,7 +3284,8 @@ class LoRATrainer:
 
     def cache_images(self) -> None:
         groups = []
-        for (width, height), views in grouped(self.plan.views(), lambda view: view.size).items():
+        unique = {self.keys[view]: view for view in self.plan.views()}.values()
+        for (width, height), views in grouped(unique, lambda view: view.size).items():
             most = 1 if self.device.type == "cpu" else max(1, self.GROUP_PIXELS // (width * height))
             groups += split(views, most)
         missing = self.missing("images", groups)
@@ -3460,12 +3465,12 @@ class LoRATrainer:
         Texts of fewer windows are filled up with the empty text's, as A1111 does.
         """
         embeddings = [TextEmbedding(**self.cached[self.keys[text]]) for text in texts]
-        length = max(embedding.context.shape[1] for embedding in embeddings)
-        filler = self.cached[self.keys[""]]["context"]
-        contexts = [
-            torch.cat([one.context, *[filler] * ((length - one.context.shape[1]) // filler.shape[1])], dim=1)
-            for one in embeddings
-        ]
+        contexts = [one.context for one in embeddings]
+        length = max(context.shape[1] for context in contexts)
+        if any(context.shape[1] < length for context in contexts):
+            empty = self.cached[self.keys[""]]["context"]
+            missing = [(length - context.shape[1]) // empty.shape[1] for context in contexts]
+            contexts = [torch.cat([one, *[empty] * count], dim=1) for one, count in zip(contexts, missing, strict=True)]
         context = torch.cat(contexts).to(self.device, self.dtype)
         if not self.plan.source.family.time_ids:
             return context, None
