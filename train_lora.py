@@ -2364,7 +2364,7 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
         "duplicates": ("images are there more than once", [" = ".join(names) for names in duplicates(plan.dataset)]),
         "buckets_small": (
             f"buckets hold less than one batch of {config.batch_size}",
-            [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if len(bucket) < config.batch_size < len(examples)],
+            [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if len(bucket) < config.batch_size <= len(examples)],
         ),
         "masks_missing": ("images have no mask", names(lambda example: config.masked_loss and not example.has_mask)),
     }
