@@ -2240,6 +2240,25 @@ def test_a_cache_too_large_for_memory_is_read_from_the_output_folder_with_the_sa
 
 
 @needs_torch
+def test_on_a_gpu_groups_are_encoded_at_once_and_as_a_whole_where_a_member_is_missing(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"aspect_ratio_bucketing": False, "max_caption_tokens": 150, "sample_prompts": [LONG]}
+    config = small(images, models / "sdxl", tmp_path / "out", cache_dir=str(tmp_path / "cache"), **changes)
+    alone = prepare(tmp_path, config | {"output_path": str(tmp_path / "alone"), "cache_dir": None})
+    monkeypatch.setattr(trainer.LoRATrainer, "at_once", lambda self, most: 3)
+    grouped = prepare(tmp_path, config)
+    for item, key in alone.keys.items():
+        assert grouped.cached[grouped.keys[item]].keys() == alone.cached[key].keys()
+        for name, tensor in alone.cached[key].items():
+            torch.testing.assert_close(grouped.cached[grouped.keys[item]][name], tensor, atol=2e-3, rtol=2e-3)
+    lost = grouped.keys[grouped.plan.view(1)]
+    next((tmp_path / "cache").glob(f"*/{lost}.safetensors")).unlink()
+    again = prepare(tmp_path, config | {"output_path": str(tmp_path / "again")})
+    assert encoded_counts(again) == {"images": 3}
+
+
+@needs_torch
 def test_a_full_cache_folder_is_no_reason_to_stop_while_memory_holds_it(
     tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3148,10 +3148,7 @@ class LoRATrainer:
 
     MOST_BAD_STEPS = 5  # in a row, before the run ends
     VALIDATION_PARTS = 4  # of the schedule: each held-out image is tried in the middle of each
-    GROUP_TEXTS, GROUP_PIXELS = (
-        32,
-        1024**2,
-    )  # what is encoded at once on a GPU: fixed groups, for the same bits each time
+    GROUP_TEXTS, GROUP_PIXELS = 32, 1024**2  # what is encoded at once on a GPU
 
     def __post_init__(self) -> None:
         self.state = TrainState()
@@ -3272,7 +3269,7 @@ class LoRATrainer:
         free_memory()
 
     def cache_texts(self, tokenizers: Sequence[Any]) -> None:
-        missing = self.missing("texts", split(self.plan.texts, 1 if self.device.type == "cpu" else self.GROUP_TEXTS))
+        missing = self.missing("texts", split(self.plan.texts, self.at_once(self.GROUP_TEXTS)))
         if not missing:
             return
         self.events.info("Loading the text encoders.", phase="loading")
@@ -3286,8 +3283,7 @@ class LoRATrainer:
         groups = []
         unique = {self.keys[view]: view for view in self.plan.views()}.values()
         for (width, height), views in grouped(unique, lambda view: view.size).items():
-            most = 1 if self.device.type == "cpu" else max(1, self.GROUP_PIXELS // (width * height))
-            groups += split(views, most)
+            groups += split(views, self.at_once(self.GROUP_PIXELS // (width * height)))
         missing = self.missing("images", groups)
         if not (missing or self.config.validation_steps or self.config.sample_at_start):
             return  # nobody needs the VAE
@@ -3299,6 +3295,10 @@ class LoRATrainer:
                 self.cached.put(self.keys[view], image)
         self.vae.encoder = self.vae.quant_conv = None
         self.vae.to("cpu")
+
+    def at_once(self, most: int) -> int:
+        """Give how many are encoded together: on the CPU one, so that no bit depends on the others in the batch."""
+        return 1 if self.device.type == "cpu" else max(1, most)
 
     def missing(self, what: str, groups: Sequence[list[T]]) -> list[list[T]]:
         """Choose the groups to encode: as a whole where a member is missing, so that the cache decides no bit."""
