@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageOps, PngImagePlugin
+    from PIL import Image, ImageChops, ImageOps, PngImagePlugin
     from safetensors import safe_open
     from torch import Tensor
 
@@ -182,9 +182,9 @@ def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
 
 def import_checkers() -> None:
     """Import what checks a config, its images and its model without torch; a tenth of a second."""
-    global Draft7Validator, Image, ImageOps, PngImagePlugin, safe_open
+    global Draft7Validator, Image, ImageChops, ImageOps, PngImagePlugin, safe_open
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageOps, PngImagePlugin
+    from PIL import Image, ImageChops, ImageOps, PngImagePlugin
     from safetensors import safe_open
 
 
@@ -1720,11 +1720,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         scale = 257.0 if image.mode != "F" else max(1.0, float(values.max())) / 255
         image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
     if not has_alpha(image):
-        return image.convert("RGB")
-    layer = image if image.mode == "RGBA" else image.convert("RGBA")
-    opaque = Image.new("RGB", layer.size, "white")
-    opaque.paste(layer, mask=layer)
+        return as_mode(image, "RGB")
+    layer = as_mode(image, "RGBA")
+    opaque = layer.convert("RGB")
+    opaque.paste("white", mask=ImageChops.invert(layer.getchannel("A")))
     return opaque
+
+
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert where needed: `convert` copies in any case, and a large image takes 400 MB."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -1732,7 +1737,7 @@ def to_grey(image: Image.Image) -> Image.Image:
 
 
 def to_alpha(image: Image.Image) -> Image.Image:
-    return image.convert("RGBA").getchannel("A")
+    return as_mode(image, "RGBA").getchannel("A")
 
 
 def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
