@@ -3843,4 +3843,6 @@ def test_a_reader_that_sleeps_a_minute_finds_all_but_the_dropped_progress(
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
+    # Side by side where pytest-xdist is installed; it would hide what -s is to show.
+    workers = ["-n", "auto"] if importlib.util.find_spec("xdist") and "-s" not in sys.argv else []
+    sys.exit(pytest.main([__file__, "-q", *workers, *sys.argv[1:]]))
