@@ -314,18 +314,25 @@ def view_of(made: trainer.LoRATrainer, index: int, mirrored: bool = False) -> di
     return made.cached[made.keys[made.plan.view(index, mirrored)]]
 
 
-def prepare(tmp_path: Path, config: Json, *, stop: Quiet | None = None, fresh: bool = False) -> trainer.LoRATrainer:
-    """A trainer in this process, set up but not yet trained."""
+def make_trainer(
+    tmp_path: Path, config: Json, *, stop: Quiet | None = None, fresh: bool = False
+) -> trainer.LoRATrainer:
+    """A trainer in this process that has checked its images and holds its folder."""
     path = tmp_path / "in_process.json"
     write_json(path, config)
     folder = trainer.OutputFolder(Path(config["output_path"]))
     folder.open()
     loaded = trainer.load_config(str(path))
-    made = trainer.LoRATrainer(loaded, scan_quietly(loaded), Recorder(), stop or Quiet(), folder, fresh)
+    return trainer.LoRATrainer(loaded, scan_quietly(loaded), Recorder(), stop or Quiet(), folder, fresh)
+
+
+def prepare(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
+    """The same, set up but not yet trained."""
+    made = make_trainer(tmp_path, config, **options)
     try:
         made.setup()
     except trainer.TrainerError:
-        folder._lock.close()  # type: ignore[union-attr]
+        made.folder._lock.close()  # type: ignore[union-attr]
         raise
     return made
 
@@ -1622,7 +1629,7 @@ def test_every_kind_of_picture_is_read_as_it_looks(tmp_path: Path) -> None:
     trainer.prepare_pillow()
     table = {}
     for number, (name, write, expected) in enumerate(picture_kinds()):
-        with trainer.open_image(write(tmp_path / str(number))) as (image, _):
+        with trainer.open_image(write(tmp_path / str(number)), tmp_path) as (image, _):
             loaded = numpy.asarray(trainer.to_rgb(image)).astype(float)
         wanted = numpy.broadcast_to(expected, (*expected.shape[:2], 3))
         assert loaded.shape == wanted.shape, name
@@ -1640,6 +1647,17 @@ def test_an_image_is_scaled_to_cover_and_cropped_in_the_centre() -> None:
     for left in (2, 61):
         red, _, blue = fitted.getpixel((left, 32))  # type: ignore[misc]
         assert red <= 2 and blue >= 253
+
+
+def test_a_thin_image_is_not_scaled_as_a_whole() -> None:
+    fitted, crop = trainer.fit_image(Image.new("RGB", (1, 20_000), "red"), (1024, 1024))  # 60 GB otherwise
+    assert (fitted.size, crop, fitted.getpixel((9, 9))) == ((1024, 1024), (0, 10_239_488), (255, 0, 0))
+
+
+def test_what_is_transparent_in_a_mask_does_not_train() -> None:
+    for image in (Image.new("RGBA", (4, 4), (255, 255, 255, 0)), Image.new("LA", (4, 4), (255, 0))):
+        assert trainer.to_grey(image).getextrema() == (0, 0)
+    assert trainer.to_grey(Image.new("I;16", (4, 4), 65535)).getextrema() == (255, 255)
 
 
 def test_large_images_are_decoded_one_after_the_other() -> None:
@@ -1687,6 +1705,20 @@ def test_captions_come_from_metadata_then_sidecars_then_trigger_words(tmp_path: 
     assert [flaw.path for flaw in dataset.flaws] == ["metadata.jsonl:3", "metadata.jsonl:4"]
     sources = [example.caption_source for example in dataset.examples]
     assert sources == ["folder name", "metadata.jsonl", "sidecar", "trigger words"]
+
+
+def test_a_huge_metadata_file_costs_little_and_loses_nothing_silently(tmp_path: Path) -> None:
+    folder = save_picture(tmp_path / "images/a.png", Image.new("RGB", (64, 64))).parent
+    path = folder / "metadata.jsonl"
+    path.write_text("x\n" * 1000 + json.dumps({"file_name": "a.png", "text": "long " * 20_000}))
+    (told, *rest, last) = scan(tmp_path, folder).flaws
+    assert (told.path, len(rest), last.message) == ("metadata.jsonl:1", 99, "has 1000 bad lines, which are skipped")
+    path.write_text(json.dumps({"file_name": "a.png", "text": "long " * 20_000}))
+    dataset = scan(tmp_path, folder)
+    assert dataset.flaws[0].message == "is longer than 64 kB; the rest is not read"
+    assert len(dataset.examples[0].caption) < 66_000
+    path.write_text(" " * (1 << 26) + json.dumps({"file_name": "a.png", "text": "lost"}))
+    assert [flaw.message for flaw in scan(tmp_path, folder).flaws] == ["is longer than 65536 kB; the rest is not read"]
 
 
 def test_trigger_words_count_as_whole_words_only() -> None:
@@ -1737,59 +1769,86 @@ def test_captions_are_read_as_editors_write_them(tmp_path: Path, data: bytes, ca
 
 def make_hostile(folder: Path) -> dict[str, str]:
     """Fill a folder with what strangers might send: {name that must be told of: words of its reason}."""
+    folder.mkdir()
+    for name in ("good.png", "good\nname 'x'.png", "told.png", f"{'n' * 247}.png"):  # a mask's name would be too long
+        draw_image(folder / name, (64, 64))
+    with contextlib.suppress(OSError):  # macOS refuses it
+        draw_image(folder / os.fsdecode(b"g\xff.png"), (64, 64))
+    Image.new("RGB", (1, 20_000)).save(folder / "thin.png")
+    return make_evasions(folder) | make_junk(folder) | make_bad_metadata(folder / "metadata.jsonl")
+
+
+def make_evasions(folder: Path) -> dict[str, str]:
+    """Add links that lead out, in circles or nowhere, pipes, devices and sockets: as images, captions and masks."""
     outside = folder.parent / "outside"
     outside.mkdir()
     draw_image(outside / "secret.png", (64, 64))
     (outside / "secret.txt").write_text("secret")
-    folder.mkdir()
-    for name in ("good.png", "good\nname 'x'.png", "told.png", "led out.png", "piped.png", "masked.png", "bare.png"):
+    for name in ("led out.png", "piped.png", "masked.png"):
         draw_image(folder / name, (64, 64))
-    bad = {"link.png": "leads out", "loop.png": "nowhere", "dangling.png": "nowhere", "linked": "links to folders"}
-    (folder / "link.png").symlink_to(outside / "secret.png")
-    (folder / "loop.png").symlink_to("loop.png")
-    (folder / "dangling.png").symlink_to("nothing.png")
-    (folder / "linked").symlink_to(outside)
     (folder / "circle").mkdir()
-    (folder / "circle/circle").symlink_to(folder / "circle")
+    links: dict[str, str | Path] = {
+        "link.png": outside / "secret.png",
+        "loop.png": "loop.png",
+        "dangling.png": "nothing.png",
+    }
+    links |= {"linked": outside, "circle/circle": folder / "circle", "device.png": "/dev/zero"}
+    links |= {"led out.txt": outside / "secret.txt", "masked-masklabel.png": outside / "secret.png"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
     os.mkfifo(folder / "pipe.png")
-    (folder / "device.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "piped.txt")
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as unix:
         unix.bind(os.path.relpath(folder / "socket.png"))
-    bad |= {"circle/circle": "links to folders", "pipe.png": "not a regular", "device.png": "leads out"}
-    (folder / "led out.txt").symlink_to(outside / "secret.txt")
-    os.mkfifo(folder / "piped.txt")
-    (folder / "masked-masklabel.png").symlink_to(outside / "secret.png")
-    bad |= {"socket.png": "not a regular", "led out.png": "led out.txt", "piped.png": "piped.txt"}
-    bad |= {"masked.png": "leads out"}
-    with contextlib.suppress(OSError):  # macOS refuses it
-        draw_image(folder / os.fsdecode(b"g\xff.png"), (64, 64))
+    return {
+        **{"link.png": "leads out", "device.png": "leads out", "masked.png": "leads out", "led out.png": "led out.txt"},
+        **{"loop.png": "leads nowhere", "dangling.png": "leads nowhere"},
+        **{"linked": "links to folders", "circle/circle": "links to folders"},
+        **{"pipe.png": "not a regular", "socket.png": "not a regular", "piped.png": "piped.txt: not a regular"},
+    }
+
+
+def make_junk(folder: Path) -> dict[str, str]:
+    """Add bombs, cut files, other formats under wrong names, and a mask that is none."""
+    bad = {"bomb.png": "exceeds limit", "wide.png": "exceeds limit", "sparse.png": "more than 1024 MB"}
     Image.new("1", (30000, 30000)).save(folder / "bomb.png")
     Image.new("1", (12001, 10000)).save(folder / "wide.png")
     with (folder / "sparse.png").open("wb") as sparse:
         sparse.truncate(3 << 30)
-    good = Image.open(folder / "good.png")
-    for suffix in ("jpg", "png", "webp", "bmp", "tif", "avif"):
-        if f".{suffix}" in Image.registered_extensions():
-            data = save_picture(folder / f"cut.{suffix}", good).read_bytes()
-            (folder / f"cut.{suffix}").write_bytes(data[: len(data) * 2 // 3])
-            bad[f"cut.{suffix}"] = ""
-    good.save(folder / "script.jpg", "EPS")
-    good.convert("P").save(folder / "other.png", "GIF")
+    with Image.open(folder / "good.png") as good:
+        scans = save_picture(folder / "scans.jpg", good, progressive=True).read_bytes()
+        for suffix in ("jpg", "png", "webp", "bmp", "tif", "avif"):
+            if f".{suffix}" in Image.registered_extensions():
+                data = save_picture(folder / f"cut.{suffix}", good).read_bytes()
+                (folder / f"cut.{suffix}").write_bytes(data[: len(data) * 2 // 3])
+                bad[f"cut.{suffix}"] = "is skipped"
+        good.save(folder / "script.jpg", "EPS")
+        good.convert("P").save(folder / "other.png", "GIF")
+        good.save(folder / "maskless.png")
+    last = scans[scans.rfind(b"\xff\xda") : -2]
+    (folder / "scans.jpg").write_bytes(scans[:-2] + last * 100 + scans[-2:])
     (folder / "page.jpg").write_text("<html><svg/></html>")
-    (folder / "empty.webp").touch()
-    bad |= dict.fromkeys(("script.jpg", "other.png", "page.jpg", "empty.webp"), "no image of a known format")
-    bad |= {"bomb.png": "exceeds limit", "wide.png": "exceeds limit", "sparse.png": "more than 1024 MB"}
-    entries: list[Any] = [
-        {"file_name": name, "text": "secret"} for name in ("../outside/secret.png", "/etc/passwd.png")
-    ]
-    entries += [{"file_name": "C:\\secret.png", "text": ""}, {"file_name": "told.png", "text": 1}, [], "x", 7, None]
-    entries += [{"file_name": "told.png", "text": "told \ud800"}, {"file_name": "nowhere.png", "text": "x"}]
+    (folder / "maskless-masklabel.png").write_text("no mask")
+    for name in ("empty.webp", "phone.heic"):
+        (folder / name).touch()
+    bad |= dict.fromkeys(
+        ("script.jpg", "other.png", "page.jpg", "empty.webp"), "is skipped: no image of a known format"
+    )
+    bad |= {"maskless.png": "mask maskless-masklabel.png: no image of a known format"}
+    return bad | {"scans.jpg": "minutes to decode", "phone.heic": ".heic is not read"}
+
+
+def make_bad_metadata(path: Path) -> dict[str, str]:
+    """Write one good line, that of told.png, among bad ones."""
+    outside = ["../outside/secret.png", "/etc/passwd.png", "C:\\secret.png", "\\\\host\\secret.png"]
+    entries: list[Any] = [{"file_name": name, "text": "secret"} for name in outside]
+    entries += [{"file_name": "told.png", "text": 1}, {"file_name": 1, "text": "x"}, [], "x", 7, None]
     lines = [*map(json.dumps, entries), "[" * 100_000, "{"]
-    (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
-    bad |= {f"metadata.jsonl:{number}": "" for number in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12)} | {
-        "metadata.jsonl": "nowhere"
-    }
-    return bad
+    good = [{"file_name": "told.png", "text": "told \ud800"}, {"file_name": "nowhere.png", "text": "x"}]
+    path.write_text("\n".join([*lines, "", *map(json.dumps, good)]), "utf-8")
+    bad = {f"metadata.jsonl:{number}": "leads out" for number in range(1, 5)}
+    bad |= {f"metadata.jsonl:{number}": "both strings" for number in range(5, 13)}
+    return bad | {"metadata.jsonl": 'names 1 files that are no images of the folder: "nowhere.png"'}
 
 
 @posix
@@ -1807,7 +1866,7 @@ def test_hostile_files_are_named_none_outside_is_opened_and_the_rest_trains(tmp_
     assert [name for name in bad if not any(message.startswith(name) for message in warned)] == []
     captions = {example.name: example.caption for example in made.plan.dataset.examples}
     assert captions.pop("told.png") == "zorb, told ?"
-    assert set(captions.values()) == {"zorb"} and len(captions) >= 3
+    assert set(captions.values()) == {"zorb"} and len(captions) >= 5
     assert made.final_path.exists()
     assert [path for path in OPENED if "secret" in path or path.startswith("/dev")] == []
     with pytest.raises(trainer.TrainerError) as caught:
@@ -1818,6 +1877,29 @@ def test_hostile_files_are_named_none_outside_is_opened_and_the_rest_trains(tmp_
 
 OPENED: list[str] = []  # every path that this process opened
 sys.addaudithook(lambda event, details: OPENED.append(str(details[0])) if event == "open" else None)
+
+
+@posix
+def test_a_thousand_nested_folders_are_searched_or_named(tmp_path: Path) -> None:
+    draw_image(save_picture(tmp_path / "images/a.png", Image.new("RGB", (64, 64))), (64, 64))
+    folder = tmp_path / "images"
+    try:
+        for _ in range(1100):  # more than Python calls into each other
+            folder /= "d"
+            folder.mkdir()
+        draw_image(folder / "deep.png", (64, 64), 1)
+        assert len(scan(tmp_path, tmp_path / "images").examples) == 2
+        place = os.open(folder, os.O_RDONLY)
+        for _ in range(10):  # longer than a path may be
+            os.mkdir("long" * 50, dir_fd=place)
+            inner = os.open("long" * 50, os.O_RDONLY, dir_fd=place)
+            os.close(place)
+            place = inner
+        os.close(place)
+        (flaw,) = scan(tmp_path, tmp_path / "images").flaws
+        assert flaw.message == "is skipped: its path is too long, or it cannot be read"
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "images"], check=True)  # shutil's calls itself too
 
 
 def test_an_empty_or_unusable_folder_is_an_error_that_says_what_was_found(tmp_path: Path) -> None:
@@ -1842,7 +1924,7 @@ def test_our_own_output_is_never_a_training_image(tmp_path: Path) -> None:
     assert [example.name for example in same.examples] == ["out/samples/step_1_0.png", "photo.png"]
 
 
-def test_kohya_folders_repeat_and_a_zero_leaves_out(tmp_path: Path) -> None:
+def test_kohya_folders_repeat_and_a_zero_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "images"
     for number, name in enumerate(("10_zorb/a.png", "10_zorb/deep/b.png", "0_off/c.png", "d.png", "1_x/2_y/e.png")):
         save_picture(folder / name, Image.new("RGB", (64, 64), (number, 0, 0)))
@@ -1854,6 +1936,10 @@ def test_kohya_folders_repeat_and_a_zero_leaves_out(tmp_path: Path) -> None:
         "d.png": (3, "zorb"),
     }
     assert [flaw.path for flaw in dataset.flaws] == ["0_off/c.png"]
+    monkeypatch.setattr(trainer, "MAX_SHOWN", 229_999)
+    with pytest.raises(trainer.TrainerError, match="230,000 images") as caught:
+        plan_of(tmp_path, folder, repeats=10_000)
+    assert caught.value.code == "config_invalid"
 
 
 def plan_of(tmp_path: Path, dataset: Path, **changes: Any) -> trainer.Plan:
@@ -1910,7 +1996,9 @@ def random_examples(count: int) -> list[trainer.Example]:
         height = min(max(height, width // 4), width * 4)
         nowhere = Path(f"{number}.png")
         made.append(
-            trainer.Example(str(number), nowhere, "", "", 1, width, height, str(number), "train", False, None, "")
+            trainer.Example(
+                str(number), nowhere, nowhere, "", "", 1, width, height, str(number), "train", False, None, ""
+            )
         )
     return made
 
@@ -1986,6 +2074,12 @@ def test_shuffled_captions_keep_their_first_tags_and_more_passes_only_add(tmp_pa
     assert len(trainer.caption_variants(caption, config, 99)) == 16
     assert trainer.caption_variants(caption, dataclasses.replace(config, seed=1), 9) != variants
     assert trainer.caption_variants(caption, dataclasses.replace(config, shuffle_tags=False), 9) == (caption,)
+    for number in range(2):
+        save_picture(tmp_path / f"images/{number}.png", Image.new("RGB", (64, 64), (number, 0, 0)))
+        (tmp_path / f"images/{number}.txt").write_text(caption)
+    plan = plan_of(tmp_path, tmp_path / "images", shuffle_tags=True, validation_split=0.5, epochs=3)
+    by_role = {example.role: texts for example, texts in zip(plan.dataset.examples, plan.variants, strict=True)}
+    assert by_role["validation"] == (caption,) and len(by_role["train"]) == 3
 
 
 def test_a_view_is_a_pure_draw_with_the_configured_shares(tmp_path: Path) -> None:
@@ -2201,6 +2295,16 @@ def test_a_second_run_encodes_nothing_and_one_changed_image_is_the_only_one_enco
     said = [event["message"] for event in emitted(made, "info")]
     assert "10 of 10 images are in the cache already." in said
     assert "7 of 7 texts are in the cache already." in said
+    entries = [next((tmp_path / "cache").glob(f"*/{key}.safetensors")) for key in made.keys.values()]
+    whole = [entry.read_bytes() for entry in entries]
+    zeros = whole[4][: len(whole[4]) // 2] + bytes(len(whole[4]) // 2)
+    for entry, data in zip(entries[1:], [b"", b"junk", whole[3][:-1], zeros, whole[0]], strict=False):
+        entry.write_bytes(data)
+    make_pipe(entries[8])
+    assert sum(again("junk").values()) == 6
+    assert [trainer.tensor_bytes_hash(entry.read_bytes()) for entry in entries] == [
+        *map(trainer.tensor_bytes_hash, whole)
+    ]
     assert again("3", steps=4) == {}
     assert_same_tensors(tmp_path / "1/lora_final.safetensors", tmp_path / "memory/lora_final.safetensors")
     draw_image(folder / "3.png", (128, 128), 99)
@@ -2209,11 +2313,6 @@ def test_a_second_run_encodes_nothing_and_one_changed_image_is_the_only_one_enco
     assert again("5", random_flip=False) == {"captions": 1}
     assert again("6", random_flip=False, resolution=96) == {"images": 5}
     assert again("7", random_flip=False, max_caption_tokens=150) == {"captions": 7}
-    entries = sorted((tmp_path / "cache").glob("*/*.safetensors"))
-    junk = [b"", b"junk", entries[0].read_bytes()[:-1], entries[3].read_bytes()]
-    for entry, data in zip(entries, junk, strict=False):
-        entry.write_bytes(data)
-    again("8", random_flip=True)
     vae = model / "vae/diffusion_pytorch_model.safetensors"
     vae.write_bytes(vae.read_bytes()[:-1] + bytes([vae.read_bytes()[-1] ^ 1]))
     assert again("9", random_flip=False) == {"images": 5}
@@ -2233,10 +2332,18 @@ def test_a_cache_too_large_for_memory_is_read_from_the_output_folder_with_the_sa
     held = sum(tensor.nbytes for key in in_memory.keys.values() for tensor in in_memory.cached[key].values())
     assert made.plan.cache.size_bytes == pytest.approx(held, rel=0.05)
     assert_same_tensors(made.final_path, in_memory.final_path)
-    for entry in entries:
-        entry.unlink()
-    with pytest.raises(trainer.TrainerError, match="is gone"):
-        made.collate(0)
+    real = trainer.LoRATrainer.advance
+
+    def advance_and_remove(self: trainer.LoRATrainer, step: int, loss: float) -> float:
+        grad_norm = real(self, step, loss)
+        shutil.rmtree(tmp_path / "lost/cache", ignore_errors=True)
+        return grad_norm
+
+    monkeypatch.setattr(trainer.LoRATrainer, "advance", advance_and_remove)
+    interrupted = make_trainer(tmp_path, config | {"output_path": str(tmp_path / "lost")})
+    with pytest.raises(trainer.TrainerError, match="is gone") as caught:
+        interrupted.run()
+    assert (caught.value.code, interrupted.stop.saved.step) == ("dataset_unreadable", 1)
 
 
 @needs_torch
@@ -2277,17 +2384,28 @@ def test_a_full_cache_folder_is_no_reason_to_stop_while_memory_holds_it(
     assert caught.value.code == "disk_full"
 
 
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+SWAPS: dict[str, Callable[[Path], None]] = {
+    "changed": lambda path: draw_image(path, (64, 100), 9),
+    "gone": Path.unlink,
+    "pipe": make_pipe,
+    "link out": lambda path: path.symlink_to(path.rename(path.parent.parent / "moved.png")),
+}
+
+
+@posix
 @needs_torch
-def test_an_image_that_changes_after_its_check_is_not_cached_under_its_old_name(
-    tmp_path: Path, images: Path, models: Path
+@pytest.mark.parametrize("swap", SWAPS)
+def test_an_image_that_is_swapped_after_its_check_is_neither_opened_nor_cached_under_its_old_name(
+    tmp_path: Path, images: Path, models: Path, swap: str
 ) -> None:
     folder = shutil.copytree(images, tmp_path / "images")
-    loaded = parse(tmp_path, small(folder, models / "sd15", tmp_path / "out"))
-    dataset = scan_quietly(loaded)
-    draw_image(folder / "2.png", (64, 100), 9)
-    output = trainer.OutputFolder(tmp_path / "out")
-    output.open()
-    made = trainer.LoRATrainer(loaded, dataset, Recorder(), Quiet(), output)
+    made = make_trainer(tmp_path, small(folder, models / "sd15", tmp_path / "out"))
+    SWAPS[swap](folder / "2.png")
     with pytest.raises(trainer.TrainerError, match=r"2\.png has changed meanwhile") as caught:
         made.setup()
     assert caught.value.code == "dataset_unreadable"

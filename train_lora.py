@@ -68,6 +68,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -515,7 +516,8 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
 
 def combination_problems(values: JSON) -> list[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself."""
-    if values["regularization_path"] == values["dataset_path"]:
+    reg, dataset = values["regularization_path"], values["dataset_path"]
+    if reg and os.path.realpath(reg) == os.path.realpath(dataset):
         return [problem("regularization_path", "must be another folder than dataset_path")]
     return []
 
@@ -1048,6 +1050,14 @@ def write_file(path: Path, data: bytes) -> None:
 def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
     bytes(2 * sum(tensor.nbytes for tensor in tensors.values()))  # safetensors would abort where this only raises
     return bytes(safetensors.torch.save(dict(tensors), metadata=dict(header)))
+
+
+def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -1644,10 +1654,16 @@ def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware 
 # ======================================================================================
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+UNREAD_SUFFIXES = {".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga", ".jp2"}  # pictures all the same
 MASK_SUFFIX = "-masklabel.png"  # OneTrainer's name for the mask beside an image
 MAX_PIXELS = 120_000_000  # of one image: beyond what phones and cameras make
 MAX_FILE_BYTES = 1 << 30
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten
+EXIF_TURNS = {
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
+    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -1681,22 +1697,48 @@ def prepare_pillow() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
+def why_not_open(path: Path, root: Path) -> str:
+    """Say why a file of a dataset is not opened: only regular files inside `root` are; '' where it may be."""
+    try:
+        if not path.resolve(strict=True).is_relative_to(root.resolve()):
+            return "a link that leads out of the folder"
+        return "" if path.is_file() else "not a regular file"
+    except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
+        return "a link that leads nowhere" if path.is_symlink() else "it cannot be opened"
+
+
 @contextlib.contextmanager
-def open_image(path: Path) -> Iterator[tuple[Image.Image, str]]:
+def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file inside `root`, also where it was swapped for a pipe or a link a moment ago.
+
+    Raises ValueError with the reason; OSError.
+    """
+    if reason := why_not_open(path, root):
+        raise ValueError(reason)
+    at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe would make us wait for its writer
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        yield file
+
+
+@contextlib.contextmanager
+def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
     """Decode a file's first frame, upright (EXIF) and in its own mode: (image, SHA-256 of the file).
 
     Raises whatever Pillow's plugins do on broken files, from struct.error to SyntaxError.
     """
-    with path.open("rb") as file:
+    with open_inside(path, root) as file:
         if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
         digest = file_digest(file)
         file.seek(0)
         known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
         image: Image.Image = Image.open(file, formats=known)
+        refuse_slow(image, file)
         with DECODED.take(image.width * image.height):
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            image = upright(image)
             yield image, digest
 
 
@@ -1707,12 +1749,35 @@ def file_digest(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
+def refuse_slow(image: Image.Image, file: IO[bytes]) -> None:
+    """Refuse what is small and takes minutes to decode: a hundred scans over one JPEG, run lengths in a large BMP."""
+    place = file.tell()
+    file.seek(0)
+    scans = (
+        sum(chunk.count(b"\xff\xda") for chunk in iter(lambda: file.read(1 << 20), b""))
+        if image.format == "JPEG"
+        else 0
+    )
+    slow_bmp = image.format == "BMP" and image.info.get("compression") in (1, 2) and file.seek(0, os.SEEK_END) > 1 << 22
+    file.seek(place)
+    if scans > MAX_SCANS or slow_bmp:
+        raise ValueError("it would take minutes to decode; save it anew, as PNG say")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as EXIF's orientation says; whatever else is broken in its EXIF does not matter."""
+    with contextlib.suppress(Exception):
+        turn = EXIF_TURNS.get(image.getexif().get(0x0112, 1))
+        return image if turn is None else image.transpose(Image.Transpose[turn])
+    return image
+
+
 def has_alpha(image: Image.Image) -> bool:
     return "A" in image.mode or "transparency" in image.info
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit RGB: transparency on white, 16 bits scaled."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert any mode to 8-bit RGB: transparency on the background, 16 bits scaled."""
     if image.mode.startswith("I") or image.mode == "F":
         import numpy
 
@@ -1723,7 +1788,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return as_mode(image, "RGB")
     layer = as_mode(image, "RGBA")
     opaque = layer.convert("RGB")
-    opaque.paste("white", mask=ImageChops.invert(layer.getchannel("A")))
+    opaque.paste(background, mask=ImageChops.invert(layer.getchannel("A")))
     return opaque
 
 
@@ -1733,7 +1798,7 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    return to_rgb(image).convert("L")
+    return to_rgb(image, "black").convert("L")
 
 
 def to_alpha(image: Image.Image) -> Image.Image:
@@ -1741,12 +1806,16 @@ def to_alpha(image: Image.Image) -> Image.Image:
 
 
 def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
-    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop)."""
+    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop, in scaled pixels).
+
+    Only what is kept is scaled: a picture of one pixel by 20,000 would take gigabytes otherwise.
+    """
     scale = max(size[0] / image.width, size[1] / image.height)
     covered = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
     left, top = (covered[0] - size[0]) // 2, (covered[1] - size[1]) // 2
-    scaled = image if covered == image.size else image.resize(covered, Image.Resampling.LANCZOS)
-    return scaled.crop((left, top, left + size[0], top + size[1])), (left, top)
+    across, down = image.width / covered[0], image.height / covered[1]
+    box = (left * across, top * down, (left + size[0]) * across, (top + size[1]) * down)
+    return image.resize(size, Image.Resampling.LANCZOS, box), (left, top)
 
 
 # ======================================================================================
@@ -1754,7 +1823,7 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # ======================================================================================
 
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
-MAX_REPEATS = 10_000  # what the schema allows too
+MAX_SHOWN = 1_000_000  # images in an epoch, repeats counted
 MAX_CAPTION_BYTES = 1 << 16
 MAX_METADATA_BYTES = 1 << 26
 MAX_BAD_LINES = 100  # of metadata.jsonl, that are told one by one
@@ -1771,6 +1840,7 @@ class Example:
 
     name: str
     path: Path
+    root: Path  # the folder that no file of it may be outside of
     caption: str
     caption_source: str
     repeats: int
@@ -1807,7 +1877,7 @@ class View:
     masked: bool
 
     def identity(self) -> list[Any]:
-        """Give all that decides the pixels."""
+        """Give all that decides the pixels; names and folders do not."""
         mask = [self.example.mask_digest] if self.masked else []
         return [self.example.digest, self.size, self.mirrored, *mask]
 
@@ -1832,7 +1902,7 @@ class View:
         )
 
     def fit(self, path: Path, digest: str, convert: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, Size]:
-        with open_image(path) as (image, found):
+        with open_image(path, self.example.root) as (image, found):
             if found != digest:
                 raise ValueError("its content is another one")
             image = convert(image)
@@ -1923,82 +1993,89 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int | Non
 
 def find_images(root: Path, excluded: set[Path]) -> tuple[list[Path], list[Flaw]]:
     """List image files below the root, sorted, and what is refused; without hidden ones, masks, `excluded` folders."""
-    inside = root.resolve()
     found: list[Path] = []
     flaws: list[Flaw] = []
 
-    def refuse(path: str | Path, reason: str) -> None:
-        flaws.append(Flaw("image_skipped", Path(path).relative_to(root).as_posix(), f"is skipped: {reason}"))
+    def refuse(path: Path, reason: str) -> None:
+        flaws.append(Flaw("image_skipped", path.relative_to(root).as_posix(), f"is skipped: {reason}"))
 
-    def unreadable(error: OSError) -> None:
-        if Path(error.filename) == root:
-            raise error
-        refuse(error.filename, f"the folder cannot be read ({error.strerror})")
-
-    for folder, folders, names in os.walk(root, onerror=unreadable):
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
-        for link in [name for name in folders if Path(folder, name).is_symlink()]:
-            refuse(Path(folder, link), "links to folders are not followed")
-        folders[:] = [name for name in folders if Path(folder, name).resolve() not in excluded - {inside}]
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or name.endswith(MASK_SUFFIX):
-                continue
-            if reason := why_not_open(path, inside):
-                refuse(path, reason)
-            else:
-                found.append(path)
-    return sorted(found), flaws
-
-
-def why_not_open(path: Path, inside: Path) -> str:
-    """Say why a file of a dataset is not opened: only regular files inside the folder are; '' where it may be."""
-    try:
-        if not path.resolve(strict=True).is_relative_to(inside):
-            return "a link that leads out of the folder"
-        return "" if path.is_file() else "not a regular file"
-    except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
-        return "a link that leads nowhere" if path.is_symlink() else "it cannot be opened"
+    waiting = [root]  # os.walk calls itself, before Python 3.12, and a thousand nested folders end that
+    while waiting:
+        folder = waiting.pop()
+        try:
+            names = sorted(os.listdir(folder))  # noqa: PTH208
+        except OSError as error:
+            if folder == root:
+                raise
+            refuse(folder, f"the folder cannot be read ({error.strerror})")
+            continue
+        for path in [folder / name for name in names if not name.startswith(".")]:
+            suffix, folder_there = path.suffix.lower(), os.path.isdir(path)  # noqa: PTH112  # Path's may raise
+            if not os.path.lexists(path):
+                refuse(path, "its path is too long, or it cannot be read")
+            elif folder_there and path.is_symlink():
+                refuse(path, "links to folders are not followed")
+            elif folder_there:
+                waiting += [path] if path.resolve() not in excluded else []
+            elif suffix in UNREAD_SUFFIXES:
+                refuse(path, f"{suffix} is not read; save it as PNG or JPEG")
+            elif suffix in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_SUFFIX):
+                if reason := why_not_open(path, root):
+                    refuse(path, reason)
+                else:
+                    found.append(path)
+    return sorted(found), sorted(flaws, key=lambda flaw: flaw.path)
 
 
 def read_metadata(root: Path, names: Collection[str]) -> tuple[dict[str, str], list[Flaw]]:
     """Read metadata.jsonl (`file_name`, `text`) for the images of these names: ({name: caption}, flaws)."""
     path = root / "metadata.jsonl"
-    if not path.is_symlink() and not path.exists():
-        return {}, []
-    try:
-        text, _ = read_text(path, root.resolve(), MAX_METADATA_BYTES)
-    except (OSError, ValueError) as error:
-        return {}, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
     captions: dict[str, str] = {}
-    bad, unknown, flaws = 0, [], []
+    flaws: list[Flaw] = []
+    if not os.path.lexists(path):
+        return captions, flaws
+
+    def tell(code: str, message: str, number: int = 0) -> None:
+        if len(flaws) < MAX_BAD_LINES:
+            flaws.append(Flaw(code, f"{path.name}:{number}" if number else path.name, message))
+
+    try:
+        text, odd = read_text(path, root, MAX_METADATA_BYTES)
+    except (OSError, ValueError) as error:
+        return captions, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
+    if odd:
+        tell("caption_doubtful", odd)
+    bad, unknown = 0, []
     for number, line in enumerate(io.StringIO(text), 1):
         try:
-            if line.strip():
-                name, caption = parse_metadata(line)
-                captions |= {name: caption} if name in names else {}
-                unknown += [] if name in names else [name]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            name, caption = parse_metadata(line) if line.strip() else ("", "")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings, in JSON"
+            tell("caption_skipped", f"is skipped: {reason}", number)
             bad += 1
-            reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings"
-            if bad <= MAX_BAD_LINES:
-                flaws.append(Flaw("caption_skipped", f"{path.name}:{number}", f"is skipped: {reason}"))
-    if bad > MAX_BAD_LINES:
-        flaws.append(Flaw("caption_skipped", path.name, f"has {bad - MAX_BAD_LINES} more lines that are skipped"))
+            continue
+        if name in names:
+            captions[name] = caption[:MAX_CAPTION_BYTES]
+            if len(caption) > MAX_CAPTION_BYTES:
+                tell("caption_doubtful", f"is longer than {MAX_CAPTION_BYTES >> 10} kB; the rest is not read", number)
+        elif name:
+            unknown.append(show(name))
     if unknown:
-        what = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
-        flaws.append(Flaw("caption_skipped", path.name, what))
+        names_them = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
+        flaws.append(Flaw("caption_skipped", path.name, names_them))
+    if bad > MAX_BAD_LINES:
+        flaws.append(Flaw("caption_skipped", path.name, f"has {bad} bad lines, which are skipped"))
     return captions, flaws
 
 
 def parse_metadata(line: str) -> tuple[str, str]:
     """Read one line: (name as find_images gives it, caption)."""
     entry = json.loads(line)
+    if not (isinstance(entry["file_name"], str) and isinstance(entry["text"], str)):
+        raise TypeError(entry)
     name = PurePosixPath(entry["file_name"].replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
         raise ValueError(f"{show(str(name))} leads out of the folder")
-    if not isinstance(entry["text"], str):
-        raise TypeError("text")
     return name.as_posix(), entry["text"]
 
 
@@ -2011,14 +2088,12 @@ BYTE_ORDER_MARKS = {
 }
 
 
-def read_text(path: Path, inside: Path, limit: int) -> tuple[str, str]:
+def read_text(path: Path, root: Path, limit: int) -> tuple[str, str]:
     """Read a text file as people's editors write them: (text, what is odd about it, or '').
 
     Raises ValueError: it must not be opened, or is no text; OSError.
     """
-    if reason := why_not_open(path, inside):
-        raise ValueError(reason)
-    with path.open("rb") as file:
+    with open_inside(path, root) as file:
         data = file.read(limit + 1)
     odd = f"is longer than {limit >> 10} kB; the rest is not read" if len(data) > limit else ""
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
@@ -2040,10 +2115,10 @@ def check_image(
     name = path.relative_to(root).as_posix()
     told = f"{root.name}/{name}" if prior else name
     try:
-        with open_image(path) as (image, digest):
+        with open_image(path, root) as (image, digest):
             size, alpha = image.size, has_alpha(image)
         folder = kohya_folder(name)
-        repeats = min(MAX_REPEATS, (1 if prior else config.repeats) * (int(folder[1]) if folder else 1))
+        repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
         if not repeats:
             raise ValueError("its folder repeats it 0 times")
         caption, source, flaws = find_caption(path, name, root, config, described)
@@ -2051,14 +2126,17 @@ def check_image(
     except MemoryError:
         raise
     except Exception as error:  # see open_image
-        unknown = type(error).__name__ == "UnidentifiedImageError"
-        reason = "no image of a known format" if unknown else str(error) or type(error).__name__
-        return None, [Flaw("image_skipped", told, f"is skipped: {reason}")]
+        return None, [Flaw("image_skipped", told, f"is skipped: {image_trouble(error)}")]
     caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
     if not prior:
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
     role = "prior" if prior else "train"
-    return Example(told, path, caption, source, repeats, *size, digest, role, alpha, mask, mask_digest), flaws
+    return Example(told, path, root, caption, source, repeats, *size, digest, role, alpha, mask, mask_digest), flaws
+
+
+def image_trouble(error: Exception) -> str:
+    unknown = type(error).__name__ == "UnidentifiedImageError"
+    return "no image of a known format" if unknown else str(error) or type(error).__name__
 
 
 def kohya_folder(name: str) -> re.Match[str] | None:
@@ -2077,9 +2155,9 @@ def find_caption(
     sidecar, flaws = path.with_suffix(config.caption_extension), []
     if described.get(name, "").strip():
         return described[name].strip(), "metadata.jsonl", []
-    if sidecar.is_symlink() or sidecar.exists():
+    if os.path.lexists(sidecar):
         try:
-            text, odd = read_text(sidecar, root.resolve(), MAX_CAPTION_BYTES)
+            text, odd = read_text(sidecar, root, MAX_CAPTION_BYTES)
         except ValueError as error:
             raise ValueError(f"its caption {sidecar.name}: {error}") from error
         flaws = [Flaw("caption_doubtful", sidecar.relative_to(root).as_posix(), odd)] if odd else []
@@ -2095,13 +2173,14 @@ def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
     Raises ValueError: it cannot be used.
     """
     mask = path.with_name(path.stem + MASK_SUFFIX)
-    if not mask.is_symlink() and not mask.exists():
+    if not os.path.lexists(mask):
         return None, ""
-    if reason := why_not_open(mask, root.resolve()):
-        raise ValueError(f"its mask {mask.name}: {reason}")
-    with open_image(mask) as (image, digest):
-        if image.size != size:
-            raise ValueError(f"its mask {mask.name} has another size ({image.width}x{image.height})")
+    try:
+        with open_image(mask, root) as (image, digest):
+            if image.size != size:
+                raise ValueError(f"it has another size ({image.width}x{image.height})")
+    except Exception as error:  # see open_image
+        raise ValueError(f"its mask {mask.name}: {image_trouble(error)}") from error
     return mask, digest
 
 
@@ -2333,6 +2412,7 @@ DATASET_HINTS = {
     "repeats_high": "A number and _ before a folder's name are kohya's mark for repeats; rename it if it is a date.",
     "duplicates": "Remove the copies, or use repeats.",
     "buckets_small": "Their batches are smaller; a larger bucket_step makes fewer buckets.",
+    "validation_empty": "validation_split needs two images of different content.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}.",
 }
 
@@ -2371,6 +2451,10 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
             f"buckets hold less than one batch of {config.batch_size}",
             [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if len(bucket) < config.batch_size <= len(examples)],
         ),
+        "validation_empty": (
+            "images are too few to hold one out",
+            names(lambda example: bool(config.validation_split) and len(plan.dataset.of_role("validation")) == 0),
+        ),
         "masks_missing": ("images have no mask", names(lambda example: config.masked_loss and not example.has_mask)),
     }
     for code, (what, listed) in found.items():
@@ -2391,11 +2475,17 @@ def make_plan(
     square = [(resolution, resolution)]
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
     sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
+    if (shown := sum(example.repeats for example in dataset.of_role("train"))) > MAX_SHOWN:
+        message = f"An epoch would show {shown:,} images, repeats counted; the limit is {MAX_SHOWN:,}."
+        raise TrainerError("config_invalid", message, "Lower repeats, or the numbers before kohya folders' names.")
     buckets = make_buckets(dataset, sizes)
     total_steps = count_steps(config, buckets)
     epochs = epochs_done(config, buckets, total_steps)
     variants = [
-        caption_variants(example.caption, config, math.ceil(epochs * example.repeats)) for example in dataset.examples
+        (example.caption,)
+        if example.role == "validation"
+        else caption_variants(example.caption, config, math.ceil(epochs * example.repeats))
+        for example in dataset.examples
     ]
     prompts = ("", *config.sample_prompts, config.sample_negative_prompt)
     texts = list(dict.fromkeys(itertools.chain(*variants, prompts)))
@@ -2800,7 +2890,7 @@ class Cache:
                     left.unlink()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._entries or self._read(key) is not None
+        return key in self._entries or self._read(key, verify=True) is not None
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         entry = self._entries.get(key) or self._read(key)
@@ -2819,7 +2909,7 @@ class Cache:
         if self._folder is None:
             return
         try:
-            write_file(self._path(key), serialize(tensors, {"key": key}))
+            write_file(self._path(key), serialize(tensors, {"key": key, "sha256": content_hash(tensors, key)}))
         except TrainerError as error:
             if not self._in_memory:
                 raise
@@ -2830,16 +2920,16 @@ class Cache:
         assert self._folder is not None
         return self._folder / key[:2] / f"{key}.safetensors"
 
-    def _read(self, key: str) -> dict[str, Tensor] | None:
+    def _read(self, key: str, verify: bool = False) -> dict[str, Tensor] | None:
         """Map an entry's file; None where it is missing or not whole."""
-        if self._folder is None:
+        if self._folder is None or not self._path(key).is_file():
             return None
         try:
             with safe_open(self._path(key), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if file.metadata().get("key") != key:
-                    return None
-        except Exception:  # missing, torn, no safetensors file: encoded again in all cases
+                tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        except Exception:  # torn, or no safetensors file: encoded again in any case
+            return None
+        if header.get("key") != key or (verify and header.get("sha256") != content_hash(tensors, key)):
             return None
         if self._in_memory:
             tensors = self._entries[key] = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -2979,14 +3069,6 @@ class TrainState:
         losses = (*self.losses, loss)[-self.LOSS_WINDOW :] if good else self.losses
         bad_steps = 0 if good else self.bad_steps + (good is False)
         return TrainState(self.step + 1, losses, bad_steps, self.seconds + seconds)
-
-
-def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
-    digest = hashlib.sha256(record.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
@@ -3172,11 +3254,10 @@ class LoRATrainer:
         try:
             if self.train():
                 return self.finish()
-        except TrainerError:
-            raise
-        except Exception:  # memory ran out in a forward, say: the work up to there is whole
-            with contextlib.suppress(Exception):
-                self.rescue()
+        except Exception as error:  # memory ran out in a forward, say: the work up to there is whole
+            if as_trainer_error(error, "").code != "loss_not_finite":
+                with contextlib.suppress(Exception):
+                    self.rescue()
             raise
         if self.state.step and not self.is_saved():
             self.save()
@@ -3281,8 +3362,7 @@ class LoRATrainer:
         tokens = self.config.max_caption_tokens
         encoder = PromptEncoder(self.plan.source, tokenizers, tokens, self.dtype, self.device)
         for group in self.track("Encoding captions.", missing):
-            for text, embedding in zip(group, encoder.encode(group), strict=True):
-                self.cached.put(self.keys[text], embedding)
+            self.keep(group, encoder.encode(group))
 
     def cache_images(self) -> None:
         groups = []
@@ -3296,14 +3376,19 @@ class LoRATrainer:
         self.vae = load_component(self.plan.source, diffusers.AutoencoderKL, "vae", self.vae_dtype, self.device)
         pictures = map_ahead(lambda group: [view.load() for view in group], missing)
         for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
-            for view, image in zip(group, encode_images(self.vae, loaded), strict=True):
-                self.cached.put(self.keys[view], image)
+            self.keep(group, encode_images(self.vae, loaded))
         self.vae.encoder = self.vae.quant_conv = None
         self.vae.to("cpu")
 
     def at_once(self, most: int) -> int:
         """Give how many are encoded together: on the CPU one, so that no bit depends on the others in the batch."""
         return 1 if self.device.type == "cpu" else max(1, most)
+
+    def keep(self, group: Sequence[str | View], entries: Sequence[TextEmbedding | CachedImage]) -> None:
+        """Put into the cache what it lacks; what is there stays, as earlier steps of a run were made with it."""
+        for key, entry in zip((self.keys[item] for item in group), entries, strict=True):
+            if key not in self.cached:
+                self.cached.put(key, entry)
 
     def missing(self, what: str, groups: Sequence[list[T]]) -> list[list[T]]:
         """Choose the groups to encode: as a whole where a member is missing, so that the cache decides no bit."""
