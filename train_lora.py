@@ -111,8 +111,8 @@ R = TypeVar("R")
 class TrainerError(Exception):
     """Something that a user can mend; `main` turns it into the one `error` event.
 
-    `code` is the stable contract (README, Troubleshooting); `problems` lists every single finding
-    as {"path": where, "message": what is wrong and what is allowed}.
+    `code` is the stable contract (README, Troubleshooting): "Raises" in a docstring names the codes. `problems`
+    lists every single finding as {"path": where, "message": what is wrong and what is allowed}.
     """
 
     def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
@@ -146,7 +146,6 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "device_unavailable": 'Set device to "auto", or install a torch build that fits the GPU and its driver.',
     "internal": "Run again with --debug for a traceback.",
 }
-
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
@@ -316,7 +315,7 @@ SHORT_NAMES = {
 def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a config file ('-': stdin), apply `KEY=VALUE` overrides, check everything at once.
 
-    Raises TrainerError: `config_unreadable` or `config_invalid` with every problem found.
+    Raises `config_unreadable`, or `config_invalid` with every problem found.
     """
     schema = load_schema()
     definitions: JSON = schema["definitions"]
@@ -360,10 +359,7 @@ def read_source(source: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse strictly: no duplicate keys, no NaN, no number that overflows a float.
-
-    Raises TrainerError: `config_unreadable` for what is no JSON, `config_invalid` for the rest.
-    """
+    """Parse JSON. Raises `config_invalid` for duplicate keys, NaN and overflows, `config_unreadable` for no JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
         twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
@@ -403,13 +399,9 @@ def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str
     top = {key: value for key, value in raw.items() if key not in ("$schema", "training_params")}
     problems = [unknown_key(key, key, [*definitions, "training_params"]) for key in top if key not in definitions]
     problems += [unknown_key(f"training_params.{key}", key, definitions) for key in nested if key not in definitions]
-    problems += [
-        problem(
-            key, f"stands at the top level ({show(top[key])}) and under training_params ({show(nested[key])}); keep one"
-        )
-        for key in top.keys() & nested.keys()
-        if top[key] != nested[key]
-    ]
+    for key in [key for key in top if key in nested and top[key] != nested[key]]:
+        places = f"at the top level ({show(top[key])}) and under training_params ({show(nested[key])})"
+        problems.append(problem(key, f"stands {places}; keep one"))
     return {key: value for key, value in (nested | top).items() if key in definitions}, problems
 
 
@@ -459,13 +451,12 @@ def absolute(path: str, base: Path) -> str:
 def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     """Make paths absolute, spell out short model names, turn 1000.0 into 1000."""
     role = definition.get("format")
-    if isinstance(value, str) and role == "model":
-        value = absolute(value, base) if names_a_path(value, base) else SHORT_NAMES.get(value, value)
-    elif isinstance(value, str) and role == "path" and value:
-        value = absolute(value, base)
-    elif isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
-        value = int(value)
-    return value
+    if isinstance(value, str) and role == "model" and not names_a_path(value, base):
+        return SHORT_NAMES.get(value, value)
+    if isinstance(value, str) and role and value:
+        return absolute(value, base)
+    whole = isinstance(value, float) and "integer" in definition["type"] and value.is_integer()
+    return int(value) if whole else value
 
 
 EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
@@ -488,11 +479,8 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
     """Hold every value against its definition, and against what works in this version."""
-    problems = [
-        problem(key, f"is required: {definition['description']}")
-        for key, definition in definitions.items()
-        if key not in values
-    ]
+    missing = [key for key in definitions if key not in values]
+    problems = [problem(key, f"is required: {definitions[key]['description']}") for key in missing]
     for key, value in values.items():
         definition = definitions[key]
         errors = list(Draft7Validator(definition).iter_errors(value))
@@ -984,22 +972,19 @@ class OutputFolder:
             return False
         return self._lock is not None and os.path.samestat(there, os.fstat(self._lock.fileno()))
 
+    @blame("output_not_writable")
     def open(self) -> None:
-        """Create and lock the folder, sweep what a killed run left half-written.
-
-        Raises TrainerError: `output_not_writable`, `output_in_use`.
-        """
-        with blame("output_not_writable"):
-            for folder in (self.path, self.checkpoints, self.samples):
-                folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self.path, self.path.parent):
-                sync_folder(folder)
-            self._lock = (self.path / ".lock").open("ab")
-            if not lock_file(self._lock):
-                raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
-            for folder in (self.path, self.checkpoints, self.samples):
-                for entry in folder.glob(".*.train_lora.tmp"):
-                    remove(entry)
+        """Create, lock, sweep what a killed run left half-written. Raises `output_not_writable`, `output_in_use`."""
+        folders = (self.path, self.checkpoints, self.samples)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.path)
+        sync_folder(self.path.parent)
+        self._lock = (self.path / ".lock").open("ab")
+        if not lock_file(self._lock):
+            raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
+        for left in itertools.chain.from_iterable(folder.glob(".*.train_lora.tmp") for folder in folders):
+            remove(left)
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -1024,25 +1009,25 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@blame("output_not_writable")
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync the folder.
 
-    Raises TrainerError: `disk_full`, `output_not_writable`; an older file of that name is then untouched.
+    Raises `disk_full`, `output_not_writable`; an older file of that name is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
-    with blame("output_not_writable"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_file(temporary, path)
-            sync_folder(path.parent)
-        except OSError as error:
-            remove(temporary)
-            error.filename = error.filename or str(path)
-            raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        remove(temporary)
+        error.filename = error.filename or str(path)
+        raise
 
 
 def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
@@ -1052,15 +1037,12 @@ def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes
 
 def replace_file(source: Path, target: Path) -> None:
     deadline = time.monotonic() + 2.0
-    while True:
-        try:
+    while WINDOWS and time.monotonic() < deadline:  # a virus scanner or viewer may hold the target for a moment
+        with contextlib.suppress(PermissionError):
             source.replace(target)
             return
-        except PermissionError:
-            # On Windows a virus scanner or viewer may hold the target for a moment.
-            if not WINDOWS or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+        time.sleep(0.05)
+    source.replace(target)
 
 
 def sync_folder(folder: Path) -> None:
@@ -1255,10 +1237,7 @@ class ModelSource:
 
 
 def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
-    """Recognise a family by structure, never by exact widths, so that distilled variants pass.
-
-    Raises TrainerError: `model_unsupported`, naming what it is and what can be trained.
-    """
+    """Recognise a family by structure, not by widths: distilled variants pass. Raises `model_unsupported`."""
     pipeline = str(model_index.get("_class_name", "an unnamed pipeline"))
     time_ids = unet.get("addition_embed_type") == "text_time"
     linear = bool(unet.get("use_linear_projection", False))
@@ -1276,7 +1255,7 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
 def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelSource:
     """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
 
-    Raises TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
     """
     local = Path(config.base_model).is_absolute()
     folder = local_folder(config.base_model) if local else fetch(config, weights=weights, half=half)
@@ -1360,8 +1339,7 @@ def choose_weights(
     """Pick one variant of a component's safetensors files: (variant, file names).
 
     Without a wish, 16-bit runs take the fp16 files where there are some, others the plain ones.
-
-    Raises TrainerError: `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
+    Raises `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
     """
     inside = [name for name in names if name.startswith(component + "/")]
     by_variant: dict[str | None, list[str]] = collections.defaultdict(list)
@@ -1380,10 +1358,7 @@ def choose_weights(
 
 
 def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """Read tensor shapes from safetensors headers, without torch and without the weights.
-
-    Raises TrainerError: `model_corrupt`, also where a file is shorter than its header says.
-    """
+    """Read tensor shapes from headers, without torch. Raises `model_corrupt`, also for a file that is cut short."""
     shapes: dict[str, list[int]] = {}
     for name in files:
         try:
@@ -1404,8 +1379,7 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
     """Bring a Hub model's files to the local cache: configs, and with `weights` what a run needs.
 
     Without `weights`, None means: out of reach and not cached.
-
-    Raises TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`.
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`.
     """
     try:
         from huggingface_hub import HfApi, errors, snapshot_download
@@ -1499,10 +1473,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def choose_device(wish: str) -> Hardware:
-    """Take CUDA (ROCm too), then MPS, then the CPU, unless the config names one; needs torch.
-
-    Raises TrainerError: `device_unavailable`.
-    """
+    """Take CUDA (ROCm too), MPS, the CPU, or what the config names; needs torch. Raises `device_unavailable`."""
     family, _, index = wish.partition(":")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wish == "auto":
@@ -2862,10 +2833,7 @@ def original_block_name(module: str, layers_per_block: int) -> str:
 
 
 def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: ModelSource) -> dict[str, Tensor]:
-    """Lay the LoRA out as kohya's networks.lora: lora_down, lora_up and alpha per module.
-
-    Raises TrainerError: `loss_not_finite`: a LoRA with NaN or infinity is never written.
-    """
+    """Lay the LoRA out as kohya's networks.lora does, alpha per module. Raises `loss_not_finite`, for NaN and inf."""
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in layers.items():
         if source.family.original_block_names:
@@ -2902,47 +2870,31 @@ def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
 def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
     """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
     config, source, family, given = plan.config, plan.source, plan.source.family, plan.config.metadata
-    resolved = plan.resolved()
-    width = plan.resolution
-    header = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": family.architecture[source.prediction_type],
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": given.get("title", config.output_name),
-        "modelspec.date": utc_now("seconds"),
-        "modelspec.resolution": f"{width}x{width}",
-        "modelspec.prediction_type": "v" if source.prediction_type == "v_prediction" else "epsilon",
-        "modelspec.trigger_phrase": f"{config.caption_separator} ".join(config.trigger_words),
-        "modelspec.hash_sha256": f"0x{digest}",
-        **{f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
-        "ss_base_model_version": family.base_version[source.prediction_type],
-        "ss_v2": str(family.is_v2),
-        "ss_sd_model_name": source.name,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.lora_rank),
-        "ss_network_alpha": f"{config.lora_alpha:g}",
-        "ss_output_name": config.output_name,
-        "ss_tag_frequency": json.dumps({"dataset": tag_frequency(plan.dataset, config.caption_separator)}),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_unet_lr": str(config.learning_rate),
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_steps": str(step),
-        "ss_max_train_steps": str(plan.total_steps),
-        "ss_epoch": str(math.ceil(plan.epoch(step))),
-        "ss_num_train_images": str(len(plan.dataset.of_role("train"))),
-        "ss_num_reg_images": str(len(plan.dataset.of_role("prior"))),
-        "ss_total_batch_size": str(config.batch_size * config.gradient_accumulation_steps),
-        "ss_resolution": f"({width}, {width})",
-        "ss_seed": str(config.seed),
-        "sshs_model_hash": digest,
-        "train_lora.version": VERSION,
-        "train_lora.run_id": run_id,
-        "train_lora.save_dtype": config.save_dtype,
-        "train_lora.trigger_words": json.dumps(config.trigger_words),
-        "train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")}),
-    }
-    return dict(sorted(header.items()))
+    resolved, width, prediction = plan.resolved(), plan.resolution, plan.source.prediction_type
+    rows: list[JSON] = [
+        {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers"},
+        {"modelspec.date": utc_now("seconds"), "modelspec.title": given.get("title", config.output_name)},
+        {"modelspec.architecture": family.architecture[prediction], "modelspec.hash_sha256": f"0x{digest}"},
+        {"modelspec.resolution": f"{width}x{width}"},
+        {"modelspec.prediction_type": prediction.removesuffix("_prediction")},
+        {"modelspec.trigger_phrase": f"{config.caption_separator} ".join(config.trigger_words)},
+        {f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
+        {"ss_base_model_version": family.base_version[prediction], "ss_v2": family.is_v2},
+        {"ss_sd_model_name": source.name, "ss_output_name": config.output_name, "ss_seed": config.seed},
+        {"ss_network_module": "networks.lora", "ss_network_dim": config.lora_rank},
+        {"ss_network_alpha": f"{config.lora_alpha:g}", "ss_resolution": f"({width}, {width})"},
+        {"ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate},
+        {"ss_lr_scheduler": config.lr_scheduler, "ss_optimizer": "torch.optim.AdamW"},
+        {"ss_steps": step, "ss_max_train_steps": plan.total_steps, "ss_epoch": math.ceil(plan.epoch(step))},
+        {"ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps},
+        {"ss_num_train_images": len(plan.dataset.of_role("train"))},
+        {"ss_num_reg_images": len(plan.dataset.of_role("prior")), "sshs_model_hash": digest},
+        {"ss_tag_frequency": json.dumps({"dataset": tag_frequency(plan.dataset, config.caption_separator)})},
+        {"train_lora.version": VERSION, "train_lora.run_id": run_id, "train_lora.save_dtype": config.save_dtype},
+        {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
+        {"train_lora.trigger_words": json.dumps(config.trigger_words)},
+    ]
+    return dict(sorted((key, str(value)) for row in rows for key, value in row.items()))
 
 
 # ======================================================================================
@@ -2992,10 +2944,7 @@ def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
 
 
 def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
-    """Read a state back: (tensors, record), the mirror of encode_state.
-
-    Raises ValueError: the file is torn, altered or no state.
-    """
+    """Mirror encode_state: (tensors, record). Raises ValueError where the file is torn, altered or no state."""
     try:
         tensors = safetensors.torch.load(path.read_bytes())
     except (PermissionError, MemoryError):  # no fault of the file's
@@ -3066,7 +3015,7 @@ def find_resume_point(
 ) -> ResumePoint | None:
     """Give the first good one of `states` that is this run's (any run's, where config.json is lost with the id).
 
-    Raises TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
+    Raises `checkpoint_corrupt` where there are states and none of them is good.
     """
     corrupt = []
     for _, path in states:
@@ -3320,14 +3269,9 @@ class LoRATrainer:
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.parameters = [weight for pair in self.layers.values() for weight in pair]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        betas, fused = (config.adam_beta1, config.adam_beta2), self.device.type == "cuda"
+        options: JSON = {"eps": config.adam_epsilon, "weight_decay": config.weight_decay, "fused": fused}
+        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, betas, **options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.alpha_bar = noise_schedule(source.scheduler)
         self.target_of = TARGET_OF[source.prediction_type]
@@ -3370,13 +3314,8 @@ class LoRATrainer:
 
     def environment(self) -> JSON:
         """Give what else decides the last bits."""
-        return {
-            "torch": str(torch.__version__),
-            "device": self.hardware.name,
-            "threads": torch.get_num_threads(),
-            "dtype": str(self.dtype),
-            "checkpointing": self.plan.checkpointing,
-        }
+        machine = {"torch": str(torch.__version__), "device": self.hardware.name, "threads": torch.get_num_threads()}
+        return machine | {"dtype": str(self.dtype), "checkpointing": self.plan.checkpointing}
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -3551,10 +3490,7 @@ class LoRATrainer:
         return grad_norm
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
-        """Tell whether the step was sound (None: the loss scaler still looks for its scale); warn where it was not.
-
-        Raises TrainerError: `loss_not_finite`.
-        """
+        """Tell whether the step was sound (None: the loss scaler seeks its scale yet). Raises `loss_not_finite`."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
@@ -3575,20 +3511,11 @@ class LoRATrainer:
             return
         speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        self.events.emit(
-            "progress",
-            step=state.step,
-            total_steps=total,
-            percent=round(100 * state.step / total, 2),
-            loss=loss,
-            loss_avg=state.loss_avg,
-            learning_rate=rate,
-            grad_norm=grad_norm,
-            epoch=self.plan.epoch(state.step),
-            steps_per_second=speed,
-            eta_seconds=(total - state.step) / speed if speed else None,
-            vram_gb=gigabytes(peak),
-        )
+        fields: JSON = {"step": state.step, "total_steps": total, "percent": round(100 * state.step / total, 2)}
+        fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rate, "grad_norm": grad_norm}
+        fields |= {"epoch": self.plan.epoch(state.step), "steps_per_second": speed}
+        fields |= {"eta_seconds": (total - state.step) / speed if speed else None, "vram_gb": gigabytes(peak)}
+        self.events.emit("progress", **fields)
 
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
@@ -3669,15 +3596,9 @@ class LoRATrainer:
             tensors, optimizer = pack_optimizer(self.optimizer)
             for name, (down, up) in self.layers.items():
                 tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
-            record = {
-                "run_id": self.run_id,
-                "identity": self.identity,
-                "environment": self.environment(),
-                "total_steps": self.plan.total_steps,
-                "state": dataclasses.asdict(self.state),
-                "optimizer": optimizer,
-                "scaler": self.scaler.state_dict(),
-            }
+            record = {"run_id": self.run_id, "identity": self.identity, "environment": self.environment()}
+            record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
+            record |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
             write_file(state_path, encode_state(tensors, record))
             self.stop.saved = SavedFiles(step, self.stop.saved.path, str(state_path))
             if lora:
@@ -3713,10 +3634,7 @@ class LoRATrainer:
 
     @blame("output_not_writable")
     def keep_folder(self) -> None:
-        """Take the folder again where somebody removed or moved it under a long run.
-
-        Raises TrainerError: `output_in_use` where another run has taken its place.
-        """
+        """Take the folder again where somebody moved or removed it. Raises `output_in_use`: another run has it."""
         config_path = self.folder.path / "config.json"
         if read_run(config_path).get("run_id", self.run_id) != self.run_id:
             raise TrainerError("output_in_use", f"{self.folder.path} is another run's now; this run's was moved away.")
@@ -3765,13 +3683,8 @@ class LoRATrainer:
         self.complete()
 
     def complete(self) -> None:
-        self.events.emit(
-            "complete",
-            step=self.state.step,
-            final_path=str(self.final_path),
-            total_time=round(self.state.seconds, 3),
-            loss=self.state.loss_avg,
-        )
+        state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
+        self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -3823,18 +3736,12 @@ class Arguments(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Arguments(
-        prog="train_lora.py",
-        description="Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = "Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config."
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Arguments("train_lora.py", description=about, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", required=True, help="JSON config; '-' reads it from stdin")
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override one config key; repeatable"
-    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
@@ -3842,11 +3749,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def validate(config: TrainingConfig, events: EventStream) -> None:
-    """Check dataset, model, output folder and hardware, and report all problems at once; train nothing.
+    """Check dataset, model, output folder and hardware (not without torch); train nothing.
 
-    Works without torch, saying so; then the hardware is not known.
-
-    Raises TrainerError: with the first problem's code and every problem listed.
+    Raises the first problem's code, with every problem listed.
     """
     failures: list[TrainerError] = []
 
@@ -3932,17 +3837,12 @@ def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
 
 def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
     """Give the fields of the `validated` event."""
-    source = plan.source
+    source, family = plan.source, plan.source.family
+    model = {"name": source.name, "family": family.name, "title": family.title, "guessed": source.folder is None}
+    model |= {"prediction_type": source.prediction_type, "native_resolution": source.native_resolution}
     return {
         "valid": True,
-        "model": {
-            "name": source.name,
-            "family": source.family.name,
-            "title": source.family.title,
-            "prediction_type": source.prediction_type,
-            "native_resolution": source.native_resolution,
-            "guessed": source.folder is None,
-        },
+        "model": model,
         "dataset": dataset_report(plan, tokens),
         "memory": {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()},
         "hardware": hardware.report() if hardware else None,
