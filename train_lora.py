@@ -983,8 +983,7 @@ class OutputFolder:
         self._lock = (self.path / ".lock").open("ab")
         if not lock_file(self._lock):
             raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
-        for left in itertools.chain.from_iterable(folder.glob(".*.train_lora.tmp") for folder in folders):
-            remove(left)
+        remove(*(left for folder in folders for left in folder.glob(".*.train_lora.tmp")))
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -1004,9 +1003,10 @@ def lock_file(file: IO[bytes]) -> bool:
     return True
 
 
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # on Windows a viewer may hold it
-        path.unlink(missing_ok=True)
+def remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # on Windows a viewer may hold it
+            path.unlink(missing_ok=True)
 
 
 @blame("output_not_writable")
@@ -1103,12 +1103,12 @@ class ModelFamily:
     is_v2: bool = False
 
 
-SD_UNET: JSON = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": 1,
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-}
+PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
+SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
+SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
+SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
+VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
 
 FAMILIES = (
     ModelFamily(
@@ -1121,7 +1121,7 @@ FAMILIES = (
         architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
-        parameters={"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
         lora_width={"attention": 199_296, "transformer": 423_936},
         unet=SD_UNET | {"cross_attention_dim": 768},
     ),
@@ -1137,7 +1137,7 @@ FAMILIES = (
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
-        parameters={"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
         lora_width={"attention": 207_488, "transformer": 432_128},
         unet=SD_UNET | {"cross_attention_dim": 1024},
     ),
@@ -1157,20 +1157,9 @@ FAMILIES = (
         architecture=dict.fromkeys(("epsilon", "v_prediction"), "stable-diffusion-xl-v1-base/lora"),
         base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
         hub_pattern=r"xl|pony|illustrious|noob",
-        parameters={
-            "unet": 2_567_463_684,
-            "vae": 83_653_863,
-            "text_encoder": 123_060_480,
-            "text_encoder_2": 694_659_840,
-        },
+        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
         lora_width={"attention": 1_451_520, "transformer": 2_659_840},
-        unet={
-            "cross_attention_dim": 2048,
-            "block_out_channels": (320, 640, 1280),
-            "layers_per_block": 2,
-            "transformer_layers_per_block": (1, 2, 10),
-            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
-        },
+        unet=SDXL_UNET,
     ),
 )
 
@@ -1182,13 +1171,10 @@ UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 MODEL_KEYS: dict[str, JSON] = {
     "model_index.json": {},
     "unet/config.json": {
-        "block_out_channels": COUNTS,
-        "layers_per_block": COUNT,
+        **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"), COUNT),
         "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
-        "cross_attention_dim": COUNT,
+        "block_out_channels": COUNTS,
         "down_block_types": {"type": "array", "items": {"type": "string"}},
-        "in_channels": COUNT,
-        "out_channels": COUNT,
         "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
     },
     "vae/config.json": {
@@ -1268,9 +1254,8 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
         hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
         raise TrainerError("model_unsupported", message, hint)
     shapes, variants = read_shapes(folder, family, config.variant, half=half, required=weights or local)
-    prediction = config.prediction_type
-    if prediction == "auto":
-        prediction = str(scheduler.get("prediction_type", "epsilon"))
+    told = str(scheduler.get("prediction_type", "epsilon"))
+    prediction = told if config.prediction_type == "auto" else config.prediction_type
     if prediction not in family.architecture:
         message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
@@ -1284,15 +1269,11 @@ def read_shapes(
     """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not required."""
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     shapes, variants = {}, {}
-    try:
+    with contextlib.nullcontext() if required else contextlib.suppress(TrainerError):
         for part in family.parameters:
             variants[part], files = choose_weights(names, part, variant, half)
             shapes[part] = weight_shapes(folder, files)
-    except TrainerError:
-        if required:
-            raise
-        return {}, {}
-    return shapes, variants
+    return (shapes, variants) if len(shapes) == len(family.parameters) else ({}, {})
 
 
 def local_folder(path: str) -> Path:
@@ -1396,8 +1377,6 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
         wanted = needed if weights else list(MODEL_KEYS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
-    except TrainerError:
-        raise
     except errors.GatedRepoError as error:
         hint = "Accept its terms on its page of the Hub, and set the variable HF_TOKEN to your token."
         raise TrainerError("model_not_found", f"{repo} is gated.", hint) from error
@@ -1406,7 +1385,7 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         hint = "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist."
         raise TrainerError("model_not_found", f"There is no model {repo!r}{at} on the Hub.", hint) from error
     except Exception as error:  # no network: the HTTP client's errors come in many classes
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if as_trainer_error(error, "").code != "internal":  # what was said above; a full disk
             raise
         with contextlib.suppress(errors.LocalEntryNotFoundError, ValueError):
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -2862,22 +2841,19 @@ def read_header(path: Path) -> dict[str, str]:
     return {}
 
 
-def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
-    tags = (tag.strip() for example in dataset.of_role("train") for tag in example.caption.split(separator))
-    return dict(collections.Counter(tag for tag in tags if tag).most_common())
-
-
 def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
     """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
     config, source, family, given = plan.config, plan.source, plan.source.family, plan.config.metadata
     resolved, width, prediction = plan.resolved(), plan.resolution, plan.source.prediction_type
+    ours, prior, separator = plan.dataset.of_role("train"), plan.dataset.of_role("prior"), config.caption_separator
+    tags = collections.Counter(tag.strip() for example in ours for tag in example.caption.split(separator))
     rows: list[JSON] = [
         {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers"},
         {"modelspec.date": utc_now("seconds"), "modelspec.title": given.get("title", config.output_name)},
         {"modelspec.architecture": family.architecture[prediction], "modelspec.hash_sha256": f"0x{digest}"},
         {"modelspec.resolution": f"{width}x{width}"},
         {"modelspec.prediction_type": prediction.removesuffix("_prediction")},
-        {"modelspec.trigger_phrase": f"{config.caption_separator} ".join(config.trigger_words)},
+        {"modelspec.trigger_phrase": f"{separator} ".join(config.trigger_words)},
         {f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
         {"ss_base_model_version": family.base_version[prediction], "ss_v2": family.is_v2},
         {"ss_sd_model_name": source.name, "ss_output_name": config.output_name, "ss_seed": config.seed},
@@ -2887,9 +2863,8 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
         {"ss_lr_scheduler": config.lr_scheduler, "ss_optimizer": "torch.optim.AdamW"},
         {"ss_steps": step, "ss_max_train_steps": plan.total_steps, "ss_epoch": math.ceil(plan.epoch(step))},
         {"ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps},
-        {"ss_num_train_images": len(plan.dataset.of_role("train"))},
-        {"ss_num_reg_images": len(plan.dataset.of_role("prior")), "sshs_model_hash": digest},
-        {"ss_tag_frequency": json.dumps({"dataset": tag_frequency(plan.dataset, config.caption_separator)})},
+        {"ss_num_train_images": len(ours), "ss_num_reg_images": len(prior), "sshs_model_hash": digest},
+        {"ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common() if tag}})},
         {"train_lora.version": VERSION, "train_lora.run_id": run_id, "train_lora.save_dtype": config.save_dtype},
         {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
         {"train_lora.trigger_words": json.dumps(config.trigger_words)},
@@ -2961,9 +2936,7 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
     """Split any optimizer's state_dict into tensors and JSON."""
     state = optimizer.state_dict()
-    flat = {
-        f"optimizer/{index}/{key}": value for index, entry in state["state"].items() for key, value in entry.items()
-    }
+    flat = {f"optimizer/{i}/{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
     tensors = {name: value for name, value in flat.items() if torch.is_tensor(value)}
     scalars = {name: value for name, value in flat.items() if name not in tensors}
     return tensors, {"scalars": scalars, "groups": state["param_groups"]}
@@ -3613,9 +3586,8 @@ class LoRATrainer:
         saved = self.stop.saved
         if saved.step != self.state.step or (lora and saved.path != str(self.lora_path(saved.step))):
             return False
-        return all(
-            file and Path(file).exists() for file in (saved.state_path, saved.path if lora else saved.state_path)
-        )
+        files = [saved.state_path, saved.path] if lora else [saved.state_path]
+        return all(file and Path(file).exists() for file in files)
 
     def rescue(self) -> bool:
         """Save the state where the loop cannot: from the watcher's thread, or after a failure; True if it did.
@@ -3652,22 +3624,18 @@ class LoRATrainer:
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
-        for path in self.damaged:
-            if str(path) != self.stop.saved.state_path:
-                remove(path)
+        remove(*(path for path in self.damaged if str(path) != self.stop.saved.state_path))
         self.damaged = []
         limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
         for stem, limit in limits.items():
             # Files of later steps are from before a damaged state sent us back: they are not the newest.
             past = [path for step, path in self.ours(stem) if step <= self.state.step] if limit else []
-            for path in past[limit:]:
-                remove(path)
+            remove(*past[limit:])
         if self.replaced:
             places = {self.folder.path: r".+_final\.safetensors", self.folder.samples: r"step_\d+_\d+\.png"}
             for folder, names in (places | {self.folder.checkpoints: r".+_step_\d+\.safetensors"}).items():
-                for path in folder.iterdir():  # copies that a user made under other names stay
-                    if re.fullmatch(names, path.name) and written_by(path) in self.replaced:
-                        remove(path)
+                named = [path for path in folder.iterdir() if re.fullmatch(names, path.name)]  # a user's copies stay
+                remove(*(path for path in named if written_by(path) in self.replaced))
             self.replaced = []
             self.write_config()
 
