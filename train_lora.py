@@ -216,13 +216,10 @@ def load_schema() -> JSON:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run's settings. Types, bounds, defaults and meanings stand in config_schema.json only.
-
-    Paths are absolute; `base_model` is a Hub id or an absolute path.
-    """
+    """One run's settings; types, bounds, defaults and meanings stand in config_schema.json only. Paths are absolute."""
 
     dataset_path: str
-    base_model: str
+    base_model: str  # a Hub id or a path
     output_path: str
     trigger_words: tuple[str, ...]
     model_type: str
@@ -313,12 +310,8 @@ SHORT_NAMES = {
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """Read a config file ('-': stdin), apply `KEY=VALUE` overrides, check everything at once.
-
-    Raises `config_unreadable`, or `config_invalid` with every problem found.
-    """
-    schema = load_schema()
-    definitions: JSON = schema["definitions"]
+    """Read a config ('-': stdin), apply KEY=VALUEs. Raises `config_unreadable`, `config_invalid` with every problem."""
+    definitions: JSON = load_schema()["definitions"]
     raw = parse_json(read_source(source))
     if not isinstance(raw, dict):
         raise TrainerError("config_invalid", f"The config must be a JSON object, not {kind(raw)}.")
@@ -559,8 +552,7 @@ class ProgressEvent:
 
     def text(self) -> str:
         """The same for people, on stderr."""
-        write = HUMAN.get(self.type)
-        return write(self.fields) if write else ""
+        return HUMAN[self.type](self.fields) if self.type in HUMAN else ""
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
@@ -655,10 +647,8 @@ class EventStream:
         self.phase = "starting"
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
-        self._seq = 0
-        self._dropped = 0
-        self._last_info: tuple[str, float] = ("", 0.0)
-        self._last_log = -math.inf
+        self._seq = self._dropped = 0
+        self._last_info, self._last_log = ("", 0.0), -math.inf
         self._log: IO[bytes] | None = None
         self._log_error: OSError | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
@@ -869,11 +859,7 @@ class StopWatcher:
             self._send.send(bytes([number]))
 
     def arm(self, rescue: Callable[[], bool]) -> None:
-        """From here on there is something to save: the loop stops itself, within the grace time.
-
-        `rescue` is called where it does not (a micro-batch can take half a minute on a CPU) and tells
-        whether it saved anything.
-        """
+        """From here on the loop stops itself. Where that takes too long, `rescue` saves, and tells whether it did."""
         with self._lock:
             self._rescue = rescue
 
@@ -1011,10 +997,7 @@ def remove(*paths: Path) -> None:
 
 @blame("output_not_writable")
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync the folder.
-
-    Raises `disk_full`, `output_not_writable`; an older file of that name is then untouched.
-    """
+    """Write a file whole or not at all: an older one stays then. Raises `disk_full`, `output_not_writable`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
@@ -1078,12 +1061,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What differs between the models we train. A new one is a row in FAMILIES and its tests.
-
-    Mappings with the keys `epsilon` and `v_prediction` give the header's values by what the model
-    predicts. `parameters` and `lora_width` (the sum of inputs and outputs of all targeted layers)
-    are the full-size model's, for estimates made without its files.
-    """
+    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
 
     name: str
     title: str
@@ -1091,11 +1069,11 @@ class ModelFamily:
     source: str
     native_resolution: int
     text_encoders: tuple[TextEncoder, ...]
-    architecture: Mapping[str, str]
-    base_version: Mapping[str, str]
+    architecture: Mapping[str, str]  # the LoRA header's, by what the model predicts
+    base_version: Mapping[str, str]  # likewise
     hub_pattern: str
-    parameters: Mapping[str, int]  # by component: its keys are the model's folders
-    lora_width: Mapping[str, int]
+    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
+    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
     unet: Mapping[str, Any]
     time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
     linear_projection: bool = False
@@ -1486,8 +1464,7 @@ def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str,
     if has_nvidia_gpu():
         message = f"There is a GPU, but {gpu_trouble()}."
         yield "gpu_unusable", message, "Install a torch build that fits the GPU and driver."
-    message = "Training runs on the CPU, which is slow for full-size models."
-    yield "training_on_cpu", message, "Use a machine with a GPU."
+    yield "training_on_cpu", "Training runs on the CPU, slow for full-size models.", "Use a machine with a GPU."
 
 
 def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
@@ -1564,8 +1541,7 @@ def estimate_vram(
     width = 2 if half else 4
     counts = count_parameters(source)
     lora = lora_width(source, config.lora_targets) * config.lora_rank
-    latent_pixels = (resolution // source.vae_factor) ** 2
-    activations = saved_activations(source.unet, latent_pixels) * config.batch_size * width
+    activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
     training = {
         "weights": counts["unet"] * width,
         "lora": lora * 4,
@@ -2986,10 +2962,7 @@ class ResumePoint:
 def find_resume_point(
     states: Iterable[tuple[int, Path]], run_id: str | None, warn: Callable[[str, str, str], None]
 ) -> ResumePoint | None:
-    """Give the first good one of `states` that is this run's (any run's, where config.json is lost with the id).
-
-    Raises `checkpoint_corrupt` where there are states and none of them is good.
-    """
+    """Give the first good state of this run (any run, without its id). Raises `checkpoint_corrupt`: all are broken."""
     corrupt = []
     for _, path in states:
         try:
@@ -3315,11 +3288,10 @@ class LoRATrainer:
         config, step = self.config, self.state.step
         if step and is_due(step, config.checkpoint_steps) and not self.is_saved():
             self.save_or_warn()
-        if step and is_due(step, config.validation_steps):
-            last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
-            if written_by(last) != self.run_id:
-                self.validate(step)
-                self.sample(step)
+        last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
+        if step and is_due(step, config.validation_steps) and written_by(last) != self.run_id:
+            self.validate(step)
+            self.sample(step)
 
     def set_learning_rate(self, step: int) -> float:
         config = self.config
@@ -3453,8 +3425,7 @@ class LoRATrainer:
     def update(self, loss: float) -> float:
         """Clip and take the optimizer step, unless loss or gradient are not finite; the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -3717,10 +3688,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def validate(config: TrainingConfig, events: EventStream) -> None:
-    """Check dataset, model, output folder and hardware (not without torch); train nothing.
-
-    Raises the first problem's code, with every problem listed.
-    """
+    """Check all that a run needs, also without torch. Raises the first problem's code, with every problem listed."""
     failures: list[TrainerError] = []
 
     def attempt(check: Callable[[], Any]) -> Any:
@@ -3819,7 +3787,6 @@ def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None
 
 
 def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> None:
-    """Validate or train."""
     import_checkers()
     config = load_config(options.config, options.set)
     if options.validate_only:
