@@ -572,16 +572,12 @@ def strict(value: Any) -> Any:
     return value
 
 
-def short_time(seconds: float | None) -> str:
-    return "?" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
-
-
 HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "info": lambda f: f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""),
     "warning": lambda f: f"warning: {f['message']} {f['hint']}",
     "progress": lambda f: (
         f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
-        f"{f['steps_per_second'] or 0:.2f} steps/s  left {short_time(f['eta_seconds'])}"
+        f"{f['steps_per_second'] or 0:.2f} steps/s  left {datetime.timedelta(seconds=round(f['eta_seconds'] or 0))}"
     ),
     "validation": lambda f: f"step {f['step']}  held-out loss {f['loss'] or 0:.4f}",
     "sample": lambda f: f"sample: {f['image_path']}",
@@ -766,8 +762,7 @@ class EventStream:
         progress, now = event.type == "progress", time.monotonic()
         if not self._talk or (progress and not self._live and now - self._last_log < self.LOG_S):
             return
-        if progress:
-            self._last_log = now
+        self._last_log = now if progress else self._last_log
         start = "\r\x1b[K" if self._live else ""
         if text := event.text():
             self._tell(start + text + ("" if progress and self._live else "\n"))
@@ -1231,7 +1226,7 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
         message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
         hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
         raise TrainerError("model_unsupported", message, hint)
-    shapes, variants = read_shapes(folder, family, config.variant, half=half, required=weights or local)
+    shapes, variants = read_shapes(folder, family, config.variant, half=half, needed=weights or local)
     told = str(scheduler.get("prediction_type", "epsilon"))
     prediction = told if config.prediction_type == "auto" else config.prediction_type
     if prediction not in family.architecture:
@@ -1241,13 +1236,11 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
     return ModelSource(name, folder, family, unet, vae, scheduler, prediction, shapes, variants)
 
 
-def read_shapes(
-    folder: Path, family: ModelFamily, variant: str | None, *, half: bool, required: bool
-) -> tuple[dict[str, dict[str, list[int]]], dict[str, str | None]]:
-    """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not required."""
+def read_shapes(folder: Path, family: ModelFamily, variant: str | None, half: bool, needed: bool) -> tuple[JSON, JSON]:
+    """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not needed."""
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     shapes, variants = {}, {}
-    with contextlib.nullcontext() if required else contextlib.suppress(TrainerError):
+    with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
         for part in family.parameters:
             variants[part], files = choose_weights(names, part, variant, half)
             shapes[part] = weight_shapes(folder, files)
@@ -1292,28 +1285,26 @@ def read_model_json(folder: Path, name: str) -> JSON:
     return dict(document)
 
 
-def choose_weights(
-    names: Sequence[str], component: str, variant: str | None, half: bool
-) -> tuple[str | None, list[str]]:
+def choose_weights(names: Sequence[str], part: str, variant: str | None, half: bool) -> tuple[str | None, list[str]]:
     """Pick one variant of a component's safetensors files: (variant, file names).
 
     Without a wish, 16-bit runs take the fp16 files where there are some, others the plain ones.
     Raises `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
     """
-    inside = [name for name in names if name.startswith(component + "/")]
+    inside = [name for name in names if name.startswith(part + "/")]
     by_variant: dict[str | None, list[str]] = collections.defaultdict(list)
     for name in inside:
         if match := WEIGHTS.fullmatch(name.partition("/")[2]):
             by_variant[match["variant"] or match["old"]].append(name)
-    if variant and component == "unet" and variant not in by_variant:
+    if variant and part == "unet" and variant not in by_variant:
         raise TrainerError("model_not_found", f"The base model's unet has no {variant!r} variant of its weights.")
     wishes: list[str | None] = [*([variant] if variant else []), *(["fp16"] if half else []), None, "fp16"]
     for wish in wishes:
         if wish in by_variant:
             return wish, by_variant[wish]
     if any(name.endswith(PICKLES) for name in inside):
-        raise TrainerError("model_unsafe", f"The base model's {component} has only pickled weights.")
-    raise TrainerError("model_not_found", f"The base model has no {component}/*.safetensors.")
+        raise TrainerError("model_unsafe", f"The base model's {part} has only pickled weights.")
+    raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
 
 
 def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
@@ -1473,9 +1464,8 @@ def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
     if wish != "auto":
         return named[wish], f"mixed_precision {wish}"
     if device.startswith("cuda"):
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has bf16"
-        return torch.float16, "the GPU has no bf16"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "the GPU has bf16") if native else (torch.float16, "the GPU has no bf16")
     if device == "mps":
         with contextlib.suppress(RuntimeError, TypeError):
             probe = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
@@ -1489,13 +1479,6 @@ TARGETS = {
     "attention": r".*\.attn[12]\.(to_[qkv]|to_out\.0)",
     "transformer": r".*\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|attentions\.\d+\.proj_(in|out))",
 }
-
-
-def count_parameters(source: ModelSource) -> dict[str, int]:
-    """Count each component's parameters from its files' headers, else take the full-size family's."""
-    if source.shapes:
-        return {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
-    return dict(source.family.parameters)
 
 
 def lora_width(source: ModelSource, targets: str) -> int:
@@ -1539,7 +1522,8 @@ def estimate_vram(
     is training's or caching's, whichever is larger.
     """
     width = 2 if half else 4
-    counts = count_parameters(source)
+    counted = {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
+    counts = counted or source.family.parameters  # without the files' headers, the full-size model's
     lora = lora_width(source, config.lora_targets) * config.lora_rank
     activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
     training = {
@@ -2806,8 +2790,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
 
 def tensor_bytes_hash(data: bytes) -> str:
     """Hash a safetensors file without its header, as A1111 and Forge identify LoRAs."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    return hashlib.sha256(memoryview(data)[start:]).hexdigest()
+    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -3006,8 +2989,7 @@ def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
 def make_sampler(scheduler: Mapping[str, Any], prediction_type: str, steps: int, device: str) -> Any:
     """Build DDIM from the model's own scheduler config; trailing timesteps with zero terminal SNR (Lin et al. 2023)."""
     changes: JSON = {"prediction_type": prediction_type, "clip_sample": False}  # latents are never clipped
-    if scheduler.get("rescale_betas_zero_snr"):
-        changes["timestep_spacing"] = "trailing"
+    changes |= {"timestep_spacing": "trailing"} if scheduler.get("rescale_betas_zero_snr") else {}
     owner: Any = diffusers.DDIMScheduler
     sampler = owner.from_config(dict(scheduler) | changes)
     sampler.set_timesteps(steps, device=device)
@@ -3401,14 +3383,11 @@ class LoRATrainer:
         with torch.no_grad():
             return self.errors(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
 
-    def predict(
-        self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: dict[str, Tensor] | None
-    ) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.half):
-            output = self.unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=conditions)
-        prediction: Tensor = output.sample
-        return prediction
+            output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
+        return output
 
     def advance(self, step: int, loss: float) -> float:
         """Take the optimizer step and count it; the gradient's norm before clipping."""
