@@ -479,8 +479,7 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         errors = list(Draft7Validator(definition).iter_errors(value))
         for found in errors:
             path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.path)
-            explain = EXPLANATIONS[str(found.validator)]
-            message = explain(found.validator_value, found.instance)
+            message = EXPLANATIONS[str(found.validator)](found.validator_value, found.instance)
             if found.validator == "additionalProperties":
                 message += f"; allowed are {', '.join(definition['properties'])}"
             problems.append(problem(path, message))
@@ -947,11 +946,10 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Tell whether the lock in the folder is the one we hold: the folder may be gone, moved or another's by now."""
-        try:
+        with contextlib.suppress(OSError):
             there = (self.path / ".lock").stat()
-        except OSError:
-            return False
-        return self._lock is not None and os.path.samestat(there, os.fstat(self._lock.fileno()))
+            return self._lock is not None and os.path.samestat(there, os.fstat(self._lock.fileno()))
+        return False
 
     @blame("output_not_writable")
     def open(self) -> None:
@@ -1339,8 +1337,7 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         raise
     repo, revision = config.base_model, config.revision
     try:
-        siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
-        names = [sibling.rfilename for sibling in siblings]
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings or []]
         if "model_index.json" not in names:
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
         needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
@@ -1432,9 +1429,8 @@ def choose_device(wish: str) -> Hardware:
         free, total = torch.cuda.mem_get_info(name)
         return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
     if family == "mps" and mps:
-        total = torch.mps.recommended_max_memory()
-        free = total - torch.mps.driver_allocated_memory()
-        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
+        total, used = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
+        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, total - used)
     if family == "cpu":
         why = "auto: no GPU that torch can use" if wish == "auto" else wish
         return Hardware("cpu", f"{os.cpu_count()} CPU cores", why)
@@ -1501,13 +1497,12 @@ def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
     the way up. The factors were fitted to counts of saved tensors (docs/vram.md).
     """
     channels = list(unet.get("block_out_channels", (320, 640, 1280, 1280)))
-    layers = unet.get("layers_per_block", 2)
+    blocks = 2 * unet.get("layers_per_block", 2) + 1
     depth = unet.get("transformer_layers_per_block", 1)
     depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * len(channels)
     attends = [block.startswith("CrossAttn") for block in unet.get("down_block_types", ())]
     total = 0.0
     for level, width in enumerate(channels):
-        blocks = 2 * layers + 1
         transformers = depths[level] if level < len(attends) and attends[level] else 0
         total += blocks * (RESNET_FACTOR + TRANSFORMER_FACTOR * transformers) * width * latent_pixels / 4**level
     return int(total)
@@ -3233,8 +3228,7 @@ class LoRATrainer:
         if changed:
             message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
-        total = self.plan.total_steps
-        before = point.record.get("total_steps", total)
+        before, total = point.record["total_steps"], self.plan.total_steps
         if before != total and self.config.lr_scheduler != "constant":
             message = f"The run was planned for {before} steps and now has {total}: the learning rate jumps."
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
@@ -3576,8 +3570,7 @@ class LoRATrainer:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
         remove(*(path for path in self.damaged if str(path) != self.stop.saved.state_path))
         self.damaged = []
-        limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
-        for stem, limit in limits.items():
+        for stem, limit in {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}.items():
             # Files of later steps are from before a damaged state sent us back: they are not the newest.
             past = [path for step, path in self.ours(stem) if step <= self.state.step] if limit else []
             remove(*past[limit:])
@@ -3755,14 +3748,9 @@ def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None
     source, family = plan.source, plan.source.family
     model = {"name": source.name, "family": family.name, "title": family.title, "guessed": source.folder is None}
     model |= {"prediction_type": source.prediction_type, "native_resolution": source.native_resolution}
-    return {
-        "valid": True,
-        "model": model,
-        "dataset": dataset_report(plan, tokens),
-        "memory": {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()},
-        "hardware": hardware.report() if hardware else None,
-        "config": plan.resolved(),
-    }
+    memory = {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()}
+    report = {"valid": True, "model": model, "dataset": dataset_report(plan, tokens), "memory": memory}
+    return report | {"hardware": hardware.report() if hardware else None, "config": plan.resolved()}
 
 
 def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> None:
