@@ -355,8 +355,7 @@ def parse_json(text: str) -> Any:
     """Parse JSON. Raises `config_invalid` for duplicate keys, NaN and overflows, `config_unreadable` for no JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
-        twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
+        if twice := [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]:
             raise TrainerError("config_invalid", f"The key {twice[0]!r} stands twice in the config.")
         return dict(pairs)
 
@@ -716,8 +715,7 @@ class EventStream:
             self._log.seek(start)
             content = self._log.read()
             whole = content.rfind(b"\n") + 1
-            torn = content[whole:]
-            ours = b'{"type"'
+            torn, ours = content[whole:], b'{"type"'
             # Zeros: the power went before the data came.
             if torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0")):
                 self._log.truncate(start + whole)
@@ -878,8 +876,7 @@ class StopWatcher:
 
     def leave(self) -> NoReturn:
         """End the process now, naming the last good files."""
-        # A disk that hangs may hold the stream's lock.
-        last = threading.Timer(1.5, os._exit, (128 + self.number,))
+        last = threading.Timer(1.5, os._exit, (128 + self.number,))  # a disk that hangs may hold the stream's lock
         last.daemon = True
         last.start()
         self.conclude()
@@ -1023,15 +1020,13 @@ def replace_file(source: Path, target: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder last, where the system and the file system have that."""
-    if WINDOWS:
-        return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # shared folders of virtual machines, SMB, FUSE; a parent that we may not read
+    except OSError as error:  # Windows, shared folders of virtual machines, SMB, FUSE; a parent that we may not read
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM):
             raise
 
@@ -1155,8 +1150,7 @@ MODEL_KEYS: dict[str, JSON] = {
     },
     "scheduler/scheduler_config.json": {
         "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-        "beta_start": UNIT,
-        "beta_end": UNIT,
+        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
         "beta_schedule": {"enum": ["linear", "scaled_linear"]},
         "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
         "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
@@ -1521,13 +1515,9 @@ def estimate_vram(
     counts = counted or source.family.parameters  # without the files' headers, the full-size model's
     lora = lora_width(source, config.lora_targets) * config.lora_rank
     activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
-    training = {
-        "weights": counts["unet"] * width,
-        "lora": lora * 4,
-        "optimizer": lora * 12,  # gradient and Adam's two moments, fp32
-        "activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1)),
-        "overhead": GPU_OVERHEAD,
-    }
+    training = {"weights": counts["unet"] * width, "lora": lora * 4, "overhead": GPU_OVERHEAD}
+    training |= {"optimizer": lora * 12}  # gradient and Adam's two moments, fp32
+    training |= {"activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1))}
     caching = {part: count * width for part, count in counts.items() if part != "unet"}
     return {**training, "total": max(sum(training.values()), sum(caching.values()) + GPU_OVERHEAD)}
 
@@ -2776,8 +2766,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
         tensors[f"{key}.lora_down.weight"] = down.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha)  # fp32: half precision would round it
-    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
+    if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
         raise TrainerError("loss_not_finite", message)
     return tensors
@@ -2947,8 +2936,7 @@ def find_resume_point(
             tensors, record = decode_state(path)
         except (ValueError, KeyError) as error:
             corrupt.append(path.name)
-            message = f"{path.name} cannot be used: {error}."
-            warn("checkpoint_corrupt", message, "An older state is used if there is one.")
+            warn("checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "An older one is used if there is one.")
             continue
         if run_id in (None, record["run_id"]):  # else of a run that --fresh replaced
             return ResumePoint(path, tensors, record)
@@ -2969,8 +2957,7 @@ def run_identity(plan: Plan) -> JSON:
 
 def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
     """Raise `resume_mismatch` with every key that differs from the state's."""
-    differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-    if differing:
+    if differing := [key for key in ours if key in theirs and ours[key] != theirs[key]]:
         problems = [problem(key, f"was {show(theirs[key])}, is now {show(ours[key])}") for key in differing]
         message = f"{folder} holds a run with other settings: {', '.join(differing)}."
         raise TrainerError("resume_mismatch", message, problems=problems)
@@ -3224,8 +3211,7 @@ class LoRATrainer:
             self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
         now = self.environment()
-        changed = [key for key, value in point.record["environment"].items() if now[key] != value]
-        if changed:
+        if changed := [key for key, value in point.record["environment"].items() if now[key] != value]:
             message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
         before, total = point.record["total_steps"], self.plan.total_steps
@@ -3541,8 +3527,7 @@ class LoRATrainer:
         if not self.changing.acquire(blocking=False):
             return False
         try:
-            due = not self.torn and self.state.step > self.stop.saved.step
-            if due:
+            if due := not self.torn and self.state.step > self.stop.saved.step:
                 self.save(lora=False)
             return due
         finally:
