@@ -112,8 +112,8 @@ R = TypeVar("R")
 class TrainerError(Exception):
     """Something that a user can mend; `main` turns it into the one `error` event.
 
-    `code` is the stable contract (README, Troubleshooting); `problems` lists every single finding
-    as {"path": where, "message": what is wrong and what is allowed}.
+    `code` is the stable contract (README, Troubleshooting): "Raises" in a docstring names the codes. `problems`
+    lists every single finding as {"path": where, "message": what is wrong and what is allowed}.
     """
 
     def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
@@ -147,7 +147,6 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "device_unavailable": 'Set device to "auto", or install a torch build that fits the GPU and its driver.',
     "internal": "Run again with --debug for a traceback.",
 }
-
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
@@ -218,13 +217,10 @@ def load_schema() -> JSON:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run's settings. Types, bounds, defaults and meanings stand in config_schema.json only.
-
-    Paths are absolute; `base_model` is a Hub id or an absolute path.
-    """
+    """One run's settings; types, bounds, defaults and meanings stand in config_schema.json only. Paths are absolute."""
 
     dataset_path: str
-    base_model: str
+    base_model: str  # a Hub id or a path
     output_path: str
     trigger_words: tuple[str, ...]
     model_type: str
@@ -315,12 +311,8 @@ SHORT_NAMES = {
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """Read a config file ('-': stdin), apply `KEY=VALUE` overrides, check everything at once.
-
-    Raises TrainerError: `config_unreadable` or `config_invalid` with every problem found.
-    """
-    schema = load_schema()
-    definitions: JSON = schema["definitions"]
+    """Read a config ('-': stdin), apply KEY=VALUEs. Raises `config_unreadable`, `config_invalid` with every problem."""
+    definitions: JSON = load_schema()["definitions"]
     raw = parse_json(read_source(source))
     if not isinstance(raw, dict):
         raise TrainerError("config_invalid", f"The config must be a JSON object, not {kind(raw)}.")
@@ -361,14 +353,10 @@ def read_source(source: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse strictly: no duplicate keys, no NaN, no number that overflows a float.
-
-    Raises TrainerError: `config_unreadable` for what is no JSON, `config_invalid` for the rest.
-    """
+    """Parse JSON. Raises `config_invalid` for duplicate keys, NaN and overflows, `config_unreadable` for no JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
-        twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
+        if twice := [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]:
             raise TrainerError("config_invalid", f"The key {twice[0]!r} stands twice in the config.")
         return dict(pairs)
 
@@ -404,13 +392,9 @@ def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str
     top = {key: value for key, value in raw.items() if key not in ("$schema", "training_params")}
     problems = [unknown_key(key, key, [*definitions, "training_params"]) for key in top if key not in definitions]
     problems += [unknown_key(f"training_params.{key}", key, definitions) for key in nested if key not in definitions]
-    problems += [
-        problem(
-            key, f"stands at the top level ({show(top[key])}) and under training_params ({show(nested[key])}); keep one"
-        )
-        for key in top.keys() & nested.keys()
-        if top[key] != nested[key]
-    ]
+    for key in [key for key in top if key in nested and top[key] != nested[key]]:
+        places = f"at the top level ({show(top[key])}) and under training_params ({show(nested[key])})"
+        problems.append(problem(key, f"stands {places}; keep one"))
     return {key: value for key, value in (nested | top).items() if key in definitions}, problems
 
 
@@ -460,13 +444,12 @@ def absolute(path: str, base: Path) -> str:
 def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     """Make paths absolute, spell out short model names, turn 1000.0 into 1000."""
     role = definition.get("format")
-    if isinstance(value, str) and role == "model":
-        value = absolute(value, base) if names_a_path(value, base) else SHORT_NAMES.get(value, value)
-    elif isinstance(value, str) and role == "path" and value:
-        value = absolute(value, base)
-    elif isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
-        value = int(value)
-    return value
+    if isinstance(value, str) and role == "model" and not names_a_path(value, base):
+        return SHORT_NAMES.get(value, value)
+    if isinstance(value, str) and role and value:
+        return absolute(value, base)
+    whole = isinstance(value, float) and "integer" in definition["type"] and value.is_integer()
+    return int(value) if whole else value
 
 
 EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
@@ -489,18 +472,14 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
     """Hold every value against its definition, and against what works in this version."""
-    problems = [
-        problem(key, f"is required: {definition['description']}")
-        for key, definition in definitions.items()
-        if key not in values
-    ]
+    missing = [key for key in definitions if key not in values]
+    problems = [problem(key, f"is required: {definitions[key]['description']}") for key in missing]
     for key, value in values.items():
         definition = definitions[key]
         errors = list(Draft7Validator(definition).iter_errors(value))
         for found in errors:
             path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.path)
-            explain = EXPLANATIONS[str(found.validator)]
-            message = explain(found.validator_value, found.instance)
+            message = EXPLANATIONS[str(found.validator)](found.validator_value, found.instance)
             if found.validator == "additionalProperties":
                 message += f"; allowed are {', '.join(definition['properties'])}"
             problems.append(problem(path, message))
@@ -573,8 +552,7 @@ class ProgressEvent:
 
     def text(self) -> str:
         """The same for people, on stderr."""
-        write = HUMAN.get(self.type)
-        return write(self.fields) if write else ""
+        return HUMAN[self.type](self.fields) if self.type in HUMAN else ""
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
@@ -594,16 +572,12 @@ def strict(value: Any) -> Any:
     return value
 
 
-def short_time(seconds: float | None) -> str:
-    return "?" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
-
-
 HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "info": lambda f: f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""),
     "warning": lambda f: f"warning: {f['message']} {f['hint']}",
     "progress": lambda f: (
         f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
-        f"{f['steps_per_second'] or 0:.2f} steps/s  left {short_time(f['eta_seconds'])}"
+        f"{f['steps_per_second'] or 0:.2f} steps/s  left {datetime.timedelta(seconds=round(f['eta_seconds'] or 0))}"
     ),
     "validation": lambda f: f"step {f['step']}  held-out loss {f['loss'] or 0:.4f}",
     "sample": lambda f: f"sample: {f['image_path']}",
@@ -669,10 +643,8 @@ class EventStream:
         self.phase = "starting"
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
-        self._seq = 0
-        self._dropped = 0
-        self._last_info: tuple[str, float] = ("", 0.0)
-        self._last_log = -math.inf
+        self._seq = self._dropped = 0
+        self._last_info, self._last_log = ("", 0.0), -math.inf
         self._log: IO[bytes] | None = None
         self._log_error: OSError | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
@@ -745,8 +717,7 @@ class EventStream:
             self._log.seek(start)
             content = self._log.read()
             whole = content.rfind(b"\n") + 1
-            torn = content[whole:]
-            ours = b'{"type"'
+            torn, ours = content[whole:], b'{"type"'
             # Zeros: the power went before the data came.
             if torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0")):
                 self._log.truncate(start + whole)
@@ -790,8 +761,7 @@ class EventStream:
         progress, now = event.type == "progress", time.monotonic()
         if not self._talk or (progress and not self._live and now - self._last_log < self.LOG_S):
             return
-        if progress:
-            self._last_log = now
+        self._last_log = now if progress else self._last_log
         start = "\r\x1b[K" if self._live else ""
         if text := event.text():
             self._tell(start + text + ("" if progress and self._live else "\n"))
@@ -883,11 +853,7 @@ class StopWatcher:
             self._send.send(bytes([number]))
 
     def arm(self, rescue: Callable[[], bool]) -> None:
-        """From here on there is something to save: the loop stops itself, within the grace time.
-
-        `rescue` is called where it does not (a micro-batch can take half a minute on a CPU) and tells
-        whether it saved anything.
-        """
+        """From here on the loop stops itself. Where that takes too long, `rescue` saves, and tells whether it did."""
         with self._lock:
             self._rescue = rescue
 
@@ -912,8 +878,7 @@ class StopWatcher:
 
     def leave(self) -> NoReturn:
         """End the process now, naming the last good files."""
-        # A disk that hangs may hold the stream's lock.
-        last = threading.Timer(1.5, os._exit, (128 + self.number,))
+        last = threading.Timer(1.5, os._exit, (128 + self.number,))  # a disk that hangs may hold the stream's lock
         last.daemon = True
         last.start()
         self.conclude()
@@ -980,28 +945,23 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Tell whether the lock in the folder is the one we hold: the folder may be gone, moved or another's by now."""
-        try:
+        with contextlib.suppress(OSError):
             there = (self.path / ".lock").stat()
-        except OSError:
-            return False
-        return self._lock is not None and os.path.samestat(there, os.fstat(self._lock.fileno()))
+            return self._lock is not None and os.path.samestat(there, os.fstat(self._lock.fileno()))
+        return False
 
+    @blame("output_not_writable")
     def open(self) -> None:
-        """Create and lock the folder, sweep what a killed run left half-written.
-
-        Raises TrainerError: `output_not_writable`, `output_in_use`.
-        """
-        with blame("output_not_writable"):
-            for folder in (self.path, self.checkpoints, self.samples):
-                folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self.path, self.path.parent):
-                sync_folder(folder)
-            self._lock = (self.path / ".lock").open("ab")
-            if not lock_file(self._lock):
-                raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
-            for folder in (self.path, self.checkpoints, self.samples):
-                for entry in folder.glob(".*.train_lora.tmp"):
-                    remove(entry)
+        """Create, lock, sweep what a killed run left half-written. Raises `output_not_writable`, `output_in_use`."""
+        folders = (self.path, self.checkpoints, self.samples)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.path)
+        sync_folder(self.path.parent)
+        self._lock = (self.path / ".lock").open("ab")
+        if not lock_file(self._lock):
+            raise TrainerError("output_in_use", f"Another run writes to {self.path}.")
+        remove(*(left for folder in folders for left in folder.glob(".*.train_lora.tmp")))
 
 
 def lock_file(file: IO[bytes]) -> bool:
@@ -1021,30 +981,28 @@ def lock_file(file: IO[bytes]) -> bool:
     return True
 
 
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # on Windows a viewer may hold it
-        path.unlink(missing_ok=True)
+def remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # on Windows a viewer may hold it
+            path.unlink(missing_ok=True)
 
 
+@blame("output_not_writable")
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync the folder.
-
-    Raises TrainerError: `disk_full`, `output_not_writable`; an older file of that name is then untouched.
-    """
+    """Write a file whole or not at all: an older one stays then. Raises `disk_full`, `output_not_writable`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.train_lora.tmp")
-    with blame("output_not_writable"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_file(temporary, path)
-            sync_folder(path.parent)
-        except OSError as error:
-            remove(temporary)
-            error.filename = error.filename or str(path)
-            raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder under a long run
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        remove(temporary)
+        error.filename = error.filename or str(path)
+        raise
 
 
 def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
@@ -1062,28 +1020,23 @@ def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
 
 def replace_file(source: Path, target: Path) -> None:
     deadline = time.monotonic() + 2.0
-    while True:
-        try:
+    while WINDOWS and time.monotonic() < deadline:  # a virus scanner or viewer may hold the target for a moment
+        with contextlib.suppress(PermissionError):
             source.replace(target)
             return
-        except PermissionError:
-            # On Windows a virus scanner or viewer may hold the target for a moment.
-            if not WINDOWS or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+        time.sleep(0.05)
+    source.replace(target)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder last, where the system and the file system have that."""
-    if WINDOWS:
-        return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # shared folders of virtual machines, SMB, FUSE; a parent that we may not read
+    except OSError as error:  # Windows, shared folders of virtual machines, SMB, FUSE; a parent that we may not read
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM):
             raise
 
@@ -1106,12 +1059,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What differs between the models we train. A new one is a row in FAMILIES and its tests.
-
-    Mappings with the keys `epsilon` and `v_prediction` give the header's values by what the model
-    predicts. `parameters` and `lora_width` (the sum of inputs and outputs of all targeted layers)
-    are the full-size model's, for estimates made without its files.
-    """
+    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
 
     name: str
     title: str
@@ -1119,11 +1067,11 @@ class ModelFamily:
     source: str
     native_resolution: int
     text_encoders: tuple[TextEncoder, ...]
-    architecture: Mapping[str, str]
-    base_version: Mapping[str, str]
+    architecture: Mapping[str, str]  # the LoRA header's, by what the model predicts
+    base_version: Mapping[str, str]  # likewise
     hub_pattern: str
-    parameters: Mapping[str, int]  # by component: its keys are the model's folders
-    lora_width: Mapping[str, int]
+    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
+    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
     unet: Mapping[str, Any]
     time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
     linear_projection: bool = False
@@ -1131,12 +1079,12 @@ class ModelFamily:
     is_v2: bool = False
 
 
-SD_UNET: JSON = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": 1,
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-}
+PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
+SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
+SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
+SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
+VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
 
 FAMILIES = (
     ModelFamily(
@@ -1149,7 +1097,7 @@ FAMILIES = (
         architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
-        parameters={"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
         lora_width={"attention": 199_296, "transformer": 423_936},
         unet=SD_UNET | {"cross_attention_dim": 768},
     ),
@@ -1165,7 +1113,7 @@ FAMILIES = (
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
-        parameters={"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
         lora_width={"attention": 207_488, "transformer": 432_128},
         unet=SD_UNET | {"cross_attention_dim": 1024},
     ),
@@ -1185,20 +1133,9 @@ FAMILIES = (
         architecture=dict.fromkeys(("epsilon", "v_prediction"), "stable-diffusion-xl-v1-base/lora"),
         base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
         hub_pattern=r"xl|pony|illustrious|noob",
-        parameters={
-            "unet": 2_567_463_684,
-            "vae": 83_653_863,
-            "text_encoder": 123_060_480,
-            "text_encoder_2": 694_659_840,
-        },
+        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
         lora_width={"attention": 1_451_520, "transformer": 2_659_840},
-        unet={
-            "cross_attention_dim": 2048,
-            "block_out_channels": (320, 640, 1280),
-            "layers_per_block": 2,
-            "transformer_layers_per_block": (1, 2, 10),
-            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
-        },
+        unet=SDXL_UNET,
     ),
 )
 
@@ -1210,13 +1147,10 @@ UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 MODEL_KEYS: dict[str, JSON] = {
     "model_index.json": {},
     "unet/config.json": {
-        "block_out_channels": COUNTS,
-        "layers_per_block": COUNT,
+        **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"), COUNT),
         "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
-        "cross_attention_dim": COUNT,
+        "block_out_channels": COUNTS,
         "down_block_types": {"type": "array", "items": {"type": "string"}},
-        "in_channels": COUNT,
-        "out_channels": COUNT,
         "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
     },
     "vae/config.json": {
@@ -1226,8 +1160,7 @@ MODEL_KEYS: dict[str, JSON] = {
     },
     "scheduler/scheduler_config.json": {
         "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-        "beta_start": UNIT,
-        "beta_end": UNIT,
+        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
         "beta_schedule": {"enum": ["linear", "scaled_linear"]},
         "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
         "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
@@ -1265,10 +1198,7 @@ class ModelSource:
 
 
 def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
-    """Recognise a family by structure, never by exact widths, so that distilled variants pass.
-
-    Raises TrainerError: `model_unsupported`, naming what it is and what can be trained.
-    """
+    """Recognise a family by structure, not by widths: distilled variants pass. Raises `model_unsupported`."""
     pipeline = str(model_index.get("_class_name", "an unnamed pipeline"))
     time_ids = unet.get("addition_embed_type") == "text_time"
     linear = bool(unet.get("use_linear_projection", False))
@@ -1286,7 +1216,7 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
 def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelSource:
     """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
 
-    Raises TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
     """
     local = Path(config.base_model).is_absolute()
     folder = local_folder(config.base_model) if local else fetch(config, weights=weights, half=half)
@@ -1298,10 +1228,9 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
         message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
         hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
         raise TrainerError("model_unsupported", message, hint)
-    shapes, variants = read_shapes(folder, family, config.variant, half=half, required=weights or local)
-    prediction = config.prediction_type
-    if prediction == "auto":
-        prediction = str(scheduler.get("prediction_type", "epsilon"))
+    shapes, variants = read_shapes(folder, family, config.variant, half=half, needed=weights or local)
+    told = str(scheduler.get("prediction_type", "epsilon"))
+    prediction = told if config.prediction_type == "auto" else config.prediction_type
     if prediction not in family.architecture:
         message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
@@ -1309,21 +1238,15 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
     return ModelSource(name, folder, family, unet, vae, scheduler, prediction, shapes, variants)
 
 
-def read_shapes(
-    folder: Path, family: ModelFamily, variant: str | None, *, half: bool, required: bool
-) -> tuple[dict[str, dict[str, list[int]]], dict[str, str | None]]:
-    """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not required."""
+def read_shapes(folder: Path, family: ModelFamily, variant: str | None, half: bool, needed: bool) -> tuple[JSON, JSON]:
+    """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not needed."""
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     shapes, variants = {}, {}
-    try:
+    with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
         for part in family.parameters:
             variants[part], files = choose_weights(names, part, variant, half)
             shapes[part] = weight_shapes(folder, files)
-    except TrainerError:
-        if required:
-            raise
-        return {}, {}
-    return shapes, variants
+    return (shapes, variants) if len(shapes) == len(family.parameters) else ({}, {})
 
 
 def local_folder(path: str) -> Path:
@@ -1364,36 +1287,30 @@ def read_model_json(folder: Path, name: str) -> JSON:
     return dict(document)
 
 
-def choose_weights(
-    names: Sequence[str], component: str, variant: str | None, half: bool
-) -> tuple[str | None, list[str]]:
+def choose_weights(names: Sequence[str], part: str, variant: str | None, half: bool) -> tuple[str | None, list[str]]:
     """Pick one variant of a component's safetensors files: (variant, file names).
 
     Without a wish, 16-bit runs take the fp16 files where there are some, others the plain ones.
-
-    Raises TrainerError: `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
+    Raises `model_unsafe` where there are only pickles, `model_not_found` where nothing is.
     """
-    inside = [name for name in names if name.startswith(component + "/")]
+    inside = [name for name in names if name.startswith(part + "/")]
     by_variant: dict[str | None, list[str]] = collections.defaultdict(list)
     for name in inside:
         if match := WEIGHTS.fullmatch(name.partition("/")[2]):
             by_variant[match["variant"] or match["old"]].append(name)
-    if variant and component == "unet" and variant not in by_variant:
+    if variant and part == "unet" and variant not in by_variant:
         raise TrainerError("model_not_found", f"The base model's unet has no {variant!r} variant of its weights.")
     wishes: list[str | None] = [*([variant] if variant else []), *(["fp16"] if half else []), None, "fp16"]
     for wish in wishes:
         if wish in by_variant:
             return wish, by_variant[wish]
     if any(name.endswith(PICKLES) for name in inside):
-        raise TrainerError("model_unsafe", f"The base model's {component} has only pickled weights.")
-    raise TrainerError("model_not_found", f"The base model has no {component}/*.safetensors.")
+        raise TrainerError("model_unsafe", f"The base model's {part} has only pickled weights.")
+    raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
 
 
 def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """Read tensor shapes from safetensors headers, without torch and without the weights.
-
-    Raises TrainerError: `model_corrupt`, also where a file is shorter than its header says.
-    """
+    """Read tensor shapes from headers, without torch. Raises `model_corrupt`, also for a file that is cut short."""
     shapes: dict[str, list[int]] = {}
     for name in files:
         try:
@@ -1414,8 +1331,7 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
     """Bring a Hub model's files to the local cache: configs, and with `weights` what a run needs.
 
     Without `weights`, None means: out of reach and not cached.
-
-    Raises TrainerError: `model_not_found`, `model_unsupported`, `model_unsafe`.
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`.
     """
     try:
         from huggingface_hub import HfApi, errors, snapshot_download
@@ -1425,15 +1341,12 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         raise
     repo, revision = config.base_model, config.revision
     try:
-        siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
-        names = [sibling.rfilename for sibling in siblings]
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings or []]
         if "model_index.json" not in names:
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
         needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
         wanted = needed if weights else list(MODEL_KEYS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
-    except TrainerError:
-        raise
     except errors.GatedRepoError as error:
         hint = "Accept its terms on its page of the Hub, and set the variable HF_TOKEN to your token."
         raise TrainerError("model_not_found", f"{repo} is gated.", hint) from error
@@ -1442,7 +1355,7 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         hint = "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist."
         raise TrainerError("model_not_found", f"There is no model {repo!r}{at} on the Hub.", hint) from error
     except Exception as error:  # no network: the HTTP client's errors come in many classes
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if as_trainer_error(error, "").code != "internal":  # what was said above; a full disk
             raise
         with contextlib.suppress(errors.LocalEntryNotFoundError, ValueError):
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -1509,10 +1422,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def choose_device(wish: str) -> Hardware:
-    """Take CUDA (ROCm too), then MPS, then the CPU, unless the config names one; needs torch.
-
-    Raises TrainerError: `device_unavailable`.
-    """
+    """Take CUDA (ROCm too), MPS, the CPU, or what the config names; needs torch. Raises `device_unavailable`."""
     family, _, index = wish.partition(":")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wish == "auto":
@@ -1523,9 +1433,8 @@ def choose_device(wish: str) -> Hardware:
         free, total = torch.cuda.mem_get_info(name)
         return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
     if family == "mps" and mps:
-        total = torch.mps.recommended_max_memory()
-        free = total - torch.mps.driver_allocated_memory()
-        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
+        total, used = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
+        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, total - used)
     if family == "cpu":
         why = "auto: no GPU that torch can use" if wish == "auto" else wish
         return Hardware("cpu", f"{os.cpu_count()} CPU cores", why)
@@ -1546,8 +1455,7 @@ def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str,
     if has_nvidia_gpu():
         message = f"There is a GPU, but {gpu_trouble()}."
         yield "gpu_unusable", message, "Install a torch build that fits the GPU and driver."
-    message = "Training runs on the CPU, which is slow for full-size models."
-    yield "training_on_cpu", message, "Use a machine with a GPU."
+    yield "training_on_cpu", "Training runs on the CPU, slow for full-size models.", "Use a machine with a GPU."
 
 
 def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
@@ -1556,9 +1464,8 @@ def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
     if wish != "auto":
         return named[wish], f"mixed_precision {wish}"
     if device.startswith("cuda"):
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has bf16"
-        return torch.float16, "the GPU has no bf16"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "the GPU has bf16") if native else (torch.float16, "the GPU has no bf16")
     if device == "mps":
         with contextlib.suppress(RuntimeError, TypeError):
             probe = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
@@ -1572,13 +1479,6 @@ TARGETS = {
     "attention": r".*\.attn[12]\.(to_[qkv]|to_out\.0)",
     "transformer": r".*\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|attentions\.\d+\.proj_(in|out))",
 }
-
-
-def count_parameters(source: ModelSource) -> dict[str, int]:
-    """Count each component's parameters from its files' headers, else take the full-size family's."""
-    if source.shapes:
-        return {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
-    return dict(source.family.parameters)
 
 
 def lora_width(source: ModelSource, targets: str) -> int:
@@ -1601,13 +1501,12 @@ def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
     the way up. The factors were fitted to counts of saved tensors (docs/vram.md).
     """
     channels = list(unet.get("block_out_channels", (320, 640, 1280, 1280)))
-    layers = unet.get("layers_per_block", 2)
+    blocks = 2 * unet.get("layers_per_block", 2) + 1
     depth = unet.get("transformer_layers_per_block", 1)
     depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * len(channels)
     attends = [block.startswith("CrossAttn") for block in unet.get("down_block_types", ())]
     total = 0.0
     for level, width in enumerate(channels):
-        blocks = 2 * layers + 1
         transformers = depths[level] if level < len(attends) and attends[level] else 0
         total += blocks * (RESNET_FACTOR + TRANSFORMER_FACTOR * transformers) * width * latent_pixels / 4**level
     return int(total)
@@ -1622,17 +1521,13 @@ def estimate_vram(
     is training's or caching's, whichever is larger.
     """
     width = 2 if half else 4
-    counts = count_parameters(source)
+    counted = {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
+    counts = counted or source.family.parameters  # without the files' headers, the full-size model's
     lora = lora_width(source, config.lora_targets) * config.lora_rank
-    latent_pixels = (resolution // source.vae_factor) ** 2
-    activations = saved_activations(source.unet, latent_pixels) * config.batch_size * width
-    training = {
-        "weights": counts["unet"] * width,
-        "lora": lora * 4,
-        "optimizer": lora * 12,  # gradient and Adam's two moments, fp32
-        "activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1)),
-        "overhead": GPU_OVERHEAD,
-    }
+    activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
+    training = {"weights": counts["unet"] * width, "lora": lora * 4, "overhead": GPU_OVERHEAD}
+    training |= {"optimizer": lora * 12}  # gradient and Adam's two moments, fp32
+    training |= {"activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1))}
     caching = {part: count * width for part, count in counts.items() if part != "unet"}
     return {**training, "total": max(sum(training.values()), sum(caching.values()) + GPU_OVERHEAD)}
 
@@ -2959,10 +2854,7 @@ def original_block_name(module: str, layers_per_block: int) -> str:
 
 
 def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: ModelSource) -> dict[str, Tensor]:
-    """Lay the LoRA out as kohya's networks.lora: lora_down, lora_up and alpha per module.
-
-    Raises TrainerError: `loss_not_finite`: a LoRA with NaN or infinity is never written.
-    """
+    """Lay the LoRA out as kohya's networks.lora does, alpha per module. Raises `loss_not_finite`, for NaN and inf."""
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in layers.items():
         if source.family.original_block_names:
@@ -2971,8 +2863,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
         tensors[f"{key}.lora_down.weight"] = down.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha)  # fp32: half precision would round it
-    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
+    if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
         raise TrainerError("loss_not_finite", message)
     return tensors
@@ -2980,8 +2871,7 @@ def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: 
 
 def tensor_bytes_hash(data: bytes) -> str:
     """Hash a safetensors file without its header, as A1111 and Forge identify LoRAs."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    return hashlib.sha256(memoryview(data)[start:]).hexdigest()
+    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -2991,55 +2881,35 @@ def read_header(path: Path) -> dict[str, str]:
     return {}
 
 
-def tag_frequency(dataset: Dataset, separator: str) -> dict[str, int]:
-    tags = (tag.strip() for example in dataset.of_role("train") for tag in example.caption.split(separator))
-    return dict(collections.Counter(tag for tag in tags if tag).most_common())
-
-
 def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
     """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
     config, source, family, given = plan.config, plan.source, plan.source.family, plan.config.metadata
-    resolved = plan.resolved()
-    width = plan.resolution
-    header = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": family.architecture[source.prediction_type],
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": given.get("title", config.output_name),
-        "modelspec.date": utc_now("seconds"),
-        "modelspec.resolution": f"{width}x{width}",
-        "modelspec.prediction_type": "v" if source.prediction_type == "v_prediction" else "epsilon",
-        "modelspec.trigger_phrase": f"{config.caption_separator} ".join(config.trigger_words),
-        "modelspec.hash_sha256": f"0x{digest}",
-        **{f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
-        "ss_base_model_version": family.base_version[source.prediction_type],
-        "ss_v2": str(family.is_v2),
-        "ss_sd_model_name": source.name,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.lora_rank),
-        "ss_network_alpha": f"{config.lora_alpha:g}",
-        "ss_output_name": config.output_name,
-        "ss_tag_frequency": json.dumps({"dataset": tag_frequency(plan.dataset, config.caption_separator)}),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_unet_lr": str(config.learning_rate),
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_steps": str(step),
-        "ss_max_train_steps": str(plan.total_steps),
-        "ss_epoch": str(math.ceil(plan.epoch(step))),
-        "ss_num_train_images": str(len(plan.dataset.of_role("train"))),
-        "ss_num_reg_images": str(len(plan.dataset.of_role("prior"))),
-        "ss_total_batch_size": str(config.batch_size * config.gradient_accumulation_steps),
-        "ss_resolution": f"({width}, {width})",
-        "ss_seed": str(config.seed),
-        "sshs_model_hash": digest,
-        "train_lora.version": VERSION,
-        "train_lora.run_id": run_id,
-        "train_lora.save_dtype": config.save_dtype,
-        "train_lora.trigger_words": json.dumps(config.trigger_words),
-        "train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")}),
-    }
-    return dict(sorted(header.items()))
+    resolved, width, prediction = plan.resolved(), plan.resolution, plan.source.prediction_type
+    ours, prior, separator = plan.dataset.of_role("train"), plan.dataset.of_role("prior"), config.caption_separator
+    tags = collections.Counter(tag.strip() for example in ours for tag in example.caption.split(separator))
+    rows: list[JSON] = [
+        {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers"},
+        {"modelspec.date": utc_now("seconds"), "modelspec.title": given.get("title", config.output_name)},
+        {"modelspec.architecture": family.architecture[prediction], "modelspec.hash_sha256": f"0x{digest}"},
+        {"modelspec.resolution": f"{width}x{width}"},
+        {"modelspec.prediction_type": prediction.removesuffix("_prediction")},
+        {"modelspec.trigger_phrase": f"{separator} ".join(config.trigger_words)},
+        {f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
+        {"ss_base_model_version": family.base_version[prediction], "ss_v2": family.is_v2},
+        {"ss_sd_model_name": source.name, "ss_output_name": config.output_name, "ss_seed": config.seed},
+        {"ss_network_module": "networks.lora", "ss_network_dim": config.lora_rank},
+        {"ss_network_alpha": f"{config.lora_alpha:g}", "ss_resolution": f"({width}, {width})"},
+        {"ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate},
+        {"ss_lr_scheduler": config.lr_scheduler, "ss_optimizer": "torch.optim.AdamW"},
+        {"ss_steps": step, "ss_max_train_steps": plan.total_steps, "ss_epoch": math.ceil(plan.epoch(step))},
+        {"ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps},
+        {"ss_num_train_images": len(ours), "ss_num_reg_images": len(prior), "sshs_model_hash": digest},
+        {"ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common() if tag}})},
+        {"train_lora.version": VERSION, "train_lora.run_id": run_id, "train_lora.save_dtype": config.save_dtype},
+        {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
+        {"train_lora.trigger_words": json.dumps(config.trigger_words)},
+    ]
+    return dict(sorted((key, str(value)) for row in rows for key, value in row.items()))
 
 
 # ======================================================================================
@@ -3081,10 +2951,7 @@ def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
 
 
 def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
-    """Read a state back: (tensors, record), the mirror of encode_state.
-
-    Raises ValueError: the file is torn, altered or no state.
-    """
+    """Mirror encode_state: (tensors, record). Raises ValueError where the file is torn, altered or no state."""
     try:
         tensors = safetensors.torch.load(path.read_bytes())
     except (PermissionError, MemoryError):  # no fault of the file's
@@ -3101,9 +2968,7 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
     """Split any optimizer's state_dict into tensors and JSON."""
     state = optimizer.state_dict()
-    flat = {
-        f"optimizer/{index}/{key}": value for index, entry in state["state"].items() for key, value in entry.items()
-    }
+    flat = {f"optimizer/{i}/{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
     tensors = {name: value for name, value in flat.items() if torch.is_tensor(value)}
     scalars = {name: value for name, value in flat.items() if name not in tensors}
     return tensors, {"scalars": scalars, "groups": state["param_groups"]}
@@ -3153,18 +3018,14 @@ class ResumePoint:
 def find_resume_point(
     states: Iterable[tuple[int, Path]], run_id: str | None, warn: Callable[[str, str, str], None]
 ) -> ResumePoint | None:
-    """Give the first good one of `states` that is this run's (any run's, where config.json is lost with the id).
-
-    Raises TrainerError: `checkpoint_corrupt` where there are states and none of them is good.
-    """
+    """Give the first good state of this run (any run, without its id). Raises `checkpoint_corrupt`: all are broken."""
     corrupt = []
     for _, path in states:
         try:
             tensors, record = decode_state(path)
         except (ValueError, KeyError) as error:
             corrupt.append(path.name)
-            message = f"{path.name} cannot be used: {error}."
-            warn("checkpoint_corrupt", message, "An older state is used if there is one.")
+            warn("checkpoint_corrupt", f"{path.name} cannot be used: {error}.", "An older one is used if there is one.")
             continue
         if run_id in (None, record["run_id"]):  # else of a run that --fresh replaced
             return ResumePoint(path, tensors, record)
@@ -3185,8 +3046,7 @@ def run_identity(plan: Plan) -> JSON:
 
 def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
     """Raise `resume_mismatch` with every key that differs from the state's."""
-    differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-    if differing:
+    if differing := [key for key in ours if key in theirs and ours[key] != theirs[key]]:
         problems = [problem(key, f"was {show(theirs[key])}, is now {show(ours[key])}") for key in differing]
         message = f"{folder} holds a run with other settings: {', '.join(differing)}."
         raise TrainerError("resume_mismatch", message, problems=problems)
@@ -3200,8 +3060,7 @@ def check_identity(ours: JSON, theirs: JSON, folder: Path) -> None:
 def make_sampler(scheduler: Mapping[str, Any], prediction_type: str, steps: int, device: str) -> Any:
     """Build DDIM from the model's own scheduler config; trailing timesteps with zero terminal SNR (Lin et al. 2023)."""
     changes: JSON = {"prediction_type": prediction_type, "clip_sample": False}  # latents are never clipped
-    if scheduler.get("rescale_betas_zero_snr"):
-        changes["timestep_spacing"] = "trailing"
+    changes |= {"timestep_spacing": "trailing"} if scheduler.get("rescale_betas_zero_snr") else {}
     owner: Any = diffusers.DDIMScheduler
     sampler = owner.from_config(dict(scheduler) | changes)
     sampler.set_timesteps(steps, device=device)
@@ -3413,14 +3272,9 @@ class LoRATrainer:
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.parameters = [weight for pair in self.layers.values() for weight in pair]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        betas, fused = (config.adam_beta1, config.adam_beta2), self.device.type == "cuda"
+        options: JSON = {"eps": config.adam_epsilon, "weight_decay": config.weight_decay, "fused": fused}
+        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, betas, **options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.alpha_bar = noise_schedule(source.scheduler)
         self.target_of = TARGET_OF[source.prediction_type]
@@ -3450,12 +3304,10 @@ class LoRATrainer:
             self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
         now = self.environment()
-        changed = [key for key, value in point.record["environment"].items() if now[key] != value]
-        if changed:
+        if changed := [key for key, value in point.record["environment"].items() if now[key] != value]:
             message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
-        total = self.plan.total_steps
-        before = point.record.get("total_steps", total)
+        before, total = point.record["total_steps"], self.plan.total_steps
         if before != total and self.config.lr_scheduler != "constant":
             message = f"The run was planned for {before} steps and now has {total}: the learning rate jumps."
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
@@ -3463,13 +3315,8 @@ class LoRATrainer:
 
     def environment(self) -> JSON:
         """Give what else decides the last bits."""
-        return {
-            "torch": str(torch.__version__),
-            "device": self.hardware.name,
-            "threads": torch.get_num_threads(),
-            "dtype": str(self.dtype),
-            "checkpointing": self.plan.checkpointing,
-        }
+        machine = {"torch": str(torch.__version__), "device": self.hardware.name, "threads": torch.get_num_threads()}
+        return machine | {"dtype": str(self.dtype), "checkpointing": self.plan.checkpointing}
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -3496,11 +3343,10 @@ class LoRATrainer:
         config, step = self.config, self.state.step
         if step and is_due(step, config.checkpoint_steps) and not self.is_saved():
             self.save_or_warn()
-        if step and is_due(step, config.validation_steps):
-            last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
-            if written_by(last) != self.run_id:
-                self.validate(step)
-                self.sample(step)
+        last = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
+        if step and is_due(step, config.validation_steps) and written_by(last) != self.run_id:
+            self.validate(step)
+            self.sample(step)
 
     def set_learning_rate(self, step: int) -> float:
         config = self.config
@@ -3610,14 +3456,11 @@ class LoRATrainer:
         with torch.no_grad():
             return self.errors(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
 
-    def predict(
-        self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: dict[str, Tensor] | None
-    ) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.half):
-            output = self.unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=conditions)
-        prediction: Tensor = output.sample
-        return prediction
+            output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
+        return output
 
     def advance(self, step: int, loss: float) -> float:
         """Take the optimizer step and count it; the gradient's norm before clipping."""
@@ -3634,8 +3477,7 @@ class LoRATrainer:
     def update(self, loss: float) -> float:
         """Clip and take the optimizer step, unless loss or gradient are not finite; the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -3644,10 +3486,7 @@ class LoRATrainer:
         return grad_norm
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
-        """Tell whether the step was sound (None: the loss scaler still looks for its scale); warn where it was not.
-
-        Raises TrainerError: `loss_not_finite`.
-        """
+        """Tell whether the step was sound (None: the loss scaler seeks its scale yet). Raises `loss_not_finite`."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
@@ -3668,20 +3507,11 @@ class LoRATrainer:
             return
         speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        self.events.emit(
-            "progress",
-            step=state.step,
-            total_steps=total,
-            percent=round(100 * state.step / total, 2),
-            loss=loss,
-            loss_avg=state.loss_avg,
-            learning_rate=rate,
-            grad_norm=grad_norm,
-            epoch=self.plan.epoch(state.step),
-            steps_per_second=speed,
-            eta_seconds=(total - state.step) / speed if speed else None,
-            vram_gb=gigabytes(peak),
-        )
+        fields: JSON = {"step": state.step, "total_steps": total, "percent": round(100 * state.step / total, 2)}
+        fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rate, "grad_norm": grad_norm}
+        fields |= {"epoch": self.plan.epoch(state.step), "steps_per_second": speed}
+        fields |= {"eta_seconds": (total - state.step) / speed if speed else None, "vram_gb": gigabytes(peak)}
+        self.events.emit("progress", **fields)
 
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
@@ -3762,15 +3592,9 @@ class LoRATrainer:
             tensors, optimizer = pack_optimizer(self.optimizer)
             for name, (down, up) in self.layers.items():
                 tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
-            record = {
-                "run_id": self.run_id,
-                "identity": self.identity,
-                "environment": self.environment(),
-                "total_steps": self.plan.total_steps,
-                "state": dataclasses.asdict(self.state),
-                "optimizer": optimizer,
-                "scaler": self.scaler.state_dict(),
-            }
+            record = {"run_id": self.run_id, "identity": self.identity, "environment": self.environment()}
+            record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
+            record |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
             write_file(state_path, encode_state(tensors, record))
             self.stop.saved = SavedFiles(step, self.stop.saved.path, str(state_path))
             if lora:
@@ -3785,9 +3609,8 @@ class LoRATrainer:
         saved = self.stop.saved
         if saved.step != self.state.step or (lora and saved.path != str(self.lora_path(saved.step))):
             return False
-        return all(
-            file and Path(file).exists() for file in (saved.state_path, saved.path if lora else saved.state_path)
-        )
+        files = [saved.state_path, saved.path] if lora else [saved.state_path]
+        return all(file and Path(file).exists() for file in files)
 
     def rescue(self) -> bool:
         """Save the state where the loop cannot: from the watcher's thread, or after a failure; True if it did.
@@ -3797,8 +3620,7 @@ class LoRATrainer:
         if not self.changing.acquire(blocking=False):
             return False
         try:
-            due = not self.torn and self.state.step > self.stop.saved.step
-            if due:
+            if due := not self.torn and self.state.step > self.stop.saved.step:
                 self.save(lora=False)
             return due
         finally:
@@ -3806,10 +3628,7 @@ class LoRATrainer:
 
     @blame("output_not_writable")
     def keep_folder(self) -> None:
-        """Take the folder again where somebody removed or moved it under a long run.
-
-        Raises TrainerError: `output_in_use` where another run has taken its place.
-        """
+        """Take the folder again where somebody moved or removed it. Raises `output_in_use`: another run has it."""
         config_path = self.folder.path / "config.json"
         if read_run(config_path).get("run_id", self.run_id) != self.run_id:
             raise TrainerError("output_in_use", f"{self.folder.path} is another run's now; this run's was moved away.")
@@ -3827,22 +3646,17 @@ class LoRATrainer:
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
-        for path in self.damaged:
-            if str(path) != self.stop.saved.state_path:
-                remove(path)
+        remove(*(path for path in self.damaged if str(path) != self.stop.saved.state_path))
         self.damaged = []
-        limits = {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}
-        for stem, limit in limits.items():
+        for stem, limit in {"state_step": 2, f"{self.config.output_name}_step": self.config.checkpoint_limit}.items():
             # Files of later steps are from before a damaged state sent us back: they are not the newest.
             past = [path for step, path in self.ours(stem) if step <= self.state.step] if limit else []
-            for path in past[limit:]:
-                remove(path)
+            remove(*past[limit:])
         if self.replaced:
             places = {self.folder.path: r".+_final\.safetensors", self.folder.samples: r"step_\d+_\d+\.png"}
             for folder, names in (places | {self.folder.checkpoints: r".+_step_\d+\.safetensors"}).items():
-                for path in folder.iterdir():  # copies that a user made under other names stay
-                    if re.fullmatch(names, path.name) and written_by(path) in self.replaced:
-                        remove(path)
+                named = [path for path in folder.iterdir() if re.fullmatch(names, path.name)]  # a user's copies stay
+                remove(*(path for path in named if written_by(path) in self.replaced))
             self.replaced = []
             self.write_config()
 
@@ -3858,13 +3672,8 @@ class LoRATrainer:
         self.complete()
 
     def complete(self) -> None:
-        self.events.emit(
-            "complete",
-            step=self.state.step,
-            final_path=str(self.final_path),
-            total_time=round(self.state.seconds, 3),
-            loss=self.state.loss_avg,
-        )
+        state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
+        self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -3916,18 +3725,12 @@ class Arguments(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Arguments(
-        prog="train_lora.py",
-        description="Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = "Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config."
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Arguments("train_lora.py", description=about, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", required=True, help="JSON config; '-' reads it from stdin")
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override one config key; repeatable"
-    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
@@ -3935,12 +3738,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def validate(config: TrainingConfig, events: EventStream) -> None:
-    """Check dataset, model, output folder and hardware, and report all problems at once; train nothing.
-
-    Works without torch, saying so; then the hardware is not known.
-
-    Raises TrainerError: with the first problem's code and every problem listed.
-    """
+    """Check all that a run needs, also without torch. Raises the first problem's code, with every problem listed."""
     failures: list[TrainerError] = []
 
     def attempt(check: Callable[[], Any]) -> Any:
@@ -4025,26 +3823,15 @@ def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
 
 def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
     """Give the fields of the `validated` event."""
-    source = plan.source
-    return {
-        "valid": True,
-        "model": {
-            "name": source.name,
-            "family": source.family.name,
-            "title": source.family.title,
-            "prediction_type": source.prediction_type,
-            "native_resolution": source.native_resolution,
-            "guessed": source.folder is None,
-        },
-        "dataset": dataset_report(plan, tokens),
-        "memory": {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()},
-        "hardware": hardware.report() if hardware else None,
-        "config": plan.resolved(),
-    }
+    source, family = plan.source, plan.source.family
+    model = {"name": source.name, "family": family.name, "title": family.title, "guessed": source.folder is None}
+    model |= {"prediction_type": source.prediction_type, "native_resolution": source.native_resolution}
+    memory = {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()}
+    report = {"valid": True, "model": model, "dataset": dataset_report(plan, tokens), "memory": memory}
+    return report | {"hardware": hardware.report() if hardware else None, "config": plan.resolved()}
 
 
 def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> None:
-    """Validate or train."""
     import_checkers()
     config = load_config(options.config, options.set)
     if options.validate_only:
