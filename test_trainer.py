@@ -730,6 +730,8 @@ def test_an_error_reaches_a_person_on_stderr_too(tmp_path: Path) -> None:
     assert result.last["code"] == "config_unreadable"
     assert "missing.json" in result.stderr
     assert "Traceback" not in result.stderr
+    event = trainer.ProgressEvent("info", 1, "", 0.0, {"message": "\x1b[2J\x07a.png\nb"})
+    assert trainer.for_terminal(event.text()) == "?[2J?a.png\nb"
 
 
 NOISE = """

@@ -590,6 +590,12 @@ HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
 }
 
+
+def for_terminal(text: str) -> str:
+    """Leave out what would move a cursor: a file's name may hold escape sequences."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
 LAST_TYPES = ("validated", "complete", "interrupted", "error")
 
 
@@ -763,7 +769,7 @@ class EventStream:
             return
         self._last_log = now if progress else self._last_log
         start = "\r\x1b[K" if self._live else ""
-        if text := event.text():
+        if text := for_terminal(event.text()):
             self._tell(start + text + ("" if progress and self._live else "\n"))
 
     def _tell(self, text: str) -> None:
@@ -1777,10 +1783,7 @@ class View:
         return [self.example.digest, self.size, self.mirrored, *mask]
 
     def load(self) -> Fitted:
-        """Decode and fit.
-
-        Raises TrainerError: `dataset_unreadable` where a file is no longer what was checked.
-        """
+        """Decode and fit. Raises `dataset_unreadable` where a file is no longer what was checked."""
         example, mask = self.example, None
         try:
             picture, (left, top) = self.fit(example.path, example.digest, to_rgb)
@@ -1830,10 +1833,7 @@ class Dataset:
 
 
 def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
-    """Find, open and fully decode every image once; what is wrong with one is listed, not raised.
-
-    Raises TrainerError: `dataset_unreadable`, `dataset_empty`.
-    """
+    """Decode every image once; what is wrong with one is listed. Raises `dataset_unreadable`, `dataset_empty`."""
     prepare_pillow()
     examples, flaws = scan_folder(config, "dataset_path", events)
     examples = hold_out(examples, config.validation_split, config.seed)
@@ -2086,16 +2086,16 @@ def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> st
 
 
 def caption_variants(caption: str, config: TrainingConfig, passes: int) -> tuple[str, ...]:
-    """Give the texts that stand for a caption: itself, or a shuffle of its tags for each pass, up to 16.
+    """Give the texts that stand for a caption: itself, or a shuffle of its tags for each training pass, up to 16.
 
     Each is a pure function of (seed, caption, number), so that more passes only add to them.
     """
-    if not config.shuffle_tags:
+    if not (config.shuffle_tags and passes):
         return (caption,)
     tags = [tag.strip() for tag in caption.split(config.caption_separator) if tag.strip()]
     kept, loose = tags[: config.keep_tokens], tags[config.keep_tokens :]
     draws = [random.Random(draw_key("tags", config.seed, caption, number)) for number in range(CAPTION_VARIANTS)]
-    shuffled = [[*kept, *draw.sample(loose, len(loose))] for draw in draws[: max(1, passes)]]
+    shuffled = [[*kept, *draw.sample(loose, len(loose))] for draw in draws[:passes]]
     return tuple(f"{config.caption_separator} ".join(tags) for tags in shuffled)
 
 
@@ -2156,10 +2156,13 @@ class Bucket:
 
 def make_buckets(dataset: Dataset, sizes: Sequence[Size]) -> dict[Size, Bucket]:
     """Group example indices by size; regularization images are shown as often as the others together."""
+    total = {role: sum(e.repeats for e in dataset.of_role(role)) for role in ("train", "prior")}
+    if (shown := max(total.values())) > MAX_SHOWN:
+        message = f"An epoch would show {shown:,} images, repeats counted; the limit is {MAX_SHOWN:,}."
+        raise TrainerError("config_invalid", message, "Lower repeats, or the numbers before kohya folders' names.")
     groups: dict[tuple[Size, str], list[int]] = collections.defaultdict(list)
     for index, (example, size) in enumerate(zip(dataset.examples, sizes, strict=True)):
         groups[size, example.role].extend([index] * example.repeats)
-    total = {role: sum(e.repeats for e in dataset.of_role(role)) for role in ("train", "prior")}
     buckets = {}
     for size in sorted({size for size, role in groups if role != "validation"}):
         prior = tuple(groups[size, "prior"])
@@ -2370,18 +2373,11 @@ def make_plan(
     square = [(resolution, resolution)]
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
     sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
-    if (shown := sum(example.repeats for example in dataset.of_role("train"))) > MAX_SHOWN:
-        message = f"An epoch would show {shown:,} images, repeats counted; the limit is {MAX_SHOWN:,}."
-        raise TrainerError("config_invalid", message, "Lower repeats, or the numbers before kohya folders' names.")
     buckets = make_buckets(dataset, sizes)
     total_steps = count_steps(config, buckets)
     epochs = epochs_done(config, buckets, total_steps)
-    variants = [
-        (example.caption,)
-        if example.role == "validation"
-        else caption_variants(example.caption, config, math.ceil(epochs * example.repeats))
-        for example in dataset.examples
-    ]
+    passes = [0 if e.role == "validation" else math.ceil(epochs * e.repeats) for e in dataset.examples]
+    variants = [caption_variants(e.caption, config, count) for e, count in zip(dataset.examples, passes, strict=True)]
     prompts = ("", *config.sample_prompts, config.sample_negative_prompt)
     texts = list(dict.fromkeys(itertools.chain(*variants, prompts)))
     needed = cache_size(config, source, sizes, len(texts))
@@ -2535,10 +2531,7 @@ class Batch:
 
 
 def load_component(source: ModelSource, owner: Any, part: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load one component by its class to the device, frozen; from safetensors only, and no weight may be missing.
-
-    Raises TrainerError: `model_corrupt`.
-    """
+    """Load a component to the device, frozen, from safetensors only. Raises `model_corrupt`, also for lost weights."""
     assert source.folder is not None
     folder = source.folder / part
     options = {"dtype": dtype, "variant": source.variants[part], "use_safetensors": True, "local_files_only": True}
@@ -2558,10 +2551,7 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
 
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
-    """Load the tokenizer of each text encoder.
-
-    Raises TrainerError: `model_corrupt`.
-    """
+    """Load the tokenizer of each text encoder. Raises `model_corrupt`."""
     assert source.folder is not None
     tokenizers = []
     for row in source.family.text_encoders:
@@ -2663,10 +2653,7 @@ class PromptEncoder:
 
 
 def encode_images(vae: Any, images: Sequence[Fitted]) -> list[CachedImage]:
-    """Encode images of one size to their latent distributions, in the UNet's scale.
-
-    Raises TrainerError: `loss_not_finite`.
-    """
+    """Encode images of one size to their latent distributions, in the UNet's scale. Raises `loss_not_finite`."""
     pixels = torch.stack([pixel_tensor(image.picture) for image in images]).permute(0, 3, 1, 2)
     with torch.no_grad():
         latents = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype)).latent_dist
@@ -2794,10 +2781,7 @@ class Cache:
         return entry
 
     def put(self, key: str, entry: TextEmbedding | CachedImage) -> None:
-        """Keep an entry; its folder may be full, as long as memory holds it.
-
-        Raises TrainerError: `disk_full`, `output_not_writable`.
-        """
+        """Keep an entry. Raises `disk_full`, `output_not_writable` where memory does not hold it too."""
         tensors = {name: value.cpu().contiguous() for name, value in vars(entry).items() if value is not None}
         if self._in_memory:
             self._entries[key] = tensors
@@ -2904,7 +2888,7 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
         {"ss_steps": step, "ss_max_train_steps": plan.total_steps, "ss_epoch": math.ceil(plan.epoch(step))},
         {"ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps},
         {"ss_num_train_images": len(ours), "ss_num_reg_images": len(prior), "sshs_model_hash": digest},
-        {"ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common() if tag}})},
+        {"ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common(1000) if tag}})},
         {"train_lora.version": VERSION, "train_lora.run_id": run_id, "train_lora.save_dtype": config.save_dtype},
         {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
         {"train_lora.trigger_words": json.dumps(config.trigger_words)},
