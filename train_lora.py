@@ -1857,9 +1857,9 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise TrainerError("dataset_unreadable", f"{key} {root} {what}.", f"Give the folder with your images as {key}.")
-    others = {Path(other).resolve() for other in (config.dataset_path, config.regularization_path) if other}
-    output = Path(config.output_path).resolve()
-    paths, flaws = find_images(root, {output, output / "samples"} | others)
+    output = Path(config.output_path)
+    others = (output, output / "samples", config.dataset_path, config.regularization_path)
+    paths, flaws = find_images(root, {file_id(other) for other in others if other})
     described, more = read_metadata(root, {path.relative_to(root).as_posix() for path in paths})
     check = functools.partial(check_image, root=root, config=config, described=described, prior=key != "dataset_path")
     message = "Checking images." if key == "dataset_path" else "Checking regularization images."
@@ -1886,7 +1886,14 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int | Non
             yield waiting.popleft().result()
 
 
-def find_images(root: Path, excluded: set[Path]) -> tuple[list[Path], list[Flaw]]:
+def file_id(path: str | Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = os.stat(path)  # noqa: PTH116
+        return found.st_dev, found.st_ino
+    return None
+
+
+def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list[Path], list[Flaw]]:
     """List image files below the root, sorted, and what is refused; without hidden ones, masks, `excluded` folders."""
     found: list[Path] = []
     flaws: list[Flaw] = []
@@ -1911,7 +1918,7 @@ def find_images(root: Path, excluded: set[Path]) -> tuple[list[Path], list[Flaw]
             elif folder_there and path.is_symlink():
                 refuse(path, "links to folders are not followed")
             elif folder_there:
-                waiting += [path] if path.resolve() not in excluded else []
+                waiting += [path] if file_id(path) not in excluded else []
             elif suffix in UNREAD_SUFFIXES:
                 refuse(path, f"{suffix} is not read; save it as PNG or JPEG")
             elif suffix in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_SUFFIX):
