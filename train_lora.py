@@ -48,6 +48,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -73,9 +74,10 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import uuid
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -1591,33 +1593,25 @@ class PixelBudget:
 DECODED = PixelBudget(64_000_000)  # a pixel takes 3 to 12 bytes on its way to RGB
 
 
-def prepare_pillow() -> None:
-    """Make a decompression bomb an error for its file, known from the header alone."""
-    Image.init()
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
-def why_not_open(path: Path, root: Path) -> str:
-    """Say why a file of a dataset is not opened: only regular files inside `root` are; '' where it may be."""
+def inside(path: Path, root: Path) -> Path:
+    """Resolve a file of a dataset; ValueError says why it is not opened: only regular files inside `root` are."""
     try:
-        if not path.resolve(strict=True).is_relative_to(root.resolve()):
-            return "a link that leads out of the folder"
-        return "" if path.is_file() else "not a regular file"
-    except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
-        return "a link that leads nowhere" if path.is_symlink() else "it cannot be opened"
+        real = path.resolve(strict=True)
+        regular = real.is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+        raise ValueError("a link that leads nowhere" if path.is_symlink() else "it cannot be opened") from error
+    if not real.is_relative_to(root.resolve()):
+        raise ValueError("a link that leads out of the folder")
+    if not regular:
+        raise ValueError("not a regular file")
+    return real
 
 
 @contextlib.contextmanager
 def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file inside `root`, also where it was swapped for a pipe or a link a moment ago.
-
-    Raises ValueError with the reason; OSError.
-    """
-    if reason := why_not_open(path, root):
-        raise ValueError(reason)
-    at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe would make us wait for its writer
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+    """Open a regular file inside `root`, also where it was swapped for a pipe or a link a moment ago; ValueError."""
+    safely = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # a pipe would make us wait for its writer
+    with open(inside(path, root), "rb", opener=lambda name, flags: os.open(name, flags | safely)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")
         yield file
@@ -1636,8 +1630,11 @@ def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
         file.seek(0)
         known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
         image: Image.Image = Image.open(file, formats=known)
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
         refuse_slow(image, file)
-        with DECODED.take(image.width * image.height):
+        with DECODED.take(pixels):
             image.load()
             image = upright(image)
             yield image, digest
@@ -1652,45 +1649,43 @@ def file_digest(file: IO[bytes]) -> str:
 
 def refuse_slow(image: Image.Image, file: IO[bytes]) -> None:
     """Refuse what is small and takes minutes to decode: a hundred scans over one JPEG, run lengths in a large BMP."""
-    place = file.tell()
-    file.seek(0)
-    scans = (
-        sum(chunk.count(b"\xff\xda") for chunk in iter(lambda: file.read(1 << 20), b""))
-        if image.format == "JPEG"
-        else 0
-    )
+    place, scans = file.tell(), 0
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = sum(chunk.count(b"\xff\xda") for chunk in iter(lambda: file.read(1 << 20), b""))
     slow_bmp = image.format == "BMP" and image.info.get("compression") in (1, 2) and file.seek(0, os.SEEK_END) > 1 << 22
     file.seek(place)
-    if scans > MAX_SCANS or slow_bmp:
+    if scans > MAX_SCANS or scans * image.width * image.height > 20 * MAX_PIXELS or slow_bmp:
         raise ValueError("it would take minutes to decode; save it anew, as PNG say")
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as EXIF's orientation says; whatever else is broken in its EXIF does not matter."""
+    turn = None
     with contextlib.suppress(Exception):
         turn = EXIF_TURNS.get(image.getexif().get(0x0112, 1))
-        return image if turn is None else image.transpose(Image.Transpose[turn])
-    return image
-
-
-def has_alpha(image: Image.Image) -> bool:
-    return "A" in image.mode or "transparency" in image.info
+    return image.transpose(Image.Transpose[turn]) if turn else image
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert any mode to 8-bit RGB: transparency on the background, 16 bits scaled."""
+    """Convert any mode to 8-bit RGB: transparency on the background, 16 bits and floats scaled."""
     if image.mode.startswith("I") or image.mode == "F":
         import numpy
 
         values = numpy.asarray(image).astype("float32")
-        scale = 257.0 if image.mode != "F" else max(1.0, float(values.max())) / 255
+        scale = max(1.0 if image.mode == "F" else 65535.0, float(values.max())) / 255
         image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
-    if not has_alpha(image):
+    if not image.has_transparency_data:
         return as_mode(image, "RGB")
     layer = as_mode(image, "RGBA")
     opaque = layer.convert("RGB")
     opaque.paste(background, mask=ImageChops.invert(layer.getchannel("A")))
     return opaque
+
+
+def image_trouble(error: Exception) -> str:
+    unknown = type(error).__name__ == "UnidentifiedImageError"
+    return "no image of a known format" if unknown else str(error) or type(error).__name__
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -1723,9 +1718,10 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # dataset
 # ======================================================================================
 
+UNUSABLE = ("image_skipped", "caption_skipped")  # codes of flaws; the others' images train
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
 MAX_SHOWN = 1_000_000  # images in an epoch, repeats counted
-MAX_CAPTION_BYTES = 1 << 16
+MAX_CAPTION_BYTES = 1 << 13  # several times what 225 tokens hold
 MAX_METADATA_BYTES = 1 << 26
 MAX_BAD_LINES = 100  # of metadata.jsonl, that are told one by one
 CAPTION_VARIANTS = 16  # shuffles of one caption's tags
@@ -1786,25 +1782,27 @@ class View:
         """Decode and fit. Raises `dataset_unreadable` where a file is no longer what was checked."""
         example, mask = self.example, None
         try:
-            picture, (left, top) = self.fit(example.path, example.digest, to_rgb)
+            with self.open(example.path, example.digest) as image:
+                picture, (left, top) = fit_image(to_rgb(image), self.size)
+                if self.masked and example.has_alpha and not example.mask:
+                    mask, _ = fit_image(to_alpha(image), self.size)
             if self.masked and example.mask:
-                mask, _ = self.fit(example.mask, example.mask_digest, to_grey)
-            elif self.masked and example.has_alpha:
-                mask, _ = self.fit(example.path, example.digest, to_alpha)
+                with self.open(example.mask, example.mask_digest) as image:
+                    mask, _ = fit_image(to_grey(image), self.size)
         except MemoryError:
             raise
         except Exception as error:  # it was whole when it was checked
-            raise TrainerError("dataset_unreadable", f"{example.name} has changed meanwhile: {error}") from error
-        return Fitted(
-            example.name, picture, mask, (example.height, example.width, top, left, self.size[1], self.size[0])
-        )
+            message = f"{example.name} can no longer be read as it was checked: {image_trouble(error)}"
+            raise TrainerError("dataset_unreadable", message) from error
+        sizes = (example.height, example.width, top, left, self.size[1], self.size[0])
+        return Fitted(example.name, picture, mask, sizes)
 
-    def fit(self, path: Path, digest: str, convert: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, Size]:
+    @contextlib.contextmanager
+    def open(self, path: Path, digest: str) -> Iterator[Image.Image]:
         with open_image(path, self.example.root) as (image, found):
             if found != digest:
                 raise ValueError("its content is another one")
-            image = convert(image)
-            return fit_image(ImageOps.mirror(image) if self.mirrored else image, self.size)
+            yield ImageOps.mirror(image) if self.mirrored else image
 
 
 @dataclass(frozen=True)
@@ -1823,9 +1821,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Change when any image, mask, caption, repeat or role does; not when the folder moves."""
-        keys = ("name", "digest", "mask_digest", "caption", "repeats", "role")
-        rows = [[getattr(example, key) for key in keys] for example in self.examples]
+        """Change when any image, mask, caption, repeat or role does; not when a folder moves."""
+        keys = ("digest", "mask_digest", "caption", "repeats", "role")
+        names = [example.path.relative_to(example.root).as_posix() for example in self.examples]
+        rows = [[n, *(getattr(e, key) for key in keys)] for n, e in zip(names, self.examples, strict=True)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def of_role(self, *roles: str) -> list[Example]:
@@ -1834,14 +1833,18 @@ class Dataset:
 
 def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
     """Decode every image once; what is wrong with one is listed. Raises `dataset_unreadable`, `dataset_empty`."""
-    prepare_pillow()
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = None  # open_image has its own limit
     examples, flaws = scan_folder(config, "dataset_path", events)
     examples = hold_out(examples, config.validation_split, config.seed)
     if config.regularization_path:
+        held_out = {example.digest for example in examples if example.role == "validation"}
         prior, more = scan_folder(config, "regularization_path", events)
-        examples, flaws = examples + prior, flaws + more
-    if flaws and config.on_bad_image == "error":
-        raise unusable("dataset_unreadable", f"{len(flaws)} entries are flawed, and on_bad_image is error.", flaws)
+        examples += [example for example in prior if example.digest not in held_out]
+        flaws += more
+    bad = [flaw for flaw in flaws if flaw.code in UNUSABLE]
+    if bad and config.on_bad_image == "error":
+        raise unusable("dataset_unreadable", f"{len(bad)} entries cannot be used, and on_bad_image is error.", bad)
     return Dataset(tuple(examples), tuple(flaws))
 
 
@@ -1860,7 +1863,8 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
     output = Path(config.output_path)
     others = (output, output / "samples", config.dataset_path, config.regularization_path)
     paths, flaws = find_images(root, {file_id(other) for other in others if other})
-    described, more = read_metadata(root, {path.relative_to(root).as_posix() for path in paths})
+    names = [path.relative_to(root).as_posix() for path in paths]
+    described, more = read_metadata(root, {unicodedata.normalize("NFC", name): name for name in names})
     check = functools.partial(check_image, root=root, config=config, described=described, prior=key != "dataset_path")
     message = "Checking images." if key == "dataset_path" else "Checking regularization images."
     examples: list[Example] = []
@@ -1898,8 +1902,8 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
     found: list[Path] = []
     flaws: list[Flaw] = []
 
-    def refuse(path: Path, reason: str) -> None:
-        flaws.append(Flaw("image_skipped", path.relative_to(root).as_posix(), f"is skipped: {reason}"))
+    def refuse(path: Path, reason: str, code: str = "image_skipped") -> None:
+        flaws.append(Flaw(code, path.relative_to(root).as_posix(), f"is skipped: {reason}"))
 
     waiting = [root]  # os.walk calls itself, before Python 3.12, and a thousand nested folders end that
     while waiting:
@@ -1917,20 +1921,26 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
                 refuse(path, "its path is too long, or it cannot be read")
             elif folder_there and path.is_symlink():
                 refuse(path, "links to folders are not followed")
+            elif folder_there and re.fullmatch("0+_.+", path.name):
+                refuse(path, "kohya's mark for no repeats; its images do not train", "folder_left_out")
             elif folder_there:
                 waiting += [path] if file_id(path) not in excluded else []
             elif suffix in UNREAD_SUFFIXES:
                 refuse(path, f"{suffix} is not read; save it as PNG or JPEG")
             elif suffix in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_SUFFIX):
-                if reason := why_not_open(path, root):
-                    refuse(path, reason)
-                else:
+                try:
+                    inside(path, root)
                     found.append(path)
+                except ValueError as error:
+                    refuse(path, str(error))
     return sorted(found), sorted(flaws, key=lambda flaw: flaw.path)
 
 
-def read_metadata(root: Path, names: Collection[str]) -> tuple[dict[str, str], list[Flaw]]:
-    """Read metadata.jsonl (`file_name`, `text`) for the images of these names: ({name: caption}, flaws)."""
+def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str], list[Flaw]]:
+    """Read metadata.jsonl (`file_name`, `text`): ({name: caption}, flaws).
+
+    `names` gives the images' names by their composed Unicode form: a Mac's file systems take accents apart.
+    """
     path = root / "metadata.jsonl"
     captions: dict[str, str] = {}
     flaws: list[Flaw] = []
@@ -1957,28 +1967,28 @@ def read_metadata(root: Path, names: Collection[str]) -> tuple[dict[str, str], l
             bad += 1
             continue
         if name in names:
-            captions[name] = caption[:MAX_CAPTION_BYTES]
+            captions[names[name]] = caption[:MAX_CAPTION_BYTES]
             if len(caption) > MAX_CAPTION_BYTES:
                 tell("caption_doubtful", f"is longer than {MAX_CAPTION_BYTES >> 10} kB; the rest is not read", number)
         elif name:
             unknown.append(show(name))
     if unknown:
         names_them = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
-        flaws.append(Flaw("caption_skipped", path.name, names_them))
+        flaws.append(Flaw("metadata_unmatched", path.name, names_them))
     if bad > MAX_BAD_LINES:
         flaws.append(Flaw("caption_skipped", path.name, f"has {bad} bad lines, which are skipped"))
     return captions, flaws
 
 
 def parse_metadata(line: str) -> tuple[str, str]:
-    """Read one line: (name as find_images gives it, caption)."""
+    """Read one line: (name in composed Unicode, caption). ValueError says that it leads out, others that it is none."""
     entry = json.loads(line)
     if not (isinstance(entry["file_name"], str) and isinstance(entry["text"], str)):
         raise TypeError(entry)
     name = PurePosixPath(entry["file_name"].replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
         raise ValueError(f"{show(str(name))} leads out of the folder")
-    return name.as_posix(), entry["text"]
+    return unicodedata.normalize("NFC", name.as_posix()), entry["text"]
 
 
 BYTE_ORDER_MARKS = {
@@ -1997,17 +2007,18 @@ def read_text(path: Path, root: Path, limit: int) -> tuple[str, str]:
     """
     with open_inside(path, root) as file:
         data = file.read(limit + 1)
-    odd = f"is longer than {limit >> 10} kB; the rest is not read" if len(data) > limit else ""
+    doubts = [f"is longer than {limit >> 10} kB; the rest is not read"] if len(data) > limit else []
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
-    try:
-        text = data[:limit].decode(encoding, "ignore" if odd else "strict")
+    try:  # a character that the limit cuts is left out
+        text = codecs.getincrementaldecoder(encoding)().decode(data[:limit], final=len(data) <= limit)
     except UnicodeDecodeError as error:
         if encoding != "utf-8":
             raise ValueError(f"it is no {encoding.upper()} text") from error
-        text, odd = data.decode("cp1252", "replace"), "is not UTF-8; it was read as Windows-1252"
+        text = data[:limit].decode("cp1252", "replace")
+        doubts.append("is not UTF-8; it was read as Windows-1252")
     if "\0" in text:
         raise ValueError("it is no text (save it as UTF-8)")
-    return text, odd
+    return text, " and ".join(doubts)
 
 
 def check_image(
@@ -2018,11 +2029,10 @@ def check_image(
     told = f"{root.name}/{name}" if prior else name
     try:
         with open_image(path, root) as (image, digest):
-            size, alpha = image.size, has_alpha(image)
+            size = image.size
+            alpha = config.masked_loss and image.has_transparency_data and to_alpha(image).getextrema() != (255, 255)
         folder = kohya_folder(name)
         repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
-        if not repeats:
-            raise ValueError("its folder repeats it 0 times")
         caption, source, flaws = find_caption(path, name, root, config, described)
         mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
     except MemoryError:
@@ -2034,11 +2044,6 @@ def check_image(
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
     role = "prior" if prior else "train"
     return Example(told, path, root, caption, source, repeats, *size, digest, role, alpha, mask, mask_digest), flaws
-
-
-def image_trouble(error: Exception) -> str:
-    unknown = type(error).__name__ == "UnidentifiedImageError"
-    return "no image of a known format" if unknown else str(error) or type(error).__name__
 
 
 def kohya_folder(name: str) -> re.Match[str] | None:
@@ -2054,7 +2059,8 @@ def find_caption(
 
     Raises ValueError: the sidecar cannot be used.
     """
-    sidecar, flaws = path.with_suffix(config.caption_extension), []
+    beside = [path.with_suffix(end) for end in (config.caption_extension, config.caption_extension.upper())]
+    sidecar, flaws = next(filter(os.path.lexists, beside), beside[0]), []
     if described.get(name, "").strip():
         return described[name].strip(), "metadata.jsonl", []
     if os.path.lexists(sidecar):
@@ -2092,24 +2098,24 @@ def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> st
     return f"{separator} ".join([*missing, *([caption] if caption else [])])
 
 
-def caption_variants(caption: str, config: TrainingConfig, passes: int) -> tuple[str, ...]:
-    """Give the texts that stand for a caption: itself, or a shuffle of its tags for each training pass, up to 16.
+def caption_variants(caption: str, config: TrainingConfig, epochs: int) -> tuple[str, ...]:
+    """Give the texts that stand for a caption: itself, or a shuffle of its tags for each epoch of training, up to 16.
 
-    Each is a pure function of (seed, caption, number), so that more passes only add to them.
+    Each is a pure function of (seed, caption, number), so that a longer run only adds to them.
     """
-    if not (config.shuffle_tags and passes):
+    if not (config.shuffle_tags and epochs):
         return (caption,)
     tags = [tag.strip() for tag in caption.split(config.caption_separator) if tag.strip()]
     kept, loose = tags[: config.keep_tokens], tags[config.keep_tokens :]
     draws = [random.Random(draw_key("tags", config.seed, caption, number)) for number in range(CAPTION_VARIANTS)]
-    shuffled = [[*kept, *draw.sample(loose, len(loose))] for draw in draws[:passes]]
+    shuffled = [[*kept, *draw.sample(loose, len(loose))] for draw in draws[:epochs]]
     return tuple(f"{config.caption_separator} ".join(tags) for tags in shuffled)
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
     """Give a share of the images the role `validation`: drawn by content, so copies stay on one side."""
     digests = {example.digest for example in examples}
-    count = min(math.ceil(share * len(digests)), len(digests) - 1)
+    count = min(math.ceil(round(share * len(digests), 9)), len(digests) - 1)  # 0.07 of 100 is 7
     chosen = set(sorted(digests, key=lambda digest: draw_key("held out", seed, digest))[:count])
     return [dataclasses.replace(e, role="validation") if e.digest in chosen else e for e in examples]
 
@@ -2170,12 +2176,16 @@ def make_buckets(dataset: Dataset, sizes: Sequence[Size]) -> dict[Size, Bucket]:
     groups: dict[tuple[Size, str], list[int]] = collections.defaultdict(list)
     for index, (example, size) in enumerate(zip(dataset.examples, sizes, strict=True)):
         groups[size, example.role].extend([index] * example.repeats)
-    buckets = {}
-    for size in sorted({size for size, role in groups if role != "validation"}):
-        prior = tuple(groups[size, "prior"])
-        share = round(len(prior) * total["train"] / total["prior"]) if prior else 0
-        buckets[size] = Bucket(tuple(groups[size, "train"]), prior, max(1, share) if prior else 0)
-    return buckets
+    sizes_shown = sorted({size for size, role in groups if role != "validation"})
+    # As many regularization images as training images in all: whole numbers first, then the largest remainders.
+    shares = {size: len(groups[size, "prior"]) * total["train"] / max(1, total["prior"]) for size in sizes_shown}
+    counts = {size: int(share) for size, share in shares.items()}
+    left = total["train"] * bool(total["prior"]) - sum(counts.values())
+    for size in sorted(shares, key=lambda size: (counts[size] - shares[size], size))[:left]:
+        counts[size] += 1
+    return {
+        size: Bucket(tuple(groups[size, "train"]), tuple(groups[size, "prior"]), counts[size]) for size in sizes_shown
+    }
 
 
 def epoch_batches(buckets: Mapping[Size, Bucket], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -2212,11 +2222,11 @@ def draw_key(purpose: str, *parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def draw_view(config: TrainingConfig, variants: Sequence[str], micro_batch: int, position: int) -> tuple[bool, str]:
-    """Draw how a batch shows an image, (mirrored, text): a pure function of its place in the run."""
-    draw = random.Random(draw_key("view", config.seed, micro_batch, position))
+def draw_augmentation(config: TrainingConfig, micro_batch: int, position: int) -> tuple[bool, bool]:
+    """Draw (mirrored, without its caption) for one image of a batch: a pure function of its place in the run."""
+    draw = random.Random(draw_key("augmentation", config.seed, micro_batch, position))
     mirrored, dropped = draw.random() < 0.5, draw.random() < config.caption_dropout
-    return mirrored and config.random_flip, "" if dropped else draw.choice(variants)
+    return mirrored and config.random_flip, dropped
 
 
 # ======================================================================================
@@ -2246,7 +2256,8 @@ class Plan:
     buckets: Mapping[Size, Bucket]
     total_steps: int
     variants: Sequence[Sequence[str]]  # the texts that stand for each example's caption
-    texts: Sequence[str]  # every text that the run shows the UNet, once
+    captions: Sequence[str]  # all of these, once, and the empty one
+    prompts: Sequence[str]  # what the samples need besides
     cache: CacheChoice
     checkpointing: bool
     memory: Mapping[str, int]
@@ -2310,6 +2321,8 @@ DATASET_HINTS = {
     "image_skipped": "Mend or remove the file.",
     "caption_skipped": "Mend or remove the entry.",
     "caption_doubtful": "Save it as UTF-8 text of a few sentences.",
+    "metadata_unmatched": "Correct the names, or remove the lines.",
+    "folder_left_out": "Give it another number, or rename it, if its images are to train.",
     "captions_missing": "Add a caption file beside each; captions keep the concept apart from its surroundings.",
     "prior_captions_missing": "Name their class in a caption file beside each, or in their folder's name: 1_woman.",
     "images_tiny": "Larger originals train sharper; or lower the resolution.",
@@ -2318,6 +2331,7 @@ DATASET_HINTS = {
     "duplicates": "Remove the copies, or use repeats.",
     "buckets_small": "Their batches are smaller; a larger bucket_step makes fewer buckets.",
     "validation_empty": "validation_split needs two images of different content.",
+    "prior_unused": "Crop them to shapes that the training images have.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}.",
 }
 
@@ -2354,7 +2368,15 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
         "duplicates": ("images are there more than once", [" = ".join(names) for names in duplicates(plan.dataset)]),
         "buckets_small": (
             f"buckets hold less than one batch of {config.batch_size}",
-            [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if len(bucket) < config.batch_size <= len(examples)],
+            [
+                f"{w}x{h}"
+                for (w, h), bucket in plan.buckets.items()
+                if 0 < len(bucket) < config.batch_size <= len(examples)
+            ],
+        ),
+        "prior_unused": (
+            "sizes hold too few regularization images to show any",
+            [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if bucket.prior and not bucket.prior_count],
         ),
         "validation_empty": (
             "images are too few to hold one out",
@@ -2382,12 +2404,11 @@ def make_plan(
     sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
     buckets = make_buckets(dataset, sizes)
     total_steps = count_steps(config, buckets)
-    epochs = epochs_done(config, buckets, total_steps)
-    passes = [0 if e.role == "validation" else math.ceil(epochs * e.repeats) for e in dataset.examples]
-    variants = [caption_variants(e.caption, config, count) for e, count in zip(dataset.examples, passes, strict=True)]
-    prompts = ("", *config.sample_prompts, config.sample_negative_prompt)
-    texts = list(dict.fromkeys(itertools.chain(*variants, prompts)))
-    needed = cache_size(config, source, sizes, len(texts))
+    epochs = math.ceil(epochs_done(config, buckets, total_steps))
+    variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
+    captions = list(dict.fromkeys(itertools.chain([""], *variants)))
+    prompts = list({*config.sample_prompts, config.sample_negative_prompt} - {*captions})
+    needed = cache_size(config, source, sizes, len(captions) + len(prompts))
     cache = choose_cache(config, needed, free_memory_bytes())
     plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)
     checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
@@ -2399,19 +2420,20 @@ def make_plan(
         f"Cache: {cache.why}.",
     )
     return Plan(
-        config,
-        source,
-        dataset,
-        resolution,
-        sizes,
-        buckets,
-        total_steps,
-        variants,
-        texts,
-        cache,
-        checkpointing,
-        memory,
-        reasons,
+        config=config,
+        source=source,
+        dataset=dataset,
+        resolution=resolution,
+        sizes=sizes,
+        buckets=buckets,
+        total_steps=total_steps,
+        variants=variants,
+        captions=captions,
+        prompts=sorted(prompts),
+        cache=cache,
+        checkpointing=checkpointing,
+        memory=memory,
+        reasons=reasons,
     )
 
 
@@ -2750,16 +2772,17 @@ def component_digest(source: ModelSource, *folders: str) -> str:
     return digest.hexdigest()
 
 
-def entry_keys(plan: Plan, dtype: str, vae_dtype: str) -> dict[str | View, str]:
-    """Name the cache entry of every text and view of a run."""
+def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str | View, str]:
+    """Name the cache entry of every text and view of a run. Library versions, which move last bits, do not count."""
     source = plan.source
     parts = [folder for row in source.family.text_encoders for folder in (row.folder, row.tokenizer)]
     # In memory alone there is one model only.
     reader, viewer = [(component_digest(source, *folders) if plan.cache.folder else "") for folders in (parts, ["vae"])]
     keys: dict[str | View, str] = {
-        text: entry_key("text", reader, dtype, plan.config.max_caption_tokens, text) for text in plan.texts
+        text: entry_key("text", reader, device, dtype, plan.config.max_caption_tokens, text)
+        for text in (*plan.captions, *plan.prompts)
     }
-    return keys | {view: entry_key("image", viewer, vae_dtype, *view.identity()) for view in plan.views()}
+    return keys | {view: entry_key("image", viewer, device, vae_dtype, *view.identity()) for view in plan.views()}
 
 
 class Cache:
@@ -2808,9 +2831,11 @@ class Cache:
 
     def _read(self, key: str, verify: bool = False) -> dict[str, Tensor] | None:
         """Map an entry's file; None where it is missing or not whole."""
-        if self._folder is None or not self._path(key).is_file():
+        if self._folder is None:
             return None
         try:
+            if not self._path(key).is_file():  # a pipe would hang us
+                return None
             with safe_open(self._path(key), framework="pt") as file:
                 tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         except Exception:  # torn, or no safetensors file: encoded again in any case
@@ -3085,7 +3110,6 @@ class LoRATrainer:
 
     MOST_BAD_STEPS = 5  # in a row, before the run ends
     VALIDATION_PARTS = 4  # of the schedule: each held-out image is tried in the middle of each
-    GROUP_TEXTS, GROUP_PIXELS = 32, 1024**2  # what is encoded at once on a GPU
 
     def __post_init__(self) -> None:
         self.state = TrainState()
@@ -3198,14 +3222,16 @@ class LoRATrainer:
             self.events.warning(*warning)
         self.cached = Cache(plan.cache, self.events.warning)
         self.vae_dtype = torch.float32 if source.vae.get("force_upcast") else self.dtype
-        self.keys = entry_keys(plan, str(self.dtype), str(self.vae_dtype))
+        self.keys = entry_keys(plan, self.device.type, str(self.dtype), str(self.vae_dtype))
         self.cache_texts(tokenizers)
         free_memory()
         self.cache_images()
         free_memory()
 
     def cache_texts(self, tokenizers: Sequence[Any]) -> None:
-        missing = self.missing("texts", split(self.plan.texts, self.at_once(self.GROUP_TEXTS)))
+        # Apart: prompts may change on a resume, and captions must not get other bits by that.
+        groups = [part for texts in (self.plan.captions, self.plan.prompts) for part in split(texts, self.at_once(32))]
+        missing = self.missing("texts", groups)
         if not missing:
             return
         self.events.info("Loading the text encoders.", phase="loading")
@@ -3218,7 +3244,7 @@ class LoRATrainer:
         groups = []
         unique = {self.keys[view]: view for view in self.plan.views()}.values()
         for (width, height), views in grouped(unique, lambda view: view.size).items():
-            groups += split(views, self.at_once(self.GROUP_PIXELS // (width * height)))
+            groups += split(views, self.at_once(1024**2 // (width * height)))
         missing = self.missing("images", groups)
         if not (missing or self.config.validation_steps or self.config.sample_at_start):
             return  # nobody needs the VAE
@@ -3235,19 +3261,22 @@ class LoRATrainer:
         return 1 if self.device.type == "cpu" else max(1, most)
 
     def keep(self, group: Sequence[str | View], entries: Sequence[TextEmbedding | CachedImage]) -> None:
-        """Put into the cache what it lacks; what is there stays, as earlier steps of a run were made with it."""
+        """Put into the cache what it lacks. What is there stays: on a GPU another group gives other bits, and the steps
+        before a resume were made with these.
+        """
         for key, entry in zip((self.keys[item] for item in group), entries, strict=True):
             if key not in self.cached:
                 self.cached.put(key, entry)
 
     def missing(self, what: str, groups: Sequence[list[T]]) -> list[list[T]]:
         """Choose the groups to encode: as a whole where a member is missing, so that the cache decides no bit."""
+        if not self.plan.cache.folder:
+            return list(groups)
         keys: Mapping[Any, str] = self.keys
-        missing = [group for group in groups if any(keys[item] not in self.cached for item in group)]
-        if self.plan.cache.folder:
-            total = sum(map(len, groups))
-            found = total - sum(map(len, missing))
-            self.events.info(f"{found} of {total} {what} are in the cache already.")
+        looked = self.track(f"Looking for {what} in the cache.", groups)
+        missing = [group for group in looked if any(keys[item] not in self.cached for item in group)]
+        total, lacking = (sum(map(len, some)) for some in (groups, missing))
+        self.events.info(f"{total - lacking} of {total} {what} are in the cache already.")
         return missing
 
     def track(self, message: str, groups: Sequence[list[T]]) -> Iterator[list[T]]:
@@ -3367,10 +3396,12 @@ class LoRATrainer:
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
         plan, views, texts, weights = self.plan, [], [], []
+        epoch = micro_batch // batches_per_epoch(plan.buckets, self.config.batch_size)
         for position, index in enumerate(self.batch_indices(micro_batch)):
-            mirrored, text = draw_view(self.config, plan.variants[index], micro_batch, position)
+            mirrored, dropped = draw_augmentation(self.config, micro_batch, position)
+            variants = plan.variants[index]
             views.append(plan.view(index, mirrored))
-            texts.append(text)
+            texts.append("" if dropped else variants[epoch % len(variants)])
             weights.append(self.config.prior_loss_weight if views[-1].example.role == "prior" else 1.0)
         return self.assemble(views, texts, weights)
 
@@ -3415,9 +3446,9 @@ class LoRATrainer:
         timesteps = torch.randint(len(self.alpha_bar), (len(batch.mean),), generator=source)  # on the CPU, as the table
         latents = batch.mean + batch.std * draw("posterior")
         torch.manual_seed(draw_key("dropout", self.config.seed, step, micro_batch))
-        return (self.errors(batch, latents, draw("noise"), timesteps) * batch.weights).mean()
+        return (self.sample_losses(batch, latents, draw("noise"), timesteps) * batch.weights).mean()
 
-    def errors(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def sample_losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Give each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU)."""
         noisy = add_noise(latents, noise, self.alpha_bar, timesteps)
         prediction = self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions)
@@ -3430,14 +3461,15 @@ class LoRATrainer:
         batches = [batch for members in by_size for batch in split(members, self.config.batch_size)]
         losses: list[Tensor] = []
         self.unet.eval()
-        for batch, part in itertools.product(batches, range(self.VALIDATION_PARTS)):
+        work = [(batch, part) for batch in batches for part in range(self.VALIDATION_PARTS)]
+        for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
             if not self.stop.requested:
-                losses.append(self.held_out_errors(batch, part))
+                losses.append(self.validation_losses(batch, part))
         self.unet.train()
         if losses and not self.stop.requested:
             self.events.emit("validation", step=step, loss=float(torch.cat(losses).mean()))
 
-    def held_out_errors(self, indices: Sequence[int], part: int) -> Tensor:
+    def validation_losses(self, indices: Sequence[int], part: int) -> Tensor:
         """Give the losses [B] of images in the middle of one part of the schedule; each image has its own noise."""
         views = [self.plan.view(index) for index in indices]
         batch = self.assemble(views, [view.example.caption for view in views], [1.0] * len(views))
@@ -3445,7 +3477,7 @@ class LoRATrainer:
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         timestep = len(self.alpha_bar) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
         with torch.no_grad():
-            return self.errors(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
+            return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
@@ -3801,10 +3833,10 @@ def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
         "validation_images": len(dataset.of_role("validation")),
         "regularization_images": len(dataset.of_role("prior")),
         "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
-        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws],
+        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
         "captions": dict(collections.Counter(example.caption_source for example in ours)),
         "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
-        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items()},
+        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
         "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
         "tokens": tokens,
         "duplicates": duplicates(dataset),
