@@ -2079,9 +2079,10 @@ def test_regularization_images_are_shown_as_often_as_the_others_and_all_have_the
     moved = prior.rename(tmp_path / "moved")
     again = scan(tmp_path, folder, regularization_path=str(moved), repeats=2)
     assert again.fingerprint == dataset.fingerprint, "a moved folder resumes"
-    shutil.copy(folder / "0.png", moved)
-    split = scan(tmp_path, folder, regularization_path=str(moved), validation_split=1.0)
-    assert len(split.of_role("prior")) == 11 - ("0.png" in {e.name for e in split.of_role("validation")})
+    for number in range(4):
+        shutil.copy(folder / f"{number}.png", moved)
+    split = scan(tmp_path, folder, regularization_path=str(moved), validation_split=0.5)
+    assert (len(split.of_role("validation")), len(split.of_role("prior"))) == (2, 12), "held out here is held out there"
     (bucket,) = trainer.make_buckets(dataset, [(64, 64)] * 14).values()
     shown = [collections.Counter(bucket.epoch(7, epoch)) for epoch in range(5)]
     assert all(epoch.total() == 16 and epoch.keys() >= set(range(4)) for epoch in shown)
