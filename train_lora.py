@@ -1572,7 +1572,10 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 
 class PixelBudget:
-    """Bounds the pixels that all threads together hold decoded; one image alone may be larger."""
+    """Bounds the pixels that all threads together hold decoded; one image alone may be larger.
+
+    A fixed number of threads would either take 8 GB for large photographs or be slow with small ones.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used, self._changed = limit, 0, threading.Condition()
@@ -1881,7 +1884,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int | Non
     """Map in order over threads, which are only a few results ahead of whoever takes them."""
     workers = workers or min(8, os.cpu_count() or 1)
     waiting: collections.deque[Future[R]] = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:  # threads suffice: Pillow's decoders let go of the interpreter
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * workers:
@@ -2052,6 +2055,7 @@ def kohya_folder(name: str) -> re.Match[str] | None:
     return next(filter(None, matches), None)
 
 
+# An image whose caption or mask cannot be used is skipped: without them it would teach something else.
 def find_caption(
     path: Path, name: str, root: Path, config: TrainingConfig, described: Mapping[str, str]
 ) -> tuple[str, str, list[Flaw]]:
@@ -2087,6 +2091,8 @@ def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
         with open_image(mask, root) as (image, digest):
             if image.size != size:
                 raise ValueError(f"it has another size ({image.width}x{image.height})")
+    except MemoryError:
+        raise
     except Exception as error:  # see open_image
         raise ValueError(f"its mask {mask.name}: {image_trouble(error)}") from error
     return mask, digest
@@ -2168,7 +2174,10 @@ class Bucket:
 
 
 def make_buckets(dataset: Dataset, sizes: Sequence[Size]) -> dict[Size, Bucket]:
-    """Group example indices by size; regularization images are shown as often as the others together."""
+    """Group example indices by size; regularization images are shown as often as the others together.
+
+    How many of a size is fixed, so that every epoch has the same number of batches and a step knows its epoch.
+    """
     total = {role: sum(e.repeats for e in dataset.of_role(role)) for role in ("train", "prior")}
     if (shown := max(total.values())) > MAX_SHOWN:
         message = f"An epoch would show {shown:,} images, repeats counted; the limit is {MAX_SHOWN:,}."
@@ -2225,6 +2234,7 @@ def draw_key(purpose: str, *parts: int | str) -> int:
 def draw_augmentation(config: TrainingConfig, micro_batch: int, position: int) -> tuple[bool, bool]:
     """Draw (mirrored, without its caption) for one image of a batch: a pure function of its place in the run."""
     draw = random.Random(draw_key("augmentation", config.seed, micro_batch, position))
+    # Both are always drawn, so that turning one on does not change the other.
     mirrored, dropped = draw.random() < 0.5, draw.random() < config.caption_dropout
     return mirrored and config.random_flip, dropped
 
@@ -2692,7 +2702,7 @@ def encode_images(vae: Any, images: Sequence[Fitted]) -> list[CachedImage]:
         names = listing([image.name for image in images])
         message = f"The VAE's output is not finite in {vae.dtype}: {names}."
         raise TrainerError("loss_not_finite", message, 'Set mixed_precision to "bf16" or "no", or use another VAE.')
-    factor = pixels.shape[-1] // means.shape[-1]
+    factor = pixels.shape[-1] // means.shape[-1]  # a latent pixel's mask is the mean of the pixels under it
     masks = [pixel_tensor(image.mask.reduce(factor))[None] if image.mask else None for image in images]
     time_ids = [torch.tensor(image.time_ids, dtype=torch.float32) for image in images]
     return [CachedImage(*values) for values in zip(means, stds, time_ids, masks, strict=True)]
@@ -3475,6 +3485,7 @@ class LoRATrainer:
         batch = self.assemble(views, [view.example.caption for view in views], [1.0] * len(views))
         sources = [generator("validation", self.config.seed, index, part) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
+        # Stratified: the loss varies more between timesteps than between images.
         timestep = len(self.alpha_bar) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
         with torch.no_grad():
             return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
