@@ -128,7 +128,7 @@ def second_run(folder: Path, count: int = 300) -> None:
 
     def encoded(done: Measured) -> tuple[float, dict[str, int]]:
         told = [event for event in done.events if event["type"] == "info" and "total" in event]
-        work = {event["message"]: event for event in told if event.get("phase") == "caching"}
+        work = {event["message"]: event for event in told if event["message"].startswith("Encoding")}
         ready = next(event["elapsed"] for event in done.events if event.get("message") == "Loading the UNet.")
         begun = next(event["elapsed"] for event in done.events if event.get("message") == "Planning the run.")
         return ready - begun, {message: event["total"] for message, event in work.items()}
