@@ -1643,6 +1643,11 @@ def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
             yield image, digest
 
 
+def image_trouble(error: Exception) -> str:
+    unknown = type(error).__name__ == "UnidentifiedImageError"
+    return "no image of a known format" if unknown else str(error) or type(error).__name__
+
+
 def file_digest(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
@@ -1670,6 +1675,11 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose[turn]) if turn else image
 
 
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert where needed: `convert` copies in any case, and a large image takes 400 MB."""
+    return image if image.mode == mode else image.convert(mode)
+
+
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Convert any mode to 8-bit RGB: transparency on the background, 16 bits and floats scaled."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -1684,16 +1694,6 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     opaque = layer.convert("RGB")
     opaque.paste(background, mask=ImageChops.invert(layer.getchannel("A")))
     return opaque
-
-
-def image_trouble(error: Exception) -> str:
-    unknown = type(error).__name__ == "UnidentifiedImageError"
-    return "no image of a known format" if unknown else str(error) or type(error).__name__
-
-
-def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert where needed: `convert` copies in any case, and a large image takes 400 MB."""
-    return image if image.mode == mode else image.convert(mode)
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -1901,7 +1901,7 @@ def file_id(path: str | Path) -> tuple[int, int] | None:
 
 
 def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list[Path], list[Flaw]]:
-    """List image files below the root, sorted, and what is refused; without hidden ones, masks, `excluded` folders."""
+    """List what looks like an image, sorted, and what is refused; without hidden ones, masks, `excluded` folders."""
     found: list[Path] = []
     flaws: list[Flaw] = []
 
@@ -1931,11 +1931,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
             elif suffix in UNREAD_SUFFIXES:
                 refuse(path, f"{suffix} is not read; save it as PNG or JPEG")
             elif suffix in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_SUFFIX):
-                try:
-                    inside(path, root)
-                    found.append(path)
-                except ValueError as error:
-                    refuse(path, str(error))
+                found.append(path)
     return sorted(found), sorted(flaws, key=lambda flaw: flaw.path)
 
 
@@ -2250,7 +2246,6 @@ class CacheChoice:
 
     folder: Path | None
     in_memory: bool
-    size_bytes: int
     why: str
 
 
@@ -2284,10 +2279,10 @@ class Plan:
         return View(self.dataset.examples[index], self.sizes[index], mirrored, self.config.masked_loss)
 
     def views(self) -> list[View]:
-        """List every way in which the run shows an image, once, by size."""
+        """List every way in which the run shows an image."""
         sides = (False, True) if self.config.random_flip else (False,)
         shown = [self.view(index, side) for index in range(len(self.sizes)) for side in sides]
-        return sorted((v for v in shown if not (v.mirrored and v.example.role == "validation")), key=lambda v: v.size)
+        return [view for view in shown if not (view.mirrored and view.example.role == "validation")]
 
 
 def epochs_done(config: TrainingConfig, buckets: Mapping[Size, Bucket], step: int) -> float:
@@ -2315,7 +2310,7 @@ def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> Cache
     folder = Path(config.cache_dir) if config.cache_dir else None if in_memory else Path(config.output_path, "cache")
     where = " and ".join(["memory"] * in_memory + [str(folder)] * (folder is not None))
     known = "" if free is None else f", {gigabytes(free)} GB of memory are free"
-    return CacheChoice(folder, in_memory, needed, f"about {gigabytes(needed)} GB, in {where}{known}")
+    return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}")
 
 
 def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -2355,6 +2350,7 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     def names(unwanted: Callable[[Example], bool]) -> list[str]:
         return [example.name for example in examples if unwanted(example)]
 
+    none_held_out = config.validation_split > 0 and not plan.dataset.of_role("validation")
     size_of = dict(zip(examples, plan.sizes, strict=True))
     bare = [example for example in examples if example.caption_source == "trigger words"]
     found = {
@@ -2388,10 +2384,7 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
             "sizes hold too few regularization images to show any",
             [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if bucket.prior and not bucket.prior_count],
         ),
-        "validation_empty": (
-            "images are too few to hold one out",
-            names(lambda example: bool(config.validation_split) and len(plan.dataset.of_role("validation")) == 0),
-        ),
+        "validation_empty": ("images are too few to hold one out", names(lambda example: none_held_out)),
         "masks_missing": ("images have no mask", names(lambda example: config.masked_loss and not example.has_mask)),
     }
     for code, (what, listed) in found.items():
@@ -2661,13 +2654,13 @@ class PromptEncoder:
         A longer text is encoded in windows of 75 tokens between their own begin and end, which are
         joined, and pooled is the first window's: as A1111 and ComfyUI encode long prompts.
         """
-        inside = self.length - 2
-        ids = [[token_ids(tokenizer, text)[: inside * self.most] for text in texts] for _, tokenizer, _ in self.parts]
-        counts = [max(1, *(math.ceil(len(part) / inside) for part in parts)) for parts in zip(*ids, strict=True)]
+        room = self.length - 2
+        ids = [[token_ids(tokenizer, text)[: room * self.most] for text in texts] for _, tokenizer, _ in self.parts]
+        counts = [max(1, *(math.ceil(len(part) / room) for part in parts)) for parts in zip(*ids, strict=True)]
         states, pooled = [], None
         for (row, tokenizer, encoder), part in zip(self.parts, ids, strict=True):
             windows = [
-                self.window(tokenizer, text[start * inside : (start + 1) * inside])
+                self.window(tokenizer, text[start * room : (start + 1) * room])
                 for text, count in zip(part, counts, strict=True)
                 for start in range(count)
             ]
@@ -3398,15 +3391,19 @@ class LoRATrainer:
             losses.append(loss.detach())
         return float(torch.stack(losses).sum())  # waits for the GPU; update() waits once more, for the gradient's norm
 
+    def place(self, micro_batch: int) -> tuple[int, int]:
+        """Give (epoch, batch in it) of a micro-batch, counted from the start of the run."""
+        return divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.config.batch_size))
+
     def batch_indices(self, micro_batch: int) -> list[int]:
-        """Give the images of a micro-batch, counted from the start of the run: pure, so a resume needs no replay."""
-        epoch, position = divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.config.batch_size))
+        """Give the images of a micro-batch: pure, so a resume needs no replay."""
+        epoch, position = self.place(micro_batch)
         return self.order(epoch)[position]
 
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
         plan, views, texts, weights = self.plan, [], [], []
-        epoch = micro_batch // batches_per_epoch(plan.buckets, self.config.batch_size)
+        epoch, _ = self.place(micro_batch)
         for position, index in enumerate(self.batch_indices(micro_batch)):
             mirrored, dropped = draw_augmentation(self.config, micro_batch, position)
             variants = plan.variants[index]
@@ -3423,8 +3420,8 @@ class LoRATrainer:
         mask = None
         if self.config.masked_loss:
             full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
-            inside = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
-            mask = (inside + (1 - inside) * self.config.unmasked_weight).to(self.device)
+            trained = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
+            mask = (trained + (1 - trained) * self.config.unmasked_weight).to(self.device)
         return Batch(mean, std, context, conditions, torch.tensor(weights).to(self.device), mask)
 
     def conditions(self, texts: Sequence[str], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
