@@ -2472,7 +2472,8 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from config_warnings(plan.config)
     yield from dataset_warnings(plan)
     source = plan.source
-    if source.prediction_type != (told := source.scheduler.get("prediction_type", source.prediction_type)):
+    told = source.scheduler.get("prediction_type", "epsilon")
+    if source.scheduler and source.prediction_type != told:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {told}."
         yield "prediction_type_suspect", message, "Samples of noise mean that the scheduler is right: set it to auto."
     if source.folder is None:
@@ -2728,7 +2729,7 @@ def sample_error(
     """
     error = (prediction.float() - target.float()).square()
     if huber_c is not None:
-        error = 2 * huber_c * ((error + huber_c**2).sqrt() - huber_c)
+        error = 2 * huber_c * error / ((error + huber_c**2).sqrt() + huber_c)  # the same, but small errors keep digits
     return (error if mask is None else error * mask).mean(dim=(1, 2, 3))
 
 
@@ -2737,7 +2738,7 @@ def ema_decay_at(decay: float, step: int) -> float:
 
     The rule of TensorFlow's ExponentialMovingAverage (num_updates) and diffusers' EMAModel.
     """
-    return min(decay, (1 + step) / (10 + step))
+    return min(decay, (1 + step) / (10 + step)) if step else 0.0
 
 
 RESTARTS = 3
