@@ -3338,16 +3338,20 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
 
 
 def pack(document: Any, tensors: dict[str, Tensor]) -> Any:
-    """Turn any nest of dicts and lists into JSON; its tensors go to `tensors`, numbered."""
-    if torch.is_tensor(document):
-        name = f"optimizer/{len(tensors)}"
-        tensors[name] = document
-        return {"tensor": name}
-    if isinstance(document, dict):
-        return {"dict": [[key, pack(value, tensors)] for key, value in document.items()]}  # keys may be integers
-    if isinstance(document, (list, tuple)):
-        return [pack(value, tensors) for value in document]
-    return document
+    """Turn any nest of dicts and lists into JSON; its tensors go to `tensors`, numbered, each storage once."""
+    names: dict[tuple[int, torch.Size], str] = {}
+
+    def packed(part: Any) -> Any:
+        if torch.is_tensor(part):
+            # bitsandbytes gives all weights the same table; safetensors holds no tensor twice.
+            name = names.setdefault((part.data_ptr(), part.shape), f"optimizer/{len(names)}")
+            tensors[name] = part
+            return {"tensor": name}
+        if isinstance(part, dict):
+            return {"dict": [[key, packed(value)] for key, value in part.items()]}  # keys may be integers
+        return [packed(value) for value in part] if isinstance(part, (list, tuple)) else part
+
+    return packed(document)
 
 
 def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
