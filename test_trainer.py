@@ -705,11 +705,11 @@ def test_odd_combinations_warn(tmp_path: Path) -> None:
 
 
 CANNOT_WORK: dict[str, tuple[str, Json]] = {  # what is wrong: the path of the problem, the settings
-    "reads no LoKr": ("save_format", {"lora_type": "lokr", "save_format": "diffusers"}),
+    "reads no lokr": ("save_format", {"lora_type": "lokr", "save_format": "diffusers"}),
     "with lora_type lokr": ("use_rslora", {"lora_type": "lokr", "use_rslora": True}),
     "must be 0 with": ("lora_dropout", {"lora_type": "lokr", "lora_dropout": 0.1}),
     "must be more than min_timestep (500)": ("max_timestep", {"min_timestep": 500, "max_timestep": 500}),
-    "averages the weights itself": ("ema_decay", {"optimizer": "schedulefree_adamw", "ema_decay": 0.9}),
+    "averages itself": ("ema_decay", {"optimizer": "schedulefree_adamw", "ema_decay": 0.9}),
     "must be more than 0": ("adam_beta1", {"optimizer": "schedulefree_adamw", "adam_beta1": 0}),
     "must be a .safetensors file": ("init_lora_path", {"init_lora_path": "missing.safetensors"}),
 }

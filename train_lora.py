@@ -534,29 +534,27 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
 
 def combination_problems(values: JSON) -> list[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
-    reg, dataset = values["regularization_path"], values["dataset_path"]
+    reg, dataset, init = (values[key] for key in ("regularization_path", "dataset_path", "init_lora_path"))
     lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
-    init, kind = values["init_lora_path"], OPTIMIZERS[values["optimizer"]]
-    rules = {
-        "regularization_path must be another folder than dataset_path": reg
-        and os.path.realpath(reg) == os.path.realpath(dataset),
-        "save_format must be kohya with lora_type lokr: diffusers reads no LoKr": lokr
-        and values["save_format"] == "diffusers",
-        "use_rslora must be false with lora_type lokr": lokr and values["use_rslora"],
-        "lora_dropout must be 0 with lora_type lokr": lokr and values["lora_dropout"],
-        f"max_timestep must be more than min_timestep ({first})": end is not None and end <= first,
-        "ema_decay must be null with schedulefree_adamw, which averages the weights itself": kind.averages
-        and values["ema_decay"],
-        "adam_beta1 must be more than 0 with schedulefree_adamw": kind.averages and not values["adam_beta1"],
-        "init_lora_path must be a .safetensors file": init
-        and not (Path(init).is_file() and init.endswith(".safetensors")),
-    }
-    needed = [("optimizer", kind.module.partition(".")[0], kind.package)] * bool(kind.package)
-    for key, module, package in needed + [("report_to", name, name) for name in values["report_to"]]:
+    kind, rules = OPTIMIZERS[values["optimizer"]], []
+    packages = [("optimizer", kind.module.partition(".")[0], kind.package)] if kind.package else []
+    for key, module, package in (*packages, *(("report_to", name, name) for name in values["report_to"])):
         found = importlib.util.find_spec(module)
         missing = found is None or found.origin is None  # a folder of that name beside us is no package
-        rules[f"{key} {values[key]} needs the package {package}: pip install {package}"] = missing
-    return [problem(*rule.split(" ", 1)) for rule, broken in rules.items() if broken]
+        rules.append((missing, key, f"{values[key]} needs the package {package}: pip install {package}"))
+    same_folder = reg and os.path.realpath(reg) == os.path.realpath(dataset)
+    no_file = init and not (Path(init).is_file() and init.endswith(".safetensors"))
+    rules += [
+        (same_folder, "regularization_path", "must be another folder than dataset_path"),
+        (no_file, "init_lora_path", "must be a .safetensors file"),
+        (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
+        (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
+        (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
+        (end is not None and end <= first, "max_timestep", f"must be more than min_timestep ({first})"),
+        (kind.averages and values["ema_decay"], "ema_decay", f"must be null: {values['optimizer']} averages itself"),
+        (kind.averages and not values["adam_beta1"], "adam_beta1", f"must be more than 0 with {values['optimizer']}"),
+    ]
+    return [problem(path, message) for broken, path, message in rules if broken]
 
 
 def freeze(value: Any, definition: JSON) -> Any:
@@ -2559,15 +2557,14 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
 def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
     """Find settings that cannot work with this model."""
     count = int(source.scheduler.get("num_train_timesteps", 1000))
-    rules = {
-        "clip_skip must be 0 with Stable Diffusion XL, which leaves out the last layer anyway": config.clip_skip
-        and any(row.penultimate for row in source.family.text_encoders),
-        "zero_terminal_snr must not be true: the model predicts epsilon, which is undefined in pure noise": (
-            config.zero_terminal_snr is True and source.prediction_type == "epsilon"
-        ),
-        f"min_timestep must be less than the model's {count} timesteps": config.min_timestep >= count,
-    }
-    problems = [problem(*rule.split(" ", 1)) for rule, broken in rules.items() if broken]
+    penultimate = any(row.penultimate for row in source.family.text_encoders)
+    undefined = config.zero_terminal_snr is True and source.prediction_type == "epsilon"
+    rules = [
+        (config.clip_skip and penultimate, "clip_skip", f"must be 0: {source.family.title} leaves out a layer anyway"),
+        (undefined, "zero_terminal_snr", "must not be true: epsilon, which the model predicts, is undefined there"),
+        (config.min_timestep >= count, "min_timestep", f"must be less than the model's {count} timesteps"),
+    ]
+    problems = [problem(path, message) for broken, path, message in rules if broken]
     if config.init_lora_path and source.shapes:
         problems += init_problems(config, source)
     return problems
