@@ -480,11 +480,10 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         definition = definitions[key]
         errors = list(Draft7Validator(definition).iter_errors(value))
         for found in errors:
-            path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.path)
             message = EXPLANATIONS[str(found.validator)](found.validator_value, found.instance)
             if found.validator == "additionalProperties":
                 message += f"; allowed are {', '.join(definition['properties'])}"
-            problems.append(problem(path, message))
+            problems.append(problem(key + found.json_path.removeprefix("$"), message))
         if not errors and value not in definition.get("x-available", [value]):
             allowed = ", ".join(map(show, definition["x-available"]))
             problems.append(problem(key, f"{show(value)} is not available yet; this version takes {allowed}"))
@@ -614,11 +613,9 @@ def write_all(descriptor: int, data: bytes) -> None:
 def open_missing_descriptors() -> bool:
     """Open the null device for what is closed of 0, 1 and 2, so that no file of ours gets that number; True: 1 was."""
     missing = []
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            missing.append(os.open(os.devnull, os.O_RDWR))  # takes the lowest free number: this one
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # each takes the lowest free number
+        missing.append(descriptor)
+    os.close(descriptor)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, PTH123
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     return 1 in missing
@@ -659,13 +656,11 @@ class EventStream:
         self._queue: queue.Queue[bytes] = queue.Queue()
         self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
         self._lock = threading.RLock()
-        self._on_lost: Callable[[], None] = lambda: None
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
-        self._on_lost = on_lost
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
-        threading.Thread(target=self._drain, name="events", daemon=True).start()
+        threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
@@ -754,7 +749,7 @@ class EventStream:
         except OSError as error:
             self._log_error = error
 
-    def _drain(self) -> None:
+    def _drain(self, on_lost: Callable[[], None]) -> None:
         while True:
             line = self._queue.get()
             try:
@@ -762,7 +757,7 @@ class EventStream:
             except OSError as error:
                 self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
                 self._tell(f"stdout cannot be written to: {error.strerror}\n")
-                self._on_lost()
+                on_lost()
             self._queue.task_done()
 
     def _say(self, event: ProgressEvent) -> None:
@@ -817,7 +812,6 @@ class StopWatcher:
 
     def __init__(self, events: EventStream) -> None:
         self._events = events
-        self._lock = threading.Lock()
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._rescue: Callable[[], bool] | None = None
@@ -837,12 +831,11 @@ class StopWatcher:
 
     def install(self) -> None:
         """Take over the signals; they wait in the socket until `listen`."""
-        for name in self.SIGNALS:
-            number = getattr(signal, name, None)
+        for number in signal.Signals:
             # What our parent made us ignore (nohup's SIGHUP) stays ignored.
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
-                self._numbers.add(int(number))
+                self._numbers.add(number)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -862,8 +855,7 @@ class StopWatcher:
 
     def arm(self, rescue: Callable[[], bool]) -> None:
         """From here on the loop stops itself. Where that takes too long, `rescue` saves, and tells whether it did."""
-        with self._lock:
-            self._rescue = rescue
+        self._rescue = rescue
 
     def conclude(self) -> None:
         """Emit the last event after a stop request."""
@@ -902,8 +894,7 @@ class StopWatcher:
             if number == self.SAVE:
                 self.save_requested = True
                 continue
-            with self._lock:
-                again, rescue, self.signal = self.requested, self._rescue, self.signal or number
+            again, rescue, self.signal = self.requested, self._rescue, self.signal or number
             # A parent that asks for a stop and goes away at once asks only once.
             urgent = again and number != self.READER_GONE and time.monotonic() - first > self.ECHO_S
             if not rescue or urgent:
