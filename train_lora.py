@@ -1554,10 +1554,9 @@ MASK_SUFFIX = "-masklabel.png"  # OneTrainer's name for the mask beside an image
 MAX_PIXELS = 120_000_000  # of one image: beyond what phones and cameras make
 MAX_FILE_BYTES = 1 << 30
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten
-EXIF_TURNS = {
-    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
-    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
-}
+# What turns an image upright, by EXIF's orientation.
+EXIF_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+EXIF_TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -1587,8 +1586,9 @@ class PixelBudget:
 DECODED = PixelBudget(64_000_000)  # a pixel takes 3 to 12 bytes on its way to RGB
 
 
-def inside(path: Path, root: Path) -> Path:
-    """Resolve a file of a dataset; ValueError says why it is not opened: only regular files inside `root` are."""
+@contextlib.contextmanager
+def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
+    """Open a file of a dataset; ValueError says why it is not opened: only regular files inside `root` are."""
     try:
         real = path.resolve(strict=True)
         regular = real.is_file()
@@ -1598,14 +1598,9 @@ def inside(path: Path, root: Path) -> Path:
         raise ValueError("a link that leads out of the folder")
     if not regular:
         raise ValueError("not a regular file")
-    return real
-
-
-@contextlib.contextmanager
-def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file inside `root`, also where it was swapped for a pipe or a link a moment ago; ValueError."""
-    safely = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # a pipe would make us wait for its writer
-    with open(inside(path, root), "rb", opener=lambda name, flags: os.open(name, flags | safely)) as file:
+    # It may have been swapped for a link or a pipe, which would make us wait for its writer, a moment ago.
+    safely = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    with open(real, "rb", opener=lambda name, flags: os.open(name, flags | safely)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")
         yield file
@@ -1613,30 +1608,30 @@ def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
-    """Decode a file's first frame, upright (EXIF) and in its own mode: (image, SHA-256 of the file).
+    """Decode a file's first frame, upright (EXIF) and in its own mode: (image, SHA-256 of the file); ValueError.
 
-    Raises whatever Pillow's plugins do on broken files, from struct.error to SyntaxError.
+    That takes in what the block raises, as it may be the one that decodes.
     """
-    with open_inside(path, root) as file:
-        if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
-        digest = file_digest(file)
-        file.seek(0)
-        known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-        image: Image.Image = Image.open(file, formats=known)
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
-        refuse_slow(image, file)
-        with DECODED.take(pixels):
-            image.load()
-            image = upright(image)
-            yield image, digest
-
-
-def image_trouble(error: Exception) -> str:
-    unknown = type(error).__name__ == "UnidentifiedImageError"
-    return "no image of a known format" if unknown else str(error) or type(error).__name__
+    try:
+        with open_inside(path, root) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
+            digest = file_digest(file)
+            file.seek(0)
+            image: Image.Image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
+            refuse_slow(image, file)
+            with DECODED.take(pixels):
+                image.load()
+                image = upright(image)
+                yield image, digest
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything on broken files, from struct.error to SyntaxError
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        raise ValueError("no image of a known format" if unknown else str(error) or type(error).__name__) from error
 
 
 def file_digest(file: IO[bytes]) -> str:
@@ -1783,10 +1778,8 @@ class View:
             if self.masked and example.mask:
                 with self.open(example.mask, example.mask_digest) as image:
                     mask, _ = fit_image(to_grey(image), self.size)
-        except MemoryError:
-            raise
-        except Exception as error:  # it was whole when it was checked
-            message = f"{example.name} can no longer be read as it was checked: {image_trouble(error)}"
+        except ValueError as error:
+            message = f"{example.name} can no longer be read as it was checked: {error}"
             raise TrainerError("dataset_unreadable", message) from error
         sizes = (example.height, example.width, top, left, self.size[1], self.size[0])
         return Fitted(example.name, picture, mask, sizes)
@@ -1838,13 +1831,10 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         flaws += more
     bad = [flaw for flaw in flaws if flaw.code in UNUSABLE]
     if bad and config.on_bad_image == "error":
-        raise unusable("dataset_unreadable", f"{len(bad)} entries cannot be used, and on_bad_image is error.", bad)
+        message = f"{len(bad)} entries cannot be used, and on_bad_image is error."
+        hint = 'Mend the entries under problems, or set on_bad_image to "skip".'
+        raise TrainerError("dataset_unreadable", message, hint, [problem(flaw.path, flaw.message) for flaw in bad])
     return Dataset(tuple(examples), tuple(flaws))
-
-
-def unusable(code: str, message: str, flaws: Sequence[Flaw]) -> TrainerError:
-    hint = "" if code == "dataset_empty" else 'Mend the entries under problems, or set on_bad_image to "skip".'
-    return TrainerError(code, message, hint, [problem(flaw.path, flaw.message) for flaw in flaws])
 
 
 @blame("dataset_unreadable")
@@ -1867,7 +1857,8 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
         examples += [example] if example else []
         flaws += found
     if not examples:
-        raise unusable("dataset_empty", f"No usable image in {root}; {len(flaws)} entries are flawed.", flaws)
+        message = f"No usable image in {root}; {len(flaws)} entries are flawed."
+        raise TrainerError("dataset_empty", message, problems=[problem(flaw.path, flaw.message) for flaw in flaws])
     return examples, flaws
 
 
@@ -1932,39 +1923,37 @@ def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str],
     `names` gives the images' names by their composed Unicode form: a Mac's file systems take accents apart.
     """
     path = root / "metadata.jsonl"
-    captions: dict[str, str] = {}
-    flaws: list[Flaw] = []
     if not os.path.lexists(path):
-        return captions, flaws
-
-    def tell(code: str, message: str, number: int = 0) -> None:
-        if len(flaws) < MAX_BAD_LINES:
-            flaws.append(Flaw(code, f"{path.name}:{number}" if number else path.name, message))
-
+        return {}, []
     try:
         text, odd = read_text(path, root, MAX_METADATA_BYTES)
     except (OSError, ValueError) as error:
-        return captions, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
-    if odd:
-        tell("caption_doubtful", odd)
+        return {}, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
+    captions: dict[str, str] = {}
+    flaws = [Flaw("caption_doubtful", path.name, odd)] if odd else []
     bad, unknown = 0, []
+
+    def tell(number: int, code: str, message: str) -> None:
+        if len(flaws) < MAX_BAD_LINES:
+            flaws.append(Flaw(code, f"{path.name}:{number}", message))
+
     for number, line in enumerate(io.StringIO(text), 1):
         try:
             name, caption = parse_metadata(line) if line.strip() else ("", "")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings, in JSON"
-            tell("caption_skipped", f"is skipped: {reason}", number)
+            tell(number, "caption_skipped", f"is skipped: {reason}")
             bad += 1
             continue
         if name in names:
             captions[names[name]] = caption[:MAX_CAPTION_BYTES]
             if len(caption) > MAX_CAPTION_BYTES:
-                tell("caption_doubtful", f"is longer than {MAX_CAPTION_BYTES >> 10} kB; the rest is not read", number)
+                tell(number, "caption_doubtful", f"is longer than {MAX_CAPTION_BYTES >> 10} kB; the rest is not read")
         elif name:
             unknown.append(show(name))
     if unknown:
-        names_them = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
-        flaws.append(Flaw("metadata_unmatched", path.name, names_them))
+        message = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
+        flaws.append(Flaw("metadata_unmatched", path.name, message))
     if bad > MAX_BAD_LINES:
         flaws.append(Flaw("caption_skipped", path.name, f"has {bad} bad lines, which are skipped"))
     return captions, flaws
@@ -1981,13 +1970,8 @@ def parse_metadata(line: str) -> tuple[str, str]:
     return unicodedata.normalize("NFC", name.as_posix()), entry["text"]
 
 
-BYTE_ORDER_MARKS = {
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"}
+BYTE_ORDER_MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # after UTF-32's, which begin alike
 
 
 def read_text(path: Path, root: Path, limit: int) -> tuple[str, str]:
@@ -2025,10 +2009,8 @@ def check_image(
         repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
         caption, source, flaws = find_caption(path, name, root, config, described)
         mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
-    except MemoryError:
-        raise
-    except Exception as error:  # see open_image
-        return None, [Flaw("image_skipped", told, f"is skipped: {image_trouble(error)}")]
+    except (OSError, ValueError) as error:
+        return None, [Flaw("image_skipped", told, f"is skipped: {error}")]
     caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
     if not prior:
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
@@ -2050,11 +2032,11 @@ def find_caption(
 
     Raises ValueError: the sidecar cannot be used.
     """
+    if caption := described.get(name, "").strip():
+        return caption, "metadata.jsonl", []
+    flaws = []
     beside = [path.with_suffix(end) for end in (config.caption_extension, config.caption_extension.upper())]
-    sidecar, flaws = next(filter(os.path.lexists, beside), beside[0]), []
-    if described.get(name, "").strip():
-        return described[name].strip(), "metadata.jsonl", []
-    if os.path.lexists(sidecar):
+    if sidecar := next(filter(os.path.lexists, beside), None):
         try:
             text, odd = read_text(sidecar, root, MAX_CAPTION_BYTES)
         except ValueError as error:
@@ -2078,10 +2060,8 @@ def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
         with open_image(mask, root) as (image, digest):
             if image.size != size:
                 raise ValueError(f"it has another size ({image.width}x{image.height})")
-    except MemoryError:
-        raise
-    except Exception as error:  # see open_image
-        raise ValueError(f"its mask {mask.name}: {image_trouble(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"its mask {mask.name}: {error}") from error
     return mask, digest
 
 
@@ -2113,8 +2093,8 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> list[Examp
     return [dataclasses.replace(e, role="validation") if e.digest in chosen else e for e in examples]
 
 
-def listing(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
