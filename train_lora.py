@@ -1343,8 +1343,10 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings or []]
         if "model_index.json" not in names:
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
-        needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
-        wanted = needed if weights else list(MODEL_KEYS)
+        parts = {part for family in FAMILIES for part in family.parameters} & {name.partition("/")[0] for name in names}
+        # Also without `weights`: that there are only pickles is said before a byte is read.
+        files = [name for part in sorted(parts) for name in choose_weights(names, part, config.variant, half)[1]]
+        wanted = ["model_index.json", "*/*.json", "tokenizer*/*.txt", *files] if weights else list(MODEL_KEYS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
     except errors.GatedRepoError as error:
         hint = "Accept its terms on its page of the Hub, and set the variable HF_TOKEN to your token."
@@ -1367,14 +1369,6 @@ def hub_unreachable(config: TrainingConfig) -> TrainerError:
     message = f"{config.base_model!r} is no folder here and not in the Hub's cache, and the Hub was not reached."
     hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
     return TrainerError("model_not_found", message, hint)
-
-
-def wanted_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
-    """List what a run needs of a Hub repository: configs, tokenizers, one set of weights."""
-    parts = {part for family in FAMILIES for part in family.parameters}
-    found = sorted(parts & {name.partition("/")[0] for name in names})
-    weights = [name for part in found for name in choose_weights(names, part, variant, half)[1]]
-    return ["model_index.json", "*/*.json", "tokenizer*/*.txt", *weights]
 
 
 # ======================================================================================
@@ -2102,7 +2096,7 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     sizes = {(resolution, resolution)}
     for width in range(step, 2 * resolution + 1, step):
         height = resolution**2 // width // step * step
-        if height and max(width, height) <= 4 * min(width, height):
+        if max(width, height) <= 4 * min(width, height):
             sizes |= {(width, height), (height, width)}
     return sorted(sizes, key=lambda size: (size != (resolution, resolution), size))
 
@@ -3773,8 +3767,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 
 def count_tokens(plan: Plan) -> JSON | None:
     """Give the token report, where the tokenizers are here: of a Hub model only its configs may be."""
-    folder = plan.source.folder
-    rows = plan.source.family.text_encoders
+    folder, rows = plan.source.folder, plan.source.family.text_encoders
     if folder is None or not all((folder / row.tokenizer / "vocab.json").is_file() for row in rows):
         return None
     return token_report(plan, load_tokenizers(plan.source))
