@@ -844,9 +844,9 @@ class StopWatcher:
     def watch_folder(self, folder: Path) -> None:
         """Take the files `stop` and `save` in the output folder for signals."""
         start = time.time() - (time.monotonic() - STARTED) - 3  # file times can be coarse, and Python takes its time
-        for name in ("stop", "save"):
-            if (folder / name).is_file() and (folder / name).stat().st_mtime < start:  # meant for an earlier run
-                (folder / name).unlink()
+        for file in (folder / "stop", folder / "save"):
+            if file.is_file() and file.stat().st_mtime < start:  # meant for an earlier run
+                file.unlink()
         threading.Thread(target=self._poll, args=(folder,), name="stop files", daemon=True).start()
 
     def request(self, number: int) -> None:
@@ -917,15 +917,15 @@ class StopWatcher:
         asked = set()  # by a file that cannot be removed: once is enough
         while True:
             time.sleep(0.5)
-            for name, number in (("stop", int(signal.SIGTERM)), ("save", self.SAVE)):
+            for file, number in ((folder / "stop", int(signal.SIGTERM)), (folder / "save", self.SAVE)):
                 with contextlib.suppress(OSError):
-                    if not (folder / name).is_file():
+                    if not file.is_file():
                         continue
-                    if name not in asked:
-                        asked.add(name)
+                    if number not in asked:
                         self.request(number)
-                    (folder / name).unlink()
-                    asked.discard(name)
+                    asked.add(number)
+                    file.unlink()
+                    asked.discard(number)
 
 
 # ======================================================================================
@@ -1602,10 +1602,7 @@ def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
-    """Decode a file's first frame, upright (EXIF) and in its own mode: (image, SHA-256 of the file); ValueError.
-
-    That takes in what the block raises, as it may be the one that decodes.
-    """
+    """Yield (a file's first frame, upright, in its own mode; its SHA-256). ValueError, whatever fails in the block."""
     try:
         with open_inside(path, root) as file:
             if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
@@ -1969,10 +1966,7 @@ BYTE_ORDER_MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # after UTF-
 
 
 def read_text(path: Path, root: Path, limit: int) -> tuple[str, str]:
-    """Read a text file as people's editors write them: (text, what is odd about it, or '').
-
-    Raises ValueError: it must not be opened, or is no text; OSError.
-    """
+    """Read text as people's editors write it: (text, what is odd about it, or ''). ValueError: it is none; OSError."""
     with open_inside(path, root) as file:
         data = file.read(limit + 1)
     doubts = [f"is longer than {limit >> 10} kB; the rest is not read"] if len(data) > limit else []
@@ -1999,12 +1993,15 @@ def check_image(
         with open_image(path, root) as (image, digest):
             size = image.size
             alpha = config.masked_loss and image.has_transparency_data and to_alpha(image).getextrema() != (255, 255)
-        folder = kohya_folder(name)
-        repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
-        caption, source, flaws = find_caption(path, name, root, config, described)
+        caption, source, flaws = find_caption(path, root, config.caption_extension, described.get(name, "").strip())
         mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
     except (OSError, ValueError) as error:
         return None, [Flaw("image_skipped", told, f"is skipped: {error}")]
+    matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
+    kohya = next(filter(None, matches), None)  # the nearest such folder above the image: its repeats and its name
+    repeats = (1 if prior else config.repeats) * (int(kohya[1]) if kohya else 1)
+    if kohya and source == "trigger words":
+        caption, source = kohya[2].strip(), "folder name"
     caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
     if not prior:
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
@@ -2012,24 +2009,13 @@ def check_image(
     return Example(told, path, root, caption, source, repeats, *size, digest, role, alpha, mask, mask_digest), flaws
 
 
-def kohya_folder(name: str) -> re.Match[str] | None:
-    """Match the nearest folder above an image that has kohya's form: its repeats and its name."""
-    matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
-    return next(filter(None, matches), None)
-
-
 # An image whose caption or mask cannot be used is skipped: without them it would teach something else.
-def find_caption(
-    path: Path, name: str, root: Path, config: TrainingConfig, described: Mapping[str, str]
-) -> tuple[str, str, list[Flaw]]:
-    """Give (caption, where it is from, flaws): metadata.jsonl, a sidecar file, a kohya folder's name, or nothing.
-
-    Raises ValueError: the sidecar cannot be used.
-    """
-    if caption := described.get(name, "").strip():
-        return caption, "metadata.jsonl", []
+def find_caption(path: Path, root: Path, extension: str, described: str) -> tuple[str, str, list[Flaw]]:
+    """Give (caption, where it is from, flaws): metadata.jsonl, a sidecar or nothing. ValueError: it cannot be used."""
+    if described:
+        return described, "metadata.jsonl", []
     flaws = []
-    beside = [path.with_suffix(end) for end in (config.caption_extension, config.caption_extension.upper())]
+    beside = [path.with_suffix(end) for end in (extension, extension.upper())]
     if sidecar := next(filter(os.path.lexists, beside), None):
         try:
             text, odd = read_text(sidecar, root, MAX_CAPTION_BYTES)
@@ -2038,15 +2024,11 @@ def find_caption(
         flaws = [Flaw("caption_doubtful", sidecar.relative_to(root).as_posix(), odd)] if odd else []
         if text.strip():
             return text.strip(), "sidecar", flaws
-    folder = kohya_folder(name)
-    return (folder[2].strip(), "folder name", flaws) if folder else ("", "trigger words", flaws)
+    return "", "trigger words", flaws
 
 
 def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
-    """Give the mask file beside an image and its SHA-256; (None, '') where there is none.
-
-    Raises ValueError: it cannot be used.
-    """
+    """Give the mask file beside an image and its SHA-256, or (None, ''); ValueError: it cannot be used."""
     mask = path.with_name(path.stem + MASK_SUFFIX)
     if not os.path.lexists(mask):
         return None, ""
