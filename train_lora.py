@@ -1698,7 +1698,6 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # dataset
 # ======================================================================================
 
-UNUSABLE = ("image_skipped", "caption_skipped")  # codes of flaws; the others' images train
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
 MAX_SHOWN = 1_000_000  # images in an epoch, repeats counted
 MAX_CAPTION_BYTES = 1 << 13  # several times what 225 tokens hold
@@ -1820,7 +1819,7 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         prior, more = scan_folder(config, "regularization_path", events)
         examples += [example for example in prior if example.digest not in held_out]
         flaws += more
-    bad = [flaw for flaw in flaws if flaw.code in UNUSABLE]
+    bad = [flaw for flaw in flaws if flaw.code in ("image_skipped", "caption_skipped")]  # the others' images train
     if bad and config.on_bad_image == "error":
         message = f"{len(bad)} entries cannot be used, and on_bad_image is error."
         hint = 'Mend the entries under problems, or set on_bad_image to "skip".'
@@ -2044,7 +2043,7 @@ def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
 def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
     """Put the trigger words that a caption lacks (as whole words, in any case) in front of it."""
     missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)]
-    return f"{separator} ".join([*missing, *([caption] if caption else [])])
+    return f"{separator} ".join(filter(None, [*missing, caption]))
 
 
 def caption_variants(caption: str, config: TrainingConfig, epochs: int) -> tuple[str, ...]:
