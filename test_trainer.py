@@ -1520,17 +1520,17 @@ def full_size_unet(family: trainer.ModelFamily) -> Any:
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("name", "attention", "transformer"), [("sd15", 128, 192), ("sd21", 128, 192), ("sdxl", 560, 722)]
+    ("name", "counts"), [("sd15", (128, 192, 278)), ("sd21", (128, 192, 278)), ("sdxl", (560, 722, 788))]
 )
-def test_full_size_models_have_the_expected_modules_and_sizes(name: str, attention: int, transformer: int) -> None:
+def test_full_size_models_have_the_expected_modules_and_sizes(name: str, counts: tuple[int, ...]) -> None:
     family = next(family for family in trainer.FAMILIES if family.name == name)
     unet = full_size_unet(family)
     assert sum(weight.numel() for weight in unet.parameters()) == family.parameters["unet"]
-    for targets, count in (("attention", attention), ("transformer", transformer)):
-        pattern = re.compile(trainer.TARGETS[targets] + r"\.weight")
+    for targets, count in zip(trainer.TARGETS, counts, strict=True):
+        pattern = re.compile(trainer.TARGETS[targets][0] + r"\.weight")
         shapes = {key: weight.shape for key, weight in unet.named_parameters() if pattern.fullmatch(key)}
         assert len(shapes) == count
-        assert sum(sum(shape[:2]) for shape in shapes.values()) == family.lora_width[targets]
+        assert sum(shape[0] + math.prod(shape[1:]) for shape in shapes.values()) == family.lora_width[targets]
 
 
 @needs_torch
@@ -1539,7 +1539,7 @@ def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, ima
     source = trainer.locate_model(config, weights=False, half=False)
     terms = trainer.estimate_vram(config, source, 96, half=False, checkpointing=False)
     made = prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
-    lora = sum(weight.numel() for weight in made.parameters)
+    lora = sum(weight.numel() for weight in made.live.values())
     assert terms["lora"] == lora * 4
     assert terms["weights"] == sum(w.numel() for w in made.unet.parameters()) * 4 - lora * 4
     assert terms["total"] >= sum(value for term, value in terms.items() if term != "total")
@@ -2298,13 +2298,15 @@ def test_the_lora_starts_as_the_identity_in_fp32_and_depends_on_the_seed_only(
     two = prepare(tmp_path, config | {"output_path": str(tmp_path / "2")})
     other = prepare(tmp_path, config | {"output_path": str(tmp_path / "3"), "seed": 1})
     assert one.unet.conv_in.weight.dtype == torch.bfloat16
-    for name, (down, up) in one.layers.items():
-        assert down.dtype == up.dtype == torch.float32
-        assert not up.any()
-        bound = 1 / math.sqrt(down[0].numel())
-        assert 0.5 * bound < down.abs().max() <= bound
-        assert torch.equal(down, two.layers[name][0])
-        assert not torch.equal(down, other.layers[name][0])
+    for name, weight in one.live.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, two.live[name])
+        if name.endswith("/lora_B"):
+            assert not weight.any()
+        else:
+            bound = 1 / math.sqrt(weight[0].numel())
+            assert 0.5 * bound < weight.abs().max() <= bound
+            assert not torch.equal(weight, other.live[name])
 
 
 # ======================================================================================
@@ -2505,7 +2507,9 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
     import safetensors.torch
 
     made = train(tmp_path, small(images, models / kind, tmp_path / "out", lora_rank=4, lora_alpha=2))
-    name, (down, up) = next((name, pair) for name, pair in made.layers.items() if name.endswith("to_q"))
+    name = next(key for key in made.live if key.endswith("to_q/lora_A")).removesuffix("/lora_A")
+    down, up = made.live[f"{name}/lora_A"], made.live[f"{name}/lora_B"]
+    name = name.removeprefix("unet.")
     tensors = tensors_of(made.final_path)
     for alpha in (2.0, 6.0):
         changed = tmp_path / f"{alpha}.safetensors"
@@ -2518,28 +2522,38 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
         before = layer(inputs)
         pipeline.load_lora_weights(changed)
         effect = pipeline.unet.get_submodule(name)(inputs) - before
-        torch.testing.assert_close(effect, alpha / 4 * inputs @ down.detach().T @ up.detach().T, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(effect, alpha / 4 * inputs @ down.T @ up.T, atol=1e-6, rtol=1e-4)
 
 
 @needs_torch
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_full_size_key_names_are_those_of_kohya(name: str) -> None:
     family = next(family for family in trainer.FAMILIES if family.name == name)
-    pattern = re.compile(trainer.TARGETS["transformer"])
-    modules = [key for key, _ in full_size_unet(family).named_modules() if pattern.fullmatch(key)]
-    source = trainer.ModelSource("m", None, family, family.unet, {}, {}, "epsilon", {}, {})
-    layers = {key: (torch.ones(1, 1), torch.ones(1, 1)) for key in modules}
-    keys = trainer.kohya_tensors(layers, 1.0, torch.float16, source)
-    assert len(keys) == 3 * len(modules)
-    blocks = {re.sub(r"_(transformer_blocks|proj).*", "", key) for key in keys}
+    unet = full_size_unet(family)
+    source = trainer.ModelSource("m", None, family, unet.config, {}, {}, "epsilon", {}, {})
+    pattern = re.compile(trainer.TARGETS["all"][0])
+    modules = [key for key, _ in unet.named_modules() if pattern.fullmatch(key)]
+    keys = {trainer.file_prefix("kohya", f"unet.{module}", source) for module in modules}
+    assert len(keys) == len(modules)
+    blocks = {re.sub(r"_(transformer_blocks|proj_(in|out)$).*", "", key).removeprefix("lora_unet_") for key in keys}
     if name == "sd15":
         expected = {f"down_blocks_{block}_attentions_{layer}" for block in range(3) for layer in range(2)}
         expected |= {f"up_blocks_{block}_attentions_{layer}" for block in (1, 2, 3) for layer in range(3)}
-        expected |= {"mid_block_attentions_0"}
-    else:
+        expected |= {"mid_block_attentions_0", "down_blocks_0_downsamplers_0_conv", "up_blocks_2_upsamplers_0_conv"}
+        expected |= {"mid_block_resnets_1_conv2", "down_blocks_1_resnets_0_conv_shortcut"}
+        assert len(blocks) == 16 + 86
+    else:  # as in generative-models' configs and in every SDXL checkpoint
         expected = {f"input_blocks_{number}_1" for number in (4, 5, 7, 8)} | {"middle_block_1"}
         expected |= {f"output_blocks_{number}_1" for number in range(6)}
-    assert blocks == {f"lora_unet_{block}" for block in expected}
+        expected |= {f"input_blocks_{number}_0_op" for number in (3, 6)}
+        expected |= {f"output_blocks_{number}_2_conv" for number in (2, 5)}
+        numbers = [f"input_blocks_{number}_0" for number in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
+        numbers += [f"output_blocks_{number}_0" for number in range(9)]
+        expected |= {f"{place}_{part}" for place in numbers for part in ("in_layers_2", "out_layers_3", "emb_layers_1")}
+        skips = [f"input_blocks_{number}_0" for number in (4, 7)] + [f"output_blocks_{number}_0" for number in range(9)]
+        expected |= {f"{place}_skip_connection" for place in skips}
+        assert blocks == expected
+    assert expected <= blocks
 
 
 @needs_torch
@@ -3190,7 +3204,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, images: Path
         made = prepare(tmp_path, config)
         assert made.unet.is_gradient_checkpointing is checkpointing
         made.accumulate(0)
-        grads.append([weight.grad.clone() for weight in made.parameters])
+        grads.append([weight.grad.clone() for weight in made.parameters.values()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
@@ -3198,7 +3212,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, images: Path
 @needs_torch
 def test_training_moves_every_weight_and_lowers_the_loss(tmp_path: Path, images: Path, models: Path) -> None:
     made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=60, batch_size=5))
-    assert all(up.any() for _, up in made.layers.values())
+    assert all(weight.any() for weight in made.live.values())
     losses = [event["loss"] for event in emitted(made, "progress")]
     assert sum(losses[-10:]) < sum(losses[:10])
 
@@ -3361,10 +3375,10 @@ def test_a_final_lora_that_cannot_be_written_is_an_error_and_comes_with_the_next
 OUT_OF_MEMORY = {  # phase: the part of the script in which memory runs out
     "planning": "make_plan",
     "caching": "encode_images",
-    "loading": "add_lora",
-    "resuming": "unpack_optimizer",
-    "training": "squared_error",
-    "saving": "kohya_tensors",
+    "loading": "add_adapter",
+    "resuming": "unpack",
+    "training": "sample_error",
+    "saving": "file_tensors",
 }
 
 
@@ -3378,7 +3392,7 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
     if phase == "resuming":
         train(tmp_path, config, stop=Quiet(after=2))
     steps = iter(range(5))
-    real = trainer.squared_error
+    real = trainer.sample_error
 
     def exhausted(*arguments: Any, **_: Any) -> Any:
         if phase == "training" and next(steps) < 4:
