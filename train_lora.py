@@ -2038,7 +2038,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
     while waiting:
         folder = waiting.pop()
         try:
-            names = sorted(os.listdir(folder))  # noqa: PTH208
+            names = os.listdir(folder)  # noqa: PTH208
         except OSError as error:
             if folder == root:
                 raise
