@@ -3174,7 +3174,7 @@ def test_the_held_out_loss_is_the_same_each_time_and_equals_an_independent_one(
 def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", max_grad_norm=1e-3))
     made.accumulate(0)
-    before = math.sqrt(sum(float(weight.grad.square().sum()) for weight in made.parameters))
+    before = math.sqrt(sum(float(weight.grad.square().sum()) for weight in made.parameters.values()))
     seen: list[float] = []
     monkeypatch.setattr(
         made.optimizer, "step", lambda: seen.extend(float(w.grad.square().sum()) for w in made.parameters)
@@ -3188,9 +3188,9 @@ def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monke
 def test_accumulating_equals_one_larger_batch(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=2))
     total = made.accumulate(0)
-    grads = [weight.grad.clone() for weight in made.parameters]
+    grads = [weight.grad.clone() for weight in made.parameters.values()]
     losses = [made.loss(made.collate(index), 0, index) for index in (0, 1)]
-    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, made.parameters)
+    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(made.parameters.values()))
     assert total == pytest.approx(float((losses[0] + losses[1]).detach()) / 2, rel=1e-6)
     for ours, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-7, rtol=1e-4)
@@ -3227,7 +3227,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_images(
     assert made.train()
     warnings = [event for event in emitted(made, "warning") if event["code"] == "step_not_finite"]
     assert made.plan.dataset.examples[poisoned].name in warnings[0]["message"]
-    assert all(bool(torch.isfinite(weight).all()) for weight in made.parameters)
+    assert all(bool(torch.isfinite(weight).all()) for weight in made.live.values())
     assert all(math.isfinite(loss) for loss in made.state.losses)
 
 
@@ -3241,7 +3241,7 @@ def test_divergence_ends_the_run_and_no_broken_lora_is_written(tmp_path: Path, i
     assert caught.value.code == "loss_not_finite"
     assert made.state.step == made.MOST_BAD_STEPS
     with torch.no_grad():
-        made.parameters[0].fill_(math.nan)
+        next(iter(made.live.values())).fill_(math.nan)
     with pytest.raises(trainer.TrainerError):
         made.finish()
     assert not made.final_path.exists()
