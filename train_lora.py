@@ -517,11 +517,10 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         definition = definitions[key]
         errors = list(Draft7Validator(definition).iter_errors(value))
         for found in errors:
-            path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.path)
             message = EXPLANATIONS[str(found.validator)](found.validator_value, found.instance)
             if found.validator == "additionalProperties":
                 message += f"; allowed are {', '.join(definition['properties'])}"
-            problems.append(problem(path, message))
+            problems.append(problem(key + found.json_path.removeprefix("$"), message))
         if not errors and value not in definition.get("x-available", [value]):
             allowed = ", ".join(map(show, definition["x-available"]))
             problems.append(problem(key, f"{show(value)} is not available yet; this version takes {allowed}"))
@@ -680,11 +679,9 @@ def write_all(descriptor: int, data: bytes) -> None:
 def open_missing_descriptors() -> bool:
     """Open the null device for what is closed of 0, 1 and 2, so that no file of ours gets that number; True: 1 was."""
     missing = []
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            missing.append(os.open(os.devnull, os.O_RDWR))  # takes the lowest free number: this one
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # each takes the lowest free number
+        missing.append(descriptor)
+    os.close(descriptor)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, PTH123
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     return 1 in missing
@@ -725,13 +722,11 @@ class EventStream:
         self._queue: queue.Queue[bytes] = queue.Queue()
         self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
         self._lock = threading.RLock()
-        self._on_lost: Callable[[], None] = lambda: None
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
-        self._on_lost = on_lost
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
-        threading.Thread(target=self._drain, name="events", daemon=True).start()
+        threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
@@ -820,7 +815,7 @@ class EventStream:
         except OSError as error:
             self._log_error = error
 
-    def _drain(self) -> None:
+    def _drain(self, on_lost: Callable[[], None]) -> None:
         while True:
             line = self._queue.get()
             try:
@@ -828,7 +823,7 @@ class EventStream:
             except OSError as error:
                 self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
                 self._tell(f"stdout cannot be written to: {error.strerror}\n")
-                self._on_lost()
+                on_lost()
             self._queue.task_done()
 
     def _say(self, event: ProgressEvent) -> None:
@@ -883,7 +878,6 @@ class StopWatcher:
 
     def __init__(self, events: EventStream) -> None:
         self._events = events
-        self._lock = threading.Lock()
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._rescue: Callable[[], bool] | None = None
@@ -903,12 +897,11 @@ class StopWatcher:
 
     def install(self) -> None:
         """Take over the signals; they wait in the socket until `listen`."""
-        for name in self.SIGNALS:
-            number = getattr(signal, name, None)
+        for number in signal.Signals:
             # What our parent made us ignore (nohup's SIGHUP) stays ignored.
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
-                self._numbers.add(int(number))
+                self._numbers.add(number)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -917,9 +910,9 @@ class StopWatcher:
     def watch_folder(self, folder: Path) -> None:
         """Take the files `stop` and `save` in the output folder for signals."""
         start = time.time() - (time.monotonic() - STARTED) - 3  # file times can be coarse, and Python takes its time
-        for name in ("stop", "save"):
-            if (folder / name).is_file() and (folder / name).stat().st_mtime < start:  # meant for an earlier run
-                (folder / name).unlink()
+        for file in (folder / "stop", folder / "save"):
+            if file.is_file() and file.stat().st_mtime < start:  # meant for an earlier run
+                file.unlink()
         threading.Thread(target=self._poll, args=(folder,), name="stop files", daemon=True).start()
 
     def request(self, number: int) -> None:
@@ -928,8 +921,7 @@ class StopWatcher:
 
     def arm(self, rescue: Callable[[], bool]) -> None:
         """From here on the loop stops itself. Where that takes too long, `rescue` saves, and tells whether it did."""
-        with self._lock:
-            self._rescue = rescue
+        self._rescue = rescue
 
     def conclude(self) -> None:
         """Emit the last event after a stop request."""
@@ -968,8 +960,7 @@ class StopWatcher:
             if number == self.SAVE:
                 self.save_requested = True
                 continue
-            with self._lock:
-                again, rescue, self.signal = self.requested, self._rescue, self.signal or number
+            again, rescue, self.signal = self.requested, self._rescue, self.signal or number
             # A parent that asks for a stop and goes away at once asks only once.
             urgent = again and number != self.READER_GONE and time.monotonic() - first > self.ECHO_S
             if not rescue or urgent:
@@ -992,15 +983,15 @@ class StopWatcher:
         asked = set()  # by a file that cannot be removed: once is enough
         while True:
             time.sleep(0.5)
-            for name, number in (("stop", int(signal.SIGTERM)), ("save", self.SAVE)):
+            for file, number in ((folder / "stop", int(signal.SIGTERM)), (folder / "save", self.SAVE)):
                 with contextlib.suppress(OSError):
-                    if not (folder / name).is_file():
+                    if not file.is_file():
                         continue
-                    if name not in asked:
-                        asked.add(name)
+                    if number not in asked:
                         self.request(number)
-                    (folder / name).unlink()
-                    asked.discard(name)
+                    asked.add(number)
+                    file.unlink()
+                    asked.discard(number)
 
 
 # ======================================================================================
@@ -1427,8 +1418,10 @@ def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
         names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings or []]
         if "model_index.json" not in names:
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
-        needed = wanted_files(names, config.variant, half)  # pickles only: said before a byte is read
-        wanted = needed if weights else list(MODEL_KEYS)
+        parts = {part for family in FAMILIES for part in family.parameters} & {name.partition("/")[0] for name in names}
+        # Also without `weights`: that there are only pickles is said before a byte is read.
+        files = [name for part in sorted(parts) for name in choose_weights(names, part, config.variant, half)[1]]
+        wanted = ["model_index.json", "*/*.json", "tokenizer*/*.txt", *files] if weights else list(MODEL_KEYS)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
     except errors.GatedRepoError as error:
         hint = "Accept its terms on its page of the Hub, and set the variable HF_TOKEN to your token."
@@ -1451,14 +1444,6 @@ def hub_unreachable(config: TrainingConfig) -> TrainerError:
     message = f"{config.base_model!r} is no folder here and not in the Hub's cache, and the Hub was not reached."
     hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
     return TrainerError("model_not_found", message, hint)
-
-
-def wanted_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
-    """List what a run needs of a Hub repository: configs, tokenizers, one set of weights."""
-    parts = {part for family in FAMILIES for part in family.parameters}
-    found = sorted(parts & {name.partition("/")[0] for name in names})
-    weights = [name for part in found for name in choose_weights(names, part, variant, half)[1]]
-    return ["model_index.json", "*/*.json", "tokenizer*/*.txt", *weights]
 
 
 ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
@@ -1715,10 +1700,9 @@ MASK_SUFFIX = "-masklabel.png"  # OneTrainer's name for the mask beside an image
 MAX_PIXELS = 120_000_000  # of one image: beyond what phones and cameras make
 MAX_FILE_BYTES = 1 << 30
 MAX_SCANS = 100  # of a progressive JPEG, which has about ten
-EXIF_TURNS = {
-    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
-    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
-}
+# What turns an image upright, by EXIF's orientation.
+EXIF_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+EXIF_TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -1748,8 +1732,9 @@ class PixelBudget:
 DECODED = PixelBudget(64_000_000)  # a pixel takes 3 to 12 bytes on its way to RGB
 
 
-def inside(path: Path, root: Path) -> Path:
-    """Resolve a file of a dataset; ValueError says why it is not opened: only regular files inside `root` are."""
+@contextlib.contextmanager
+def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
+    """Open a file of a dataset; ValueError says why it is not opened: only regular files inside `root` are."""
     try:
         real = path.resolve(strict=True)
         regular = real.is_file()
@@ -1759,14 +1744,9 @@ def inside(path: Path, root: Path) -> Path:
         raise ValueError("a link that leads out of the folder")
     if not regular:
         raise ValueError("not a regular file")
-    return real
-
-
-@contextlib.contextmanager
-def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file inside `root`, also where it was swapped for a pipe or a link a moment ago; ValueError."""
-    safely = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # a pipe would make us wait for its writer
-    with open(inside(path, root), "rb", opener=lambda name, flags: os.open(name, flags | safely)) as file:
+    # It may have been swapped for a link or a pipe, which would make us wait for its writer, a moment ago.
+    safely = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    with open(real, "rb", opener=lambda name, flags: os.open(name, flags | safely)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")
         yield file
@@ -1774,30 +1754,27 @@ def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
-    """Decode a file's first frame, upright (EXIF) and in its own mode: (image, SHA-256 of the file).
-
-    Raises whatever Pillow's plugins do on broken files, from struct.error to SyntaxError.
-    """
-    with open_inside(path, root) as file:
-        if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
-        digest = file_digest(file)
-        file.seek(0)
-        known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-        image: Image.Image = Image.open(file, formats=known)
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
-        refuse_slow(image, file)
-        with DECODED.take(pixels):
-            image.load()
-            image = upright(image)
-            yield image, digest
-
-
-def image_trouble(error: Exception) -> str:
-    unknown = type(error).__name__ == "UnidentifiedImageError"
-    return "no image of a known format" if unknown else str(error) or type(error).__name__
+    """Yield (a file's first frame, upright, in its own mode; its SHA-256). ValueError, whatever fails in the block."""
+    try:
+        with open_inside(path, root) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
+            digest = file_digest(file)
+            file.seek(0)
+            image: Image.Image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
+            refuse_slow(image, file)
+            with DECODED.take(pixels):
+                image.load()
+                image = upright(image)
+                yield image, digest
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything on broken files, from struct.error to SyntaxError
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        raise ValueError("no image of a known format" if unknown else str(error) or type(error).__name__) from error
 
 
 def file_digest(file: IO[bytes]) -> str:
@@ -1873,7 +1850,6 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # dataset
 # ======================================================================================
 
-UNUSABLE = ("image_skipped", "caption_skipped")  # codes of flaws; the others' images train
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's way: 10_name
 MAX_SHOWN = 1_000_000  # images in an epoch, repeats counted
 MAX_CAPTION_BYTES = 1 << 13  # several times what 225 tokens hold
@@ -1944,10 +1920,8 @@ class View:
             if self.masked and example.mask:
                 with self.open(example.mask, example.mask_digest) as image:
                     mask, _ = fit_image(to_grey(image), self.size)
-        except MemoryError:
-            raise
-        except Exception as error:  # it was whole when it was checked
-            message = f"{example.name} can no longer be read as it was checked: {image_trouble(error)}"
+        except ValueError as error:
+            message = f"{example.name} can no longer be read as it was checked: {error}"
             raise TrainerError("dataset_unreadable", message) from error
         sizes = (example.height, example.width, top, left, self.size[1], self.size[0])
         return Fitted(example.name, picture, mask, sizes)
@@ -1997,15 +1971,12 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         prior, more = scan_folder(config, "regularization_path", events)
         examples += [example for example in prior if example.digest not in held_out]
         flaws += more
-    bad = [flaw for flaw in flaws if flaw.code in UNUSABLE]
+    bad = [flaw for flaw in flaws if flaw.code in ("image_skipped", "caption_skipped")]  # the others' images train
     if bad and config.on_bad_image == "error":
-        raise unusable("dataset_unreadable", f"{len(bad)} entries cannot be used, and on_bad_image is error.", bad)
+        message = f"{len(bad)} entries cannot be used, and on_bad_image is error."
+        hint = 'Mend the entries under problems, or set on_bad_image to "skip".'
+        raise TrainerError("dataset_unreadable", message, hint, [problem(flaw.path, flaw.message) for flaw in bad])
     return Dataset(tuple(examples), tuple(flaws))
-
-
-def unusable(code: str, message: str, flaws: Sequence[Flaw]) -> TrainerError:
-    hint = "" if code == "dataset_empty" else 'Mend the entries under problems, or set on_bad_image to "skip".'
-    return TrainerError(code, message, hint, [problem(flaw.path, flaw.message) for flaw in flaws])
 
 
 @blame("dataset_unreadable")
@@ -2028,7 +1999,8 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
         examples += [example] if example else []
         flaws += found
     if not examples:
-        raise unusable("dataset_empty", f"No usable image in {root}; {len(flaws)} entries are flawed.", flaws)
+        message = f"No usable image in {root}; {len(flaws)} entries are flawed."
+        raise TrainerError("dataset_empty", message, problems=[problem(flaw.path, flaw.message) for flaw in flaws])
     return examples, flaws
 
 
@@ -2064,7 +2036,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
     while waiting:
         folder = waiting.pop()
         try:
-            names = sorted(os.listdir(folder))  # noqa: PTH208
+            names = os.listdir(folder)  # noqa: PTH208
         except OSError as error:
             if folder == root:
                 raise
@@ -2093,39 +2065,37 @@ def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str],
     `names` gives the images' names by their composed Unicode form: a Mac's file systems take accents apart.
     """
     path = root / "metadata.jsonl"
-    captions: dict[str, str] = {}
-    flaws: list[Flaw] = []
     if not os.path.lexists(path):
-        return captions, flaws
-
-    def tell(code: str, message: str, number: int = 0) -> None:
-        if len(flaws) < MAX_BAD_LINES:
-            flaws.append(Flaw(code, f"{path.name}:{number}" if number else path.name, message))
-
+        return {}, []
     try:
         text, odd = read_text(path, root, MAX_METADATA_BYTES)
     except (OSError, ValueError) as error:
-        return captions, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
-    if odd:
-        tell("caption_doubtful", odd)
+        return {}, [Flaw("caption_skipped", path.name, f"is not read: {error}")]
+    captions: dict[str, str] = {}
+    flaws = [Flaw("caption_doubtful", path.name, odd)] if odd else []
     bad, unknown = 0, []
+
+    def tell(number: int, code: str, message: str) -> None:
+        if len(flaws) < MAX_BAD_LINES:
+            flaws.append(Flaw(code, f"{path.name}:{number}", message))
+
     for number, line in enumerate(io.StringIO(text), 1):
         try:
             name, caption = parse_metadata(line) if line.strip() else ("", "")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings, in JSON"
-            tell("caption_skipped", f"is skipped: {reason}", number)
+            tell(number, "caption_skipped", f"is skipped: {reason}")
             bad += 1
             continue
         if name in names:
             captions[names[name]] = caption[:MAX_CAPTION_BYTES]
             if len(caption) > MAX_CAPTION_BYTES:
-                tell("caption_doubtful", f"is longer than {MAX_CAPTION_BYTES >> 10} kB; the rest is not read", number)
+                tell(number, "caption_doubtful", f"is longer than {MAX_CAPTION_BYTES >> 10} kB; the rest is not read")
         elif name:
             unknown.append(show(name))
     if unknown:
-        names_them = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
-        flaws.append(Flaw("metadata_unmatched", path.name, names_them))
+        message = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
+        flaws.append(Flaw("metadata_unmatched", path.name, message))
     if bad > MAX_BAD_LINES:
         flaws.append(Flaw("caption_skipped", path.name, f"has {bad} bad lines, which are skipped"))
     return captions, flaws
@@ -2142,20 +2112,12 @@ def parse_metadata(line: str) -> tuple[str, str]:
     return unicodedata.normalize("NFC", name.as_posix()), entry["text"]
 
 
-BYTE_ORDER_MARKS = {
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"}
+BYTE_ORDER_MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # after UTF-32's, which begin alike
 
 
 def read_text(path: Path, root: Path, limit: int) -> tuple[str, str]:
-    """Read a text file as people's editors write them: (text, what is odd about it, or '').
-
-    Raises ValueError: it must not be opened, or is no text; OSError.
-    """
+    """Read text as people's editors write it: (text, what is odd about it, or ''). ValueError: it is none; OSError."""
     with open_inside(path, root) as file:
         data = file.read(limit + 1)
     doubts = [f"is longer than {limit >> 10} kB; the rest is not read"] if len(data) > limit else []
@@ -2182,14 +2144,15 @@ def check_image(
         with open_image(path, root) as (image, digest):
             size = image.size
             alpha = config.masked_loss and image.has_transparency_data and to_alpha(image).getextrema() != (255, 255)
-        folder = kohya_folder(name)
-        repeats = (1 if prior else config.repeats) * (int(folder[1]) if folder else 1)
-        caption, source, flaws = find_caption(path, name, root, config, described)
+        caption, source, flaws = find_caption(path, root, config.caption_extension, described.get(name, "").strip())
         mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
-    except MemoryError:
-        raise
-    except Exception as error:  # see open_image
-        return None, [Flaw("image_skipped", told, f"is skipped: {image_trouble(error)}")]
+    except (OSError, ValueError) as error:
+        return None, [Flaw("image_skipped", told, f"is skipped: {error}")]
+    matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
+    kohya = next(filter(None, matches), None)  # the nearest such folder above the image: its repeats and its name
+    repeats = (1 if prior else config.repeats) * (int(kohya[1]) if kohya else 1)
+    if kohya and source == "trigger words":
+        caption, source = kohya[2].strip(), "folder name"
     caption = caption.encode("utf-8", "replace").decode()  # lone surrogates, which no tokenizer takes
     if not prior:
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
@@ -2197,25 +2160,14 @@ def check_image(
     return Example(told, path, root, caption, source, repeats, *size, digest, role, alpha, mask, mask_digest), flaws
 
 
-def kohya_folder(name: str) -> re.Match[str] | None:
-    """Match the nearest folder above an image that has kohya's form: its repeats and its name."""
-    matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
-    return next(filter(None, matches), None)
-
-
 # An image whose caption or mask cannot be used is skipped: without them it would teach something else.
-def find_caption(
-    path: Path, name: str, root: Path, config: TrainingConfig, described: Mapping[str, str]
-) -> tuple[str, str, list[Flaw]]:
-    """Give (caption, where it is from, flaws): metadata.jsonl, a sidecar file, a kohya folder's name, or nothing.
-
-    Raises ValueError: the sidecar cannot be used.
-    """
-    beside = [path.with_suffix(end) for end in (config.caption_extension, config.caption_extension.upper())]
-    sidecar, flaws = next(filter(os.path.lexists, beside), beside[0]), []
-    if described.get(name, "").strip():
-        return described[name].strip(), "metadata.jsonl", []
-    if os.path.lexists(sidecar):
+def find_caption(path: Path, root: Path, extension: str, described: str) -> tuple[str, str, list[Flaw]]:
+    """Give (caption, where it is from, flaws): metadata.jsonl, a sidecar or nothing. ValueError: it cannot be used."""
+    if described:
+        return described, "metadata.jsonl", []
+    flaws = []
+    beside = [path.with_suffix(end) for end in (extension, extension.upper())]
+    if sidecar := next(filter(os.path.lexists, beside), None):
         try:
             text, odd = read_text(sidecar, root, MAX_CAPTION_BYTES)
         except ValueError as error:
@@ -2223,15 +2175,11 @@ def find_caption(
         flaws = [Flaw("caption_doubtful", sidecar.relative_to(root).as_posix(), odd)] if odd else []
         if text.strip():
             return text.strip(), "sidecar", flaws
-    folder = kohya_folder(name)
-    return (folder[2].strip(), "folder name", flaws) if folder else ("", "trigger words", flaws)
+    return "", "trigger words", flaws
 
 
 def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
-    """Give the mask file beside an image and its SHA-256; (None, '') where there is none.
-
-    Raises ValueError: it cannot be used.
-    """
+    """Give the mask file beside an image and its SHA-256, or (None, ''); ValueError: it cannot be used."""
     mask = path.with_name(path.stem + MASK_SUFFIX)
     if not os.path.lexists(mask):
         return None, ""
@@ -2239,17 +2187,15 @@ def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
         with open_image(mask, root) as (image, digest):
             if image.size != size:
                 raise ValueError(f"it has another size ({image.width}x{image.height})")
-    except MemoryError:
-        raise
-    except Exception as error:  # see open_image
-        raise ValueError(f"its mask {mask.name}: {image_trouble(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"its mask {mask.name}: {error}") from error
     return mask, digest
 
 
 def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
     """Put the trigger words that a caption lacks (as whole words, in any case) in front of it."""
     missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)]
-    return f"{separator} ".join([*missing, *([caption] if caption else [])])
+    return f"{separator} ".join(filter(None, [*missing, caption]))
 
 
 def caption_variants(caption: str, config: TrainingConfig, epochs: int) -> tuple[str, ...]:
@@ -2274,8 +2220,8 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> list[Examp
     return [dataclasses.replace(e, role="validation") if e.digest in chosen else e for e in examples]
 
 
-def listing(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
@@ -2283,7 +2229,7 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     sizes = {(resolution, resolution)}
     for width in range(step, 2 * resolution + 1, step):
         height = resolution**2 // width // step * step
-        if height and max(width, height) <= 4 * min(width, height):
+        if max(width, height) <= 4 * min(width, height):
             sizes |= {(width, height), (height, width)}
     return sorted(sizes, key=lambda size: (size != (resolution, resolution), size))
 
@@ -4344,8 +4290,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 
 def count_tokens(plan: Plan) -> JSON | None:
     """Give the token report, where the tokenizers are here: of a Hub model only its configs may be."""
-    folder = plan.source.folder
-    rows = plan.source.family.text_encoders
+    folder, rows = plan.source.folder, plan.source.family.text_encoders
     if folder is None or not all((folder / row.tokenizer / "vocab.json").is_file() for row in rows):
         return None
     return token_report(plan, load_tokenizers(plan.source))
