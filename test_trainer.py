@@ -538,7 +538,7 @@ def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> Non
 def test_what_null_comes_to_stands_in_the_schema_too(tmp_path: Path) -> None:
     config = parse(tmp_path, REQUIRED)
     definitions = SCHEMA["definitions"]
-    assert config.learning_rate == definitions["learning_rate"]["x-when-null"] == 1e-4
+    assert config.learning_rate == definitions["learning_rate"]["x-when-null"]["adamw"] == 1e-4
     assert (config.lora_alpha, config.sample_prompts) == (config.lora_rank, ("zorb",))
     assert trainer.count_steps(config, {}) == definitions["steps"]["x-when-null"] == 1000
 
@@ -751,6 +751,7 @@ def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, m
     rates = {"adamw": 1e-4, "adamw8bit": 1e-4, "adafactor": 1e-4, "prodigy": 1.0, "lion": 3e-5}
     rates["schedulefree_adamw"] = 1e-4
     assert list(rates) == SCHEMA["definitions"]["optimizer"]["enum"] == list(trainer.OPTIMIZERS)
+    assert rates == SCHEMA["definitions"]["learning_rate"]["x-when-null"]
     for optimizer, rate in rates.items():
         config = parse(tmp_path, REQUIRED | {"optimizer": optimizer})
         assert config.learning_rate == rate
