@@ -2829,44 +2829,61 @@ def merged(weights: Json, base: Any, scale: float) -> Any:
     return changed
 
 
-@needs_torch
-@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize(
-    "changes", [{"lora_type": "dora"}, {"lora_type": "lokr"}, {"lora_type": "lokr", "lora_rank": 1}]
-)
-def test_a_file_that_diffusers_cannot_read_has_the_trained_effect_by_its_formula(
-    tmp_path: Path, images: Path, models: Path, kind: str, changes: Json
-) -> None:
-    extra: Json = {"lora_targets": "all", "lora_alpha": 3, "train_text_encoder": True, "learning_rate": 3e-2} | changes
-    made = train(tmp_path, small(images, models / kind, tmp_path / "out", steps=3, **extra))
-    tensors = tensors_of(made.final_path)
+def apply_by_formula(made: trainer.LoRATrainer, path: Path, components: Json) -> None:
+    """Merge a kohya file into a pipeline's components, every tensor of it."""
     modules: dict[str, Json] = {}
-    for name, value in tensors.items():
+    for name, value in tensors_of(path).items():
         prefix, _, part = name.partition(".")
         modules.setdefault(prefix, {})[part] = value
-    pipeline = load_pipeline(models / kind)
-    components = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    components |= {"text_encoder_2": pipeline.text_encoder_2} if kind == "sdxl" else {}
     for layer in {key.rpartition("/")[0] for key in made.live}:
         part, _, name = layer.partition(".")
-        if part == "text_encoder":
-            name = name.removeprefix("text_model.")
         weights = modules.pop(trainer.file_prefix("kohya", layer, made.plan.source))
-        target = components[part].get_submodule(name)
+        target = components[part].get_submodule(name.removeprefix("text_model." * (part == "text_encoder")))
         target.weight.data = merged(weights, target.weight.data, float(weights.pop("alpha"))).float()
     assert not modules
+
+
+ADAPTERS: dict[str, Json] = {
+    "lora": {},
+    "dora": {"lora_type": "dora"},
+    "lokr": {"lora_type": "lokr"},
+    "lokr, rank 1": {"lora_type": "lokr", "lora_rank": 1},
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_file_that_is_read_back_has_the_trained_effect(
+    tmp_path: Path, images: Path, models: Path, kind: str, adapter: str
+) -> None:
+    extra: Json = {"lora_targets": "all", "lora_alpha": 3, "train_text_encoder": True, "learning_rate": 3e-2}
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", steps=3, **extra | ADAPTERS[adapter]))
+    assert made.encoder
     batch = made.collate(0)
     inputs = (torch.randn(batch.mean.shape), torch.tensor([7, 700])[: len(batch.mean)], batch.context.detach())
+    tokens = torch.arange(77)[None] + 5
     with torch.no_grad(), made.evaluating():
         ours = made.unet(*inputs, added_cond_kwargs=batch.conditions).sample
-        theirs = pipeline.unet(*inputs, added_cond_kwargs=batch.conditions).sample
+        texts = {row.folder: encoder(tokens)[0] for row, _, encoder in made.encoder.parts}
         plain = load_pipeline(models / kind).unet(*inputs, added_cond_kwargs=batch.conditions).sample
-        for row, _, encoder in made.encoder.parts if made.encoder else ():
-            tokens = torch.arange(77)[None] + 5
-            torch.testing.assert_close(encoder(tokens)[0], components[row.folder](tokens)[0], atol=2e-5, rtol=1e-5)
-    difference = float((ours - theirs).abs().max() / (ours - plain).abs().max())
-    print(f"{kind} {made.config.lora_type}, kohya format: largest difference {difference:.1e} of the effect")
-    assert difference < 1e-4
+    for style in ("kohya", *["diffusers"] * (made.config.lora_type != "lokr")):
+        made.config = dataclasses.replace(made.config, save_format=style)
+        made.plan = dataclasses.replace(made.plan, config=made.config)
+        made.write_lora(path := tmp_path / f"{style}.safetensors")
+        pipeline = load_pipeline(models / kind)
+        components = {row.folder: getattr(pipeline, row.folder) for row, _, _ in made.encoder.parts}
+        components["unet"] = pipeline.unet
+        diffusers_reads = adapter == "lora" or style == "diffusers"
+        pipeline.load_lora_weights(path) if diffusers_reads else apply_by_formula(made, path, components)
+        with torch.no_grad():
+            theirs = pipeline.unet(*inputs, added_cond_kwargs=batch.conditions).sample
+            for name, expected in texts.items():
+                torch.testing.assert_close(components[name](tokens)[0], expected, atol=2e-5, rtol=1e-5)
+        difference = float((ours - theirs).abs().max() / (ours - plain).abs().max())
+        reader = "diffusers" if diffusers_reads else "formula"
+        print(f"{kind}, {adapter}, {style} format, read by {reader}: {difference:.1e} of the effect at most")
+        assert difference < 1e-4
 
 
 FORMATS: list[tuple[str, Json]] = [

@@ -1517,12 +1517,13 @@ def file_prefix(style: str, name: str, source: ModelSource) -> str:
     return f"{prefixes[part]}_{module.replace('.', '_')}"
 
 
-# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere.
+# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
+# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
 FILE_PARTS: dict[str, dict[str, str]] = {
     "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
-    "diffusers": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
 }
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector|lokr_\w+)")
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
 
 
 # ======================================================================================
@@ -2531,9 +2532,10 @@ def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str,
     if missing := sorted(wanted[style] - held):
         message = f"lacks {len(missing)} of the {len(layers)} layers that train here, such as {missing[0]}"
     elif more := sorted(held - wanted[style]):
-        message = f"holds {len(more)} layers that do not train here, such as {more[0]}"
+        message = f"holds {len(more)} layers that do not train here, such as {more[0]}: see lora_targets, "
+        message += "train_text_encoder"
     kind = "lokr" if any(".lokr_" in name for name in shapes) else "lora"
-    kind = "dora" if any(name.endswith(("dora_scale", "lora_magnitude_vector")) for name in shapes) else kind
+    kind = "dora" if any(re.search("dora_scale|lora_magnitude", name) for name in shapes) else kind
     ranks = {shape[0] for name, shape in shapes.items() if name.endswith(("lora_down.weight", "lora_A.weight"))}
     if kind != config.lora_type:
         message = f"is of lora_type {kind}, not {config.lora_type}"
@@ -3139,7 +3141,8 @@ def read_initial(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
         for key, weight in weights.items():
             module, _, part = key.rpartition("/")
             prefix, component = file_prefix(style, module, source), module.partition(".")[0]
-            value = tensors.get(name := f"{prefix}.{FILE_PARTS[style].get(part, part)}")
+            name = f"{prefix}.{FILE_PARTS[style].get(part, part)}"
+            value = tensors.get(name, tensors.get(f"{prefix}.{part}"))  # the second as diffusers writes magnitudes
             if value is None or value.numel() != weight.numel():
                 message = f"{path.name} has no {name} of shape {list(weight.shape)}"
                 raise TrainerError("config_invalid", f"{message}.", problems=[problem("init_lora_path", message)])
