@@ -711,7 +711,7 @@ CANNOT_WORK: dict[str, tuple[str, Json]] = {  # what is wrong: the path of the p
     "must be more than min_timestep (500)": ("max_timestep", {"min_timestep": 500, "max_timestep": 500}),
     "averages itself": ("ema_decay", {"optimizer": "schedulefree_adamw", "ema_decay": 0.9}),
     "must be more than 0": ("adam_beta1", {"optimizer": "schedulefree_adamw", "adam_beta1": 0}),
-    "must be a .safetensors file": ("init_lora_path", {"init_lora_path": "missing.safetensors"}),
+    "must be an existing .safetensors file": ("init_lora_path", {"init_lora_path": "missing.safetensors"}),
 }
 
 
@@ -762,6 +762,7 @@ def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, m
         ("schedule_not_needed", {"optimizer": "prodigy", "lr_scheduler": "cosine_with_restarts"}),
         ("learning_rate_high", {"learning_rate": 1.0}),
         ("setting_unused", {"huber_c": 0.5}),
+        ("setting_unused", {"optimizer": "lion", "adam_beta2": 0.99}),
         ("setting_unused", {"text_encoder_learning_rate": 1e-5}),
     ]
     for code, changes in odd:
@@ -1558,7 +1559,7 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_loade
     scheduler = json.loads((model / "scheduler/scheduler_config.json").read_text())
     write_json(model / "scheduler/scheduler_config.json", scheduler | {"num_train_timesteps": 500})
     required = REQUIRED | {"dataset_path": str(tmp_path / "images"), "base_model": str(model)}
-    for changes in ({"zero_terminal_snr": True}, {"min_timestep": 500}):
+    for changes in ({"zero_terminal_snr": True}, {"min_timestep": 500}, {"max_timestep": 501}):
         with pytest.raises(trainer.TrainerError) as caught:
             config = parse(tmp_path, required | changes)
             source = trainer.locate_model(config, weights=False, half=False)
@@ -2918,7 +2919,7 @@ def test_a_run_starts_from_a_file_in_either_format_and_at_any_alpha(
 
 
 NOT_TO_START_FROM: dict[str, Json] = {
-    "has rank 4, not lora_rank 8": {"lora_rank": 8},
+    "does not fit lora_rank 8": {"lora_rank": 8},
     "holds": {"lora_targets": "attention"},
     "lacks": {"lora_targets": "all"},
     "lacks ": {"train_text_encoder": True},
@@ -2940,6 +2941,50 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert caught.value.code == "config_invalid"
     assert [problem["path"] for problem in caught.value.problems] == ["init_lora_path"]
     assert message.strip() in caught.value.problems[0]["message"]
+
+
+def test_a_layer_of_a_file_fits_by_its_shapes_alone() -> None:
+    def fits(shape: tuple[int, ...], rank: int = 4, **parts: tuple[int, ...]) -> bool:
+        named = {name.replace("_weight", ".weight"): shape for name, shape in parts.items()}
+        return trainer.fits(named, shape, rank)
+
+    linear, convolution = (6, 10), (6, 10, 3, 3)
+    assert fits(linear, lora_down_weight=(4, 10), lora_up_weight=(6, 4))
+    assert fits(linear, lora_down_weight=(4, 10, 1, 1), lora_up_weight=(6, 4, 1, 1))  # of a 1x1 convolution
+    assert fits(
+        convolution, lora_A_weight=(4, 10, 3, 3), lora_B_weight=(6, 4, 1, 1), lora_magnitude_vector=(1, 6, 1, 1)
+    )
+    assert fits(linear, lora_down_weight=(4, 10), lora_up_weight=(6, 4), dora_scale=(6, 1))
+    assert not fits(linear, lora_down_weight=(4, 10), lora_up_weight=(6, 4), dora_scale=(1, 10))
+    assert not fits(linear, lora_down_weight=(4, 10), lora_up_weight=(4, 6))
+    assert not fits(linear, lora_down_weight=(4, 10))
+    assert not fits(linear, lora_down_weight=(), lora_up_weight=(6, 4))
+    assert not fits(linear, rank=2, lora_down_weight=(4, 10), lora_up_weight=(6, 4))
+    assert fits(linear, lokr_w1=(2, 2), lokr_w2=(3, 5))
+    assert fits(convolution, lokr_w1=(2, 2), lokr_w2_a=(3, 4), lokr_w2_b=(4, 45))
+    assert not fits(convolution, rank=2, lokr_w1=(2, 2), lokr_w2_a=(3, 4), lokr_w2_b=(4, 45))
+    assert not fits(linear, lokr_w1=(2, 2), lokr_w2=(3, 6))
+
+
+@needs_torch
+def test_a_file_with_odd_values_is_refused(tmp_path: Path, images: Path, models: Path, starting_point: Path) -> None:
+    import safetensors.torch
+
+    good = tensors_of(starting_point)
+    first = next(key for key in good if key.endswith("lora_up.weight"))
+    alpha = first.replace("lora_up.weight", "alpha")
+    odd: list[Json] = [
+        {first: good[first] * math.nan},
+        {alpha: torch.tensor([1.0, 2.0])},
+        {alpha: torch.tensor(math.inf)},
+    ]
+    path = tmp_path / "odd.safetensors"
+    for number, changes in enumerate(odd):
+        safetensors.torch.save_file(good | changes, path)
+        with pytest.raises(trainer.TrainerError) as caught:
+            config = small(images, models / "sd15", tmp_path / str(number), init_lora_path=str(path))
+            prepare(tmp_path, config)
+        assert (caught.value.code, caught.value.problems[0]["path"]) == ("config_invalid", "init_lora_path")
 
 
 @pytest.fixture(scope="session")

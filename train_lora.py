@@ -542,10 +542,10 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
         missing = found is None or found.origin is None  # a folder of that name beside us is no package
         rules.append((missing, key, f"{values[key]} needs the package {package}: pip install {package}"))
     same_folder = reg and os.path.realpath(reg) == os.path.realpath(dataset)
-    no_file = init and not (Path(init).is_file() and init.endswith(".safetensors"))
+    no_file = init and not (Path(init).is_file() and init.lower().endswith(".safetensors"))
     rules += [
         (same_folder, "regularization_path", "must be another folder than dataset_path"),
-        (no_file, "init_lora_path", "must be a .safetensors file"),
+        (no_file, "init_lora_path", "must be an existing .safetensors file"),
         (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
@@ -580,9 +580,15 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     if config.lr_warmup_steps and config.steps is not None and config.lr_warmup_steps >= config.steps:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
+    kind, defaults = OPTIMIZERS[config.optimizer], load_schema()["definitions"]
+    unused = [] if "eps" in kind.keys else ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    unused += ["text_encoder_learning_rate"] if config.optimizer == "prodigy" and config.train_text_encoder else []
+    for key in unused:
+        if getattr(config, key) != defaults[key]["default"]:
+            yield "setting_unused", f"{key} has no effect with optimizer {config.optimizer}.", f"Remove {key}."
     for key, needed in USED_WITH.items():
         off = getattr(config, needed) in (None, False, 0, "l2")
-        if off and getattr(config, key) != load_schema()["definitions"][key]["default"]:
+        if off and getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         message = f"learning_rate {config.learning_rate:g} is a factor on the rate that prodigy finds by itself."
@@ -2510,6 +2516,7 @@ def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str
         (config.clip_skip and penultimate, "clip_skip", f"must be 0: {source.family.title} leaves out a layer anyway"),
         (undefined, "zero_terminal_snr", "must not be true: epsilon, which the model predicts, is undefined there"),
         (config.min_timestep >= count, "min_timestep", f"must be less than the model's {count} timesteps"),
+        ((config.max_timestep or 0) > count, "max_timestep", f"must be at most the model's {count} timesteps"),
     ]
     problems = [problem(path, message) for broken, path, message in rules if broken]
     if config.init_lora_path and source.shapes:
@@ -2525,23 +2532,55 @@ def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str,
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # SafetensorError stands directly below Exception
         return [problem("init_lora_path", f"{path.name} cannot be read: {error}")]
-    wanted = {style: {file_prefix(style, name, source) for name in layers} for style in FILE_PARTS}
-    held = {match[1] for name in shapes if (match := LORA_KEY.fullmatch(name))}
-    style = max(wanted, key=lambda style: len(wanted[style] & held))
+    wanted = {
+        style: {file_prefix(style, name, source): shape for name, shape in layers.items()} for style in FILE_PARTS
+    }
+    held: dict[str, dict[str, Sequence[int]]] = collections.defaultdict(dict)
+    for name, shape in shapes.items():
+        if match := LORA_KEY.fullmatch(name):
+            held[match[1]][match[2]] = shape
+    style = max(wanted, key=lambda style: len(wanted[style].keys() & held.keys()))
+    kinds = {adapter_kind(parts) for parts in held.values()}
     message = ""
-    if missing := sorted(wanted[style] - held):
+    if missing := sorted(wanted[style].keys() - held.keys()):
         message = f"lacks {len(missing)} of the {len(layers)} layers that train here, such as {missing[0]}"
-    elif more := sorted(held - wanted[style]):
+    elif more := sorted(held.keys() - wanted[style].keys()):
         message = f"holds {len(more)} layers that do not train here, such as {more[0]}: see lora_targets, "
         message += "train_text_encoder"
-    kind = "lokr" if any(".lokr_" in name for name in shapes) else "lora"
-    kind = "dora" if any(re.search("dora_scale|lora_magnitude", name) for name in shapes) else kind
-    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(("lora_down.weight", "lora_A.weight"))}
-    if kind != config.lora_type:
-        message = f"is of lora_type {kind}, not {config.lora_type}"
-    elif ranks - {config.lora_rank}:
-        message = f"has rank {', '.join(map(str, sorted(ranks)))}, not lora_rank {config.lora_rank}"
+    elif kinds != {config.lora_type}:
+        message = f"is of lora_type {', '.join(sorted(kinds))}, not {config.lora_type}"
+    else:
+        unfit = (layer for layer, shape in wanted[style].items() if not fits(held[layer], shape, config.lora_rank))
+        if layer := next(unfit, None):
+            found = ", ".join(f"{part} {list(shape)}" for part, shape in held[layer].items())
+            message = f"does not fit lora_rank {config.lora_rank} and the model's {layer}: {found}"
     return [problem("init_lora_path", f"{path.name} {message}")] if message else []
+
+
+def adapter_kind(parts: Iterable[str]) -> str:
+    """Tell a layer's lora_type from the names of its weights in a file."""
+    names = " ".join(parts)
+    return "lokr" if "lokr_" in names else "dora" if "dora_scale" in names or "magnitude" in names else "lora"
+
+
+def fits(parts: Mapping[str, Sequence[int]], shape: Sequence[int], rank: int) -> bool:
+    """Tell whether a layer's weights in a file, by their shapes, make a change of a weight of this shape."""
+
+    def sizes(*names: str) -> list[list[int]]:
+        return [[size for size in parts[name] if size != 1] for name in names if name in parts]
+
+    def plain(*numbers: int) -> list[list[int]]:
+        return [[size for size in numbers if size != 1]]
+
+    if adapter_kind(parts) == "lokr":
+        left, right = parts.get("lokr_w1", ()), parts.get("lokr_w2", ())
+        if not right and "lokr_w2_a" in parts and "lokr_w2_b" in parts:
+            (out, inner), (again, rest) = parts["lokr_w2_a"], parts["lokr_w2_b"]
+            right = (out, rest) if inner == again == rank else ()
+        return math.prod(left) * math.prod(right) == math.prod(shape) and len(left) == 2 and "lokr_t2" not in parts
+    down, up = sizes("lora_down.weight", "lora_A.weight"), sizes("lora_up.weight", "lora_B.weight")
+    scale = sizes("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight")
+    return down == plain(rank, *shape[1:]) and up == plain(shape[0], rank) and scale in ([], plain(shape[0]))
 
 
 def make_plan(
@@ -2957,7 +2996,7 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
     """Put an adapter on a frozen component: its weights, fp32 parameters, as unet.mid_block.….to_q/lora_A.
 
     They start as a pure function of (seed, name): one of a product's factors is zero, the others Kaiming uniform with
-    a = sqrt(5), as in Hu et al. 2021, PEFT and LyCORIS. DoRA's magnitude starts as the norm of the frozen weight.
+    a = sqrt(5), as in Hu et al. 2021, PEFT and LyCORIS. DoRA's magnitude starts as the frozen weight's norm.
     """
     peft.inject_adapter_in_model(adapter_config(config, pattern), component)
     weights = {}
@@ -2965,8 +3004,10 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
         if not (match := ADAPTER_WEIGHT.fullmatch(name)):
             continue
         key = f"{module_name(part, match['module'])}/{match['part']}"
-        values = weight.detach().float()
-        if match["part"] != "lora_magnitude_vector":
+        if match["part"] == "lora_magnitude_vector":  # PEFT's own is rounded to the compute dtype
+            frozen = component.get_submodule(match["module"]).get_base_layer().weight
+            values = frozen.float().flatten(1).norm(dim=1).reshape(weight.shape)
+        else:
             values = torch.rand(weight.shape, generator=generator(f"adapter {key}", config.seed)) * 2 - 1
             values *= 0 if match["part"] in START_AT_ZERO else 1 / math.sqrt(weight[0].numel())
         weight.data = values.to(weight.device)
@@ -2987,7 +3028,12 @@ def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch
         options["betas"] = (config.adam_beta1, config.adam_beta2)
     if kind.module == "torch.optim":
         options["fused"] = device.type == "cuda"
-    optimizer = getattr(importlib.import_module(kind.module), kind.class_name)(groups, **options)
+    try:
+        owner = getattr(importlib.import_module(kind.module), kind.class_name)
+    except (ImportError, AttributeError) as error:
+        message = f"optimizer {config.optimizer} cannot be imported: {error}"
+        raise TrainerError("dependency_missing", message, f"pip install -U {kind.package}") from error
+    optimizer = owner(groups, **options)
     if kind.averages:
         optimizer.train()
     return optimizer
@@ -3134,24 +3180,42 @@ def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
 def read_initial(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> None:
     """Start from init_lora_path: the mirror of file_tensors, for either format. Raises `config_invalid`."""
     path = Path(str(config.init_lora_path))
-    tensors = safetensors.torch.load_file(path)
-    style = "kohya" if any(name.startswith("lora_unet_") for name in tensors) else "diffusers"
-    described = json.loads(read_header(path).get("lora_adapter_metadata", "{}"))  # where diffusers keeps alpha
+    try:
+        values = initial_weights(path, weights, config, source)
+    except Exception as error:  # a file that anyone may have written fails in any way
+        message = f"{path.name} cannot be started from: {error}"
+        raise TrainerError("config_invalid", message, problems=[problem("init_lora_path", message)]) from error
     with torch.no_grad():
         for key, weight in weights.items():
-            module, _, part = key.rpartition("/")
-            prefix, component = file_prefix(style, module, source), module.partition(".")[0]
-            name = f"{prefix}.{FILE_PARTS[style].get(part, part)}"
-            value = tensors.get(name, tensors.get(f"{prefix}.{part}"))  # the second as diffusers writes magnitudes
-            if value is None or value.numel() != weight.numel():
-                message = f"{path.name} has no {name} of shape {list(weight.shape)}"
-                raise TrainerError("config_invalid", f"{message}.", problems=[problem("init_lora_path", message)])
-            weight.copy_(value.float().reshape(weight.shape))
-            if part in ("lora_B", "lokr_w1"):  # a full LoKr's scale is in lokr_w1 already
-                full = all(f"{module}/{name}" in weights for name in FULL_LOKR)
-                alpha = described.get(f"{component}.lora_alpha", tensors.get(f"{prefix}.alpha", config.lora_rank))
-                rank = config.lora_rank ** (0.5 if described.get(f"{component}.use_rslora") else 1)
-                weight.mul_((1 if full else float(alpha) / rank) / adapter_scale(config))
+            weight.copy_(values[key])
+
+
+def initial_weights(
+    path: Path, weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource
+) -> dict[str, Tensor]:
+    """Read a value for each weight, in our scale. Raises KeyError, ValueError and whatever odd values raise."""
+    tensors = safetensors.torch.load_file(path)
+    # diffusers keeps alpha in the header, kohya beside each layer's weights.
+    described = json.loads(read_header(path).get("lora_adapter_metadata", "{}"))
+    style = "kohya" if any(name.startswith("lora_unet_") for name in tensors) else "diffusers"
+    values = {}
+    for key, weight in weights.items():
+        module, _, part = key.rpartition("/")
+        prefix, component = file_prefix(style, module, source), module.partition(".")[0]
+        name = f"{prefix}.{FILE_PARTS[style].get(part, part)}"
+        name = name if name in tensors else f"{prefix}.{part}"  # as diffusers writes magnitudes
+        value = tensors[name].float()
+        if [size for size in value.shape if size != 1] != [size for size in weight.shape if size != 1]:
+            raise ValueError(f"{name} has shape {list(value.shape)}, not {list(weight.shape)}")
+        if part in ("lora_B", "lokr_w1"):
+            full = all(f"{module}/{name}" in weights for name in FULL_LOKR)  # the scale is in lokr_w1 already
+            alpha = described.get(f"{component}.lora_alpha", tensors.get(f"{prefix}.alpha", config.lora_rank))
+            rank = config.lora_rank ** (0.5 if described.get(f"{component}.use_rslora") else 1)
+            value *= (1 if full else float(alpha) / rank) / adapter_scale(config)
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} or its alpha is not finite")
+        values[key] = value.reshape(weight.shape)
+    return values
 
 
 def tensor_bytes_hash(data: bytes) -> str:
@@ -3412,10 +3476,11 @@ class TensorBoard:
     """Scalars and samples as TensorBoard shows them, in output_path/tensorboard."""
 
     def __init__(self, folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
         # What an interrupted attempt logged after the step that we go on from is not shown.
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + bool(step), flush_secs=10)
+        self.writer = tensorboard.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + bool(step), flush_secs=10
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -3432,12 +3497,17 @@ class TensorBoard:
 class WeightsAndBiases:
     """The same for wandb; its own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_API_KEY) say where to."""
 
-    def __init__(self, folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
-        import wandb
+    PATIENCE_S = 30.0  # with a network that does not answer, at the start and at the end
 
+    def __init__(self, folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        online = os.environ.get("WANDB_MODE", "online") == "online"
+        if online and not wandb.login(prompt=False, verify=False):  # init would ask at a terminal, and wait
+            raise ConnectionError("it knows no account: set WANDB_API_KEY, or WANDB_MODE=offline")
         public = {key: getattr(config, key) for key in keys_marked("x-public")}
         project = os.environ.get("WANDB_PROJECT", "train_lora")
-        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
+        settings = {"console": "off", "silent": True, "x_disable_meta": True}
+        settings |= {"init_timeout": self.PATIENCE_S, "finish_timeout": self.PATIENCE_S}
         options: JSON = {"id": run_id, "resume": "allow", "dir": folder, "config": public, "settings": settings}
         self.module, self.run = wandb, wandb.init(project=project, name=config.output_name, **options)
 
@@ -3551,6 +3621,7 @@ class LoRATrainer:
 
     def open_trackers(self) -> None:
         for name in self.config.report_to:
+            self.events.info(f"Opening {name}.", phase="tracking")
             with self.tracking(name):
                 self.trackers.append(TRACKER_OF[name](self.folder.path, self.run_id, self.config, self.state.step))
 
@@ -3895,7 +3966,7 @@ class LoRATrainer:
             return torch.randn(shape, generator=source).to(self.device)
 
         config, shape = self.config, batch.mean.shape
-        end = min(config.max_timestep or len(self.alpha_bar), len(self.alpha_bar))
+        end = config.max_timestep or len(self.alpha_bar)
         source = generator("timesteps", config.seed, step, micro_batch)
         timesteps = torch.randint(config.min_timestep, end, shape[:1], generator=source)  # on the CPU, as the tables
         latents = batch.mean + batch.std * draw("posterior", shape)
