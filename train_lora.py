@@ -317,35 +317,31 @@ SHORT_NAMES = {
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One optimizer: its class, the package to install where that is optional, the config keys that it takes."""
+    """One optimizer: its class, and the package to install where that is optional."""
 
     module: str
     class_name: str
-    keys: Mapping[str, str]  # its argument -> our key
+    state_bytes: int  # per weight
     package: str | None = None
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adam: bool = True  # takes adam_beta1, adam_beta2 and adam_epsilon
     averages: bool = False  # files and samples get an average of the weights that train
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-DECAY = {"weight_decay": "weight_decay"}
-ADAM = DECAY | {"eps": "adam_epsilon"}  # and the betas
 OPTIMIZERS = {
-    "adamw": OptimizerKind("torch.optim", "AdamW", ADAM),
-    "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", ADAM, package="bitsandbytes"),
+    "adamw": OptimizerKind("torch.optim", "AdamW", 8),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2, "bitsandbytes"),
     "adafactor": OptimizerKind(
-        "transformers.optimization", "Adafactor", DECAY, fixed={"scale_parameter": False, "relative_step": False}
+        *("transformers.optimization", "Adafactor", 0),
+        adam=False,
+        fixed={"scale_parameter": False, "relative_step": False},
     ),
     "prodigy": OptimizerKind(
-        "prodigyopt",
-        "Prodigy",
-        ADAM,
-        package="prodigyopt",
-        fixed={"use_bias_correction": True, "safeguard_warmup": True},
+        *("prodigyopt", "Prodigy", 16, "prodigyopt"),
+        fixed={"use_bias_correction": True, "safeguard_warmup": True},  # as its authors advise for diffusion models
     ),
-    "lion": OptimizerKind("lion_pytorch", "Lion", DECAY, package="lion-pytorch"),
-    "schedulefree_adamw": OptimizerKind(
-        "schedulefree", "AdamWScheduleFree", ADAM, package="schedulefree", averages=True
-    ),
+    "lion": OptimizerKind("lion_pytorch", "Lion", 4, "lion-pytorch", adam=False),
+    "schedulefree_adamw": OptimizerKind("schedulefree", "AdamWScheduleFree", 8, "schedulefree", averages=True),
 }
 
 
@@ -581,7 +577,7 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
     kind, defaults = OPTIMIZERS[config.optimizer], load_schema()["definitions"]
-    unused = [] if "eps" in kind.keys else ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    unused = [] if kind.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"]
     unused += ["text_encoder_learning_rate"] if config.optimizer == "prodigy" and config.train_text_encoder else []
     for key in unused:
         if getattr(config, key) != defaults[key]["default"]:
@@ -1678,7 +1674,8 @@ def estimate_vram(
     trained = sum(counts[part] for part in trained_parts(config, source.family))
     activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
     training = {"weights": trained * width, "lora": lora * 4, "overhead": GPU_OVERHEAD}
-    training |= {"optimizer": lora * 12}  # gradient and Adam's two moments, fp32
+    averages = 4 if config.ema_decay else 0
+    training |= {"optimizer": lora * (4 + OPTIMIZERS[config.optimizer].state_bytes + averages)}  # with the gradient
     training |= {"activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1))}
     caching = {part: count * width for part, count in counts.items() if part != "unet"}
     return {**training, "total": max(sum(training.values()), sum(caching.values()) + GPU_OVERHEAD)}
@@ -3023,9 +3020,9 @@ def adapter_scale(config: TrainingConfig) -> float:
 def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch.device) -> Any:
     """Build the optimizer that the config names over parameter groups, each with its own rate."""
     kind = OPTIMIZERS[config.optimizer]
-    options = {argument: getattr(config, key) for argument, key in kind.keys.items()} | dict(kind.fixed)
-    if "eps" in options:
-        options["betas"] = (config.adam_beta1, config.adam_beta2)
+    options: JSON = {"weight_decay": config.weight_decay, **kind.fixed}
+    if kind.adam:
+        options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if kind.module == "torch.optim":
         options["fused"] = device.type == "cuda"
     try:
