@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -46,6 +48,13 @@ EVENT_SCHEMA = json.loads((ROOT / "docs" / "events.schema.json").read_text("utf-
 EVENT_VALIDATOR = jsonschema.Draft7Validator(EVENT_SCHEMA)
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and descriptors")
 
 Json = dict[str, Any]
@@ -693,6 +702,69 @@ def test_odd_combinations_warn(tmp_path: Path) -> None:
     odd = {"steps": 5, "epochs": 2, "lr_warmup_steps": 5, "learning_rate": 0.5}
     codes = [code for code, _, _ in trainer.config_warnings(parse(tmp_path, REQUIRED | odd))]
     assert codes == ["steps_over_epochs", "warmup_too_long", "learning_rate_high"]
+
+
+CANNOT_WORK: dict[str, tuple[str, Json]] = {  # what is wrong: the path of the problem, the settings
+    "reads no LoKr": ("save_format", {"lora_type": "lokr", "save_format": "diffusers"}),
+    "with lora_type lokr": ("use_rslora", {"lora_type": "lokr", "use_rslora": True}),
+    "must be 0 with": ("lora_dropout", {"lora_type": "lokr", "lora_dropout": 0.1}),
+    "must be more than min_timestep (500)": ("max_timestep", {"min_timestep": 500, "max_timestep": 500}),
+    "averages the weights itself": ("ema_decay", {"optimizer": "schedulefree_adamw", "ema_decay": 0.9}),
+    "must be more than 0": ("adam_beta1", {"optimizer": "schedulefree_adamw", "adam_beta1": 0}),
+    "must be a .safetensors file": ("init_lora_path", {"init_lora_path": "missing.safetensors"}),
+}
+
+
+@pytest.mark.parametrize("message", CANNOT_WORK)
+def test_settings_that_cannot_work_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
+    key, changes = CANNOT_WORK[message]
+    with pytest.raises(trainer.TrainerError) as caught:
+        parse(tmp_path, REQUIRED | changes)
+    assert caught.value.code == "config_invalid"
+    assert [problem["path"] for problem in caught.value.problems] == [key]
+    assert message in caught.value.problems[0]["message"]
+
+
+def test_a_missing_optional_package_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "lion": "lion-pytorch"}
+    packages["schedulefree_adamw"] = "schedulefree"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for optimizer, package in packages.items():
+        with pytest.raises(trainer.TrainerError) as caught:
+            parse(tmp_path, REQUIRED | {"optimizer": optimizer, "report_to": ["wandb", "tensorboard"]})
+        told = [(problem["path"], problem["message"].rpartition(": ")[2]) for problem in caught.value.problems]
+        tools = ("wandb", "tensorboard")
+        assert told == [("optimizer", f"pip install {package}"), *(("report_to", f"pip install {t}") for t in tools)]
+    # A folder that a tracker left beside the script looks like a package without a file of its own.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
+    with pytest.raises(trainer.TrainerError):
+        parse(tmp_path, REQUIRED | {"report_to": ["wandb"]})
+
+
+def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
+    rates = {"adamw": 1e-4, "adamw8bit": 1e-4, "adafactor": 1e-4, "prodigy": 1.0, "lion": 3e-5}
+    rates["schedulefree_adamw"] = 1e-4
+    assert list(rates) == SCHEMA["definitions"]["optimizer"]["enum"] == list(trainer.OPTIMIZERS)
+    for optimizer, rate in rates.items():
+        config = parse(tmp_path, REQUIRED | {"optimizer": optimizer})
+        assert config.learning_rate == rate
+        assert not list(trainer.config_warnings(config))
+    odd: list[tuple[str, Json]] = [
+        ("prodigy_rate_low", {"optimizer": "prodigy", "learning_rate": 1e-4}),
+        ("schedule_not_needed", {"optimizer": "schedulefree_adamw", "lr_scheduler": "cosine"}),
+        ("schedule_not_needed", {"optimizer": "prodigy", "lr_scheduler": "cosine_with_restarts"}),
+        ("learning_rate_high", {"learning_rate": 1.0}),
+        ("setting_unused", {"huber_c": 0.5}),
+        ("setting_unused", {"text_encoder_learning_rate": 1e-5}),
+    ]
+    for code, changes in odd:
+        assert [warning[0] for warning in trainer.config_warnings(parse(tmp_path, REQUIRED | changes))] == [code]
 
 
 # ======================================================================================
@@ -1479,6 +1551,46 @@ def test_model_type_must_not_contradict_the_model(tmp_path: Path, images: Path) 
         trainer.locate_model(config, weights=False, half=False)
 
 
+def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    model = hollow_model(tmp_path / "model")
+    draw_image(save_picture(tmp_path / "images/a.png", Image.new("RGB", (64, 64))), (64, 64))
+    scheduler = json.loads((model / "scheduler/scheduler_config.json").read_text())
+    write_json(model / "scheduler/scheduler_config.json", scheduler | {"num_train_timesteps": 500})
+    required = REQUIRED | {"dataset_path": str(tmp_path / "images"), "base_model": str(model)}
+    for changes in ({"zero_terminal_snr": True}, {"min_timestep": 500}):
+        with pytest.raises(trainer.TrainerError) as caught:
+            config = parse(tmp_path, required | changes)
+            source = trainer.locate_model(config, weights=False, half=False)
+            trainer.make_plan(config, scan_quietly(config), source, None, half=False)
+        assert caught.value.code == "config_invalid"
+        assert [problem["path"] for problem in caught.value.problems] == list(changes)
+
+
+def test_zero_terminal_snr_follows_the_scheduler_but_never_for_epsilon(tmp_path: Path) -> None:
+    model = hollow_model(tmp_path / "model")
+    path = model / "scheduler/scheduler_config.json"
+    scheduler = json.loads(path.read_text())
+    for prediction, said, wish, outcome in [
+        ("v_prediction", True, "auto", True),
+        ("v_prediction", False, "auto", False),
+        ("v_prediction", False, True, True),
+        ("v_prediction", True, False, False),
+        ("epsilon", True, "auto", False),
+    ]:
+        write_json(path, scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": said})
+        config = parse(tmp_path, REQUIRED | {"base_model": str(model), "zero_terminal_snr": wish})
+        source = trainer.locate_model(config, weights=False, half=False)
+        assert source.scheduler["rescale_betas_zero_snr"] is outcome
+
+
+def test_a_prediction_type_that_contradicts_the_model_is_told(tmp_path: Path) -> None:
+    save_picture(tmp_path / "images/a.png", Image.new("RGB", (64, 64)))
+    for wish, codes in {"auto": [], "epsilon": [], "v_prediction": ["prediction_type_suspect"]}.items():
+        plan = plan_of(tmp_path / wish, tmp_path / "images", prediction_type=wish)
+        told = [warning[0] for warning in trainer.plan_warnings(plan)]
+        assert [code for code in told if code.startswith("prediction")] == codes
+
+
 # ======================================================================================
 # hardware and memory
 # ======================================================================================
@@ -1520,17 +1632,17 @@ def full_size_unet(family: trainer.ModelFamily) -> Any:
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("name", "attention", "transformer"), [("sd15", 128, 192), ("sd21", 128, 192), ("sdxl", 560, 722)]
+    ("name", "counts"), [("sd15", (128, 192, 278)), ("sd21", (128, 192, 278)), ("sdxl", (560, 722, 788))]
 )
-def test_full_size_models_have_the_expected_modules_and_sizes(name: str, attention: int, transformer: int) -> None:
+def test_full_size_models_have_the_expected_modules_and_sizes(name: str, counts: tuple[int, ...]) -> None:
     family = next(family for family in trainer.FAMILIES if family.name == name)
     unet = full_size_unet(family)
     assert sum(weight.numel() for weight in unet.parameters()) == family.parameters["unet"]
-    for targets, count in (("attention", attention), ("transformer", transformer)):
-        pattern = re.compile(trainer.TARGETS[targets] + r"\.weight")
+    for targets, count in zip(trainer.TARGETS, counts, strict=True):
+        pattern = re.compile(trainer.TARGETS[targets][0] + r"\.weight")
         shapes = {key: weight.shape for key, weight in unet.named_parameters() if pattern.fullmatch(key)}
         assert len(shapes) == count
-        assert sum(sum(shape[:2]) for shape in shapes.values()) == family.lora_width[targets]
+        assert sum(shape[0] + math.prod(shape[1:]) for shape in shapes.values()) == family.lora_width[targets]
 
 
 @needs_torch
@@ -1539,7 +1651,7 @@ def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, ima
     source = trainer.locate_model(config, weights=False, half=False)
     terms = trainer.estimate_vram(config, source, 96, half=False, checkpointing=False)
     made = prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
-    lora = sum(weight.numel() for weight in made.parameters)
+    lora = sum(weight.numel() for weight in made.live.values())
     assert terms["lora"] == lora * 4
     assert terms["weights"] == sum(w.numel() for w in made.unet.parameters()) * 4 - lora * 4
     assert terms["total"] >= sum(value for term, value in terms.items() if term != "total")
@@ -2197,6 +2309,67 @@ def test_learning_rates_follow_diffusers_schedules(name: str, warmup: int) -> No
         schedule.step()
 
 
+@needs_torch
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_the_paper(prediction: str) -> None:
+    import numpy
+    from diffusers.training_utils import compute_snr
+
+    betas = numpy.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = numpy.cumprod(1 - betas)
+    snr = alpha_bar / (1 - alpha_bar)
+    expected = numpy.minimum(snr, 5.0) / (snr if prediction == "epsilon" else snr + 1)
+    weights = trainer.loss_weights(trainer.noise_schedule(SCHEDULER), prediction, 5.0)
+    assert abs(weights.numpy() - expected).max() < 1e-9
+    owner: Any = diffusers.DDPMScheduler
+    theirs = compute_snr(owner.from_config(SCHEDULER), torch.arange(1000)).double().numpy()
+    assert abs(theirs / snr - 1).max() < 1e-3  # diffusers' table is in float32
+    assert torch.equal(
+        trainer.loss_weights(trainer.noise_schedule(SCHEDULER), prediction, None), torch.ones(1000).double()
+    )
+    # By hand: alpha_bar 0.9 has snr 9, 0.5 has 1, 0 (zero terminal SNR) has 0.
+    three = trainer.loss_weights(torch.tensor([0.9, 0.5, 0.0]).double(), prediction, 5.0).tolist()
+    by_hand = [5 / 9, 1.0] if prediction == "epsilon" else [5 / 10, 1 / 2]
+    assert three[:2] == pytest.approx(by_hand, abs=1e-12)
+    assert prediction == "epsilon" or three[2] == 0
+
+
+@needs_torch
+def test_the_huber_loss_by_hand() -> None:
+    prediction, target = torch.zeros(1, 1, 1, 3), torch.tensor([[[[0.0, 0.3, -4.0]]]])
+    c = 0.1
+    by_hand = [2 * c * (math.sqrt(error**2 + c**2) - c) for error in (0.0, 0.3, -4.0)]
+    found = trainer.sample_error(prediction, target, huber_c=c)
+    assert found.item() == pytest.approx(sum(by_hand) / 3, abs=1e-7)
+    weights = torch.tensor([[[[1.0, 0.5, 0.0]]]])
+    masked = trainer.sample_error(prediction, target, weights, c)
+    assert masked.item() == pytest.approx(0.5 * by_hand[1] / 3, abs=1e-7)
+    small = torch.full((1, 1, 1, 3), 1e-3)  # far below c it is the squared error
+    assert trainer.sample_error(small, torch.zeros_like(small), huber_c=1.0).item() == pytest.approx(1e-6, rel=1e-5)
+
+
+@needs_torch
+def test_the_offset_is_one_number_per_channel() -> None:
+    noise, offset = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 1, 1)
+    added = trainer.offset_noise(noise, offset, 0.2) - noise
+    torch.testing.assert_close(added, (0.2 * offset).expand_as(added))
+
+
+@needs_torch
+def test_the_moving_average_is_that_of_diffusers() -> None:
+    from diffusers.training_utils import EMAModel
+
+    weight = torch.nn.Parameter(torch.randn(5))
+    ours = weight.detach().clone()
+    theirs = EMAModel([weight], decay=0.7)
+    for step in range(30):
+        with torch.no_grad():
+            weight += torch.randn(5)
+        theirs.step([weight])
+        ours.lerp_(weight.detach(), 1 - trainer.ema_decay_at(0.7, step))
+        torch.testing.assert_close(ours, theirs.shadow_params[0])
+
+
 # ======================================================================================
 # model
 # ======================================================================================
@@ -2298,13 +2471,127 @@ def test_the_lora_starts_as_the_identity_in_fp32_and_depends_on_the_seed_only(
     two = prepare(tmp_path, config | {"output_path": str(tmp_path / "2")})
     other = prepare(tmp_path, config | {"output_path": str(tmp_path / "3"), "seed": 1})
     assert one.unet.conv_in.weight.dtype == torch.bfloat16
-    for name, (down, up) in one.layers.items():
-        assert down.dtype == up.dtype == torch.float32
-        assert not up.any()
-        bound = 1 / math.sqrt(down[0].numel())
-        assert 0.5 * bound < down.abs().max() <= bound
-        assert torch.equal(down, two.layers[name][0])
-        assert not torch.equal(down, other.layers[name][0])
+    for name, weight in one.live.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, two.live[name])
+        if name.endswith("/lora_B"):
+            assert not weight.any()
+        else:
+            bound = 1 / math.sqrt(weight[0].numel())
+            assert 0.5 * bound < weight.abs().max() <= bound
+            assert not torch.equal(weight, other.live[name])
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_clip_skip_encodes_as_the_pipeline_does(tmp_path: Path, images: Path, models: Path, kind: str) -> None:
+    made = prepare(tmp_path, small(images, models / kind, tmp_path / "out", clip_skip=1))
+    text = "zorb, picture 1, blob"
+    context, _ = made.conditions([text], torch.zeros(1, 6))
+    expected, _ = load_pipeline(models / kind).encode_prompt(text, "cpu", 1, False, clip_skip=1)
+    torch.testing.assert_close(context, expected, atol=2e-3, rtol=1e-3)  # the cache is fp16
+    plain = prepare(tmp_path, small(images, models / kind, tmp_path / "plain"))
+    assert not torch.allclose(plain.conditions([text], torch.zeros(1, 6))[0], expected, atol=1e-2)
+    assert plain.keys[text] != made.keys[text]
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, small(images, models / kind, tmp_path / "many", clip_skip=11))
+    assert caught.value.problems[0]["path"] == "clip_skip"
+
+
+@needs_torch
+def test_sdxl_takes_no_clip_skip(tmp_path: Path, images: Path, models: Path) -> None:
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out", clip_skip=1))
+    assert [problem["path"] for problem in caught.value.problems] == ["clip_skip"]
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_text_encoders_that_train_start_from_what_the_cache_would_hold(
+    tmp_path: Path, images: Path, models: Path, kind: str
+) -> None:
+    changes: Json = {"max_caption_tokens": 150, "train_text_encoder": True, "text_encoder_learning_rate": 2e-2}
+    cached = prepare(tmp_path, small(images, models / kind, tmp_path / "cached", max_caption_tokens=150))
+    made = prepare(tmp_path, small(images, models / kind, tmp_path / "out", **changes))
+    long = "zorb " + "blob " * 30
+    assert made.encoder
+    for length, text in ((77, "a zorb"), (154, long)):
+        cached.keys[text] = text
+        cached.cached.put(text, made.encoder.encode([text])[0])
+        texts = [text, "zorb, picture 1, blob"]
+        context, conditions = made.conditions(texts, torch.zeros(2, 6))
+        expected, pooled = cached.conditions(texts, torch.zeros(2, 6))
+        assert context.shape[1] == length
+        torch.testing.assert_close(context, expected, atol=2e-3, rtol=2e-3)
+        if conditions and pooled:
+            torch.testing.assert_close(conditions["text_embeds"], pooled["text_embeds"], atol=2e-3, rtol=2e-3)
+    assert not encoded_counts(made).get("captions")
+    made.train()
+    moved = {key for key, weight in made.live.items() if key.endswith("lora_B") and weight.any()}
+    still = {key for key in made.live if key.endswith("lora_B")} - moved
+    # SDXL takes the last but one layer's output: the last layer of its first encoder is never used.
+    last = made.encoder.parts[0][2].config.num_hidden_layers - 1
+    assert {int(key.partition("layers.")[2][:1]) for key in still} == ({last} if kind == "sdxl" else set())
+    assert all(key.startswith("text_encoder.") for key in still)
+    rates = emitted(made, "progress")[-1]["learning_rates"]
+    assert rates == {"unet": 1e-2, "text_encoder": 2e-2}
+
+
+@needs_torch
+@needs("bitsandbytes", "prodigyopt", "lion_pytorch", "schedulefree")
+def test_optimizers_are_the_libraries_own_with_the_settings_of_the_config(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    settings = {"weight_decay": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    names = {}
+    for name in trainer.OPTIMIZERS:
+        config = parse(tmp_path, REQUIRED | settings | {"optimizer": name})
+        groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, (0.5, 0.25), strict=True)]
+        made = trainer.make_optimizer(config, groups, torch.device("cpu"))
+        names[name] = f"{type(made).__module__.partition('.')[0]}.{type(made).__name__}"
+        for group, rate in zip(made.param_groups, (0.5, 0.25), strict=True):
+            assert (group["lr"], group["weight_decay"]) == (rate, 0.2)
+            assert name in ("lion", "adafactor") or (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+            assert name != "adafactor" or (group["scale_parameter"], group["relative_step"]) == (False, False)
+            assert name != "prodigy" or (group["decouple"] and group["use_bias_correction"])
+            assert name != "schedulefree_adamw" or group["train_mode"]
+    assert names == {
+        "adamw": "torch.AdamW",
+        "adamw8bit": "bitsandbytes.AdamW8bit",
+        "adafactor": "transformers.Adafactor",
+        "prodigy": "prodigyopt.Prodigy",
+        "lion": "lion_pytorch.Lion",
+        "schedulefree_adamw": "schedulefree.AdamWScheduleFree",
+    }
+
+
+@needs_torch
+@needs("schedulefree")
+def test_schedule_free_weights_are_its_own_and_training_keeps_its_bits(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    changes: Json = {"optimizer": "schedulefree_adamw", "adam_beta1": 0.9}
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    before = {key: weight.clone() for key, weight in made.live.items()}
+    ours = made.evaluation_weights()
+    with made.evaluating():
+        assert all(torch.equal(made.parameters[key], weight) for key, weight in ours.items())
+    assert all(torch.equal(made.parameters[key], weight) for key, weight in before.items())
+    assert any(not torch.equal(ours[key], weight) for key, weight in before.items())
+    made.optimizer.eval()  # its own way, which changes the live weights
+    for key, weight in ours.items():
+        torch.testing.assert_close(made.live[key], weight, atol=1e-7, rtol=1e-6)
+
+
+@needs_torch
+def test_the_average_is_in_the_file_and_the_live_weights_are_not(tmp_path: Path, images: Path, models: Path) -> None:
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", ema_decay=0.6, steps=6))
+    plain = train(tmp_path, small(images, models / "sd15", tmp_path / "plain", steps=6))
+    assert all(torch.equal(weight, plain.live[key]) for key, weight in made.live.items()), "averaging disturbs nothing"
+    key = next(key for key in made.live if key.endswith("to_q/lora_B"))
+    module = key.removeprefix("unet.").removesuffix("/lora_B").replace(".", "_")
+    saved = tensors_of(made.final_path)[f"lora_unet_{module}.lora_up.weight"]
+    assert torch.equal(saved, made.ema[key])
+    assert not torch.equal(saved, made.live[key])
 
 
 # ======================================================================================
@@ -2469,10 +2756,22 @@ def test_an_image_that_is_swapped_after_its_check_is_neither_opened_nor_cached_u
 # ======================================================================================
 
 
+DRAWN: list[tuple[str, Json]] = [
+    *((kind, {}) for kind in KINDS),
+    ("sd15", {"train_text_encoder": True, "ema_decay": 0.5}),
+    ("sd21", {"save_format": "diffusers", "lora_type": "dora", "lora_targets": "all"}),
+    ("sd21v", {"zero_terminal_snr": True, "train_text_encoder": True, "save_format": "diffusers"}),
+    ("sdxl", {"train_text_encoder": True, "lora_targets": "all", "prediction_type": "v_prediction"}),
+    ("sdxl", {"train_text_encoder": True, "save_format": "diffusers", "use_rslora": True}),
+]
+
+
 @needs_torch
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "extra"), DRAWN, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
 def test_the_stock_pipeline_draws_the_same_image_from_the_file(
-    tmp_path: Path, images: Path, models: Path, kind: str
+    tmp_path: Path, images: Path, models: Path, kind: str, extra: Json
 ) -> None:
     import numpy
 
@@ -2482,10 +2781,15 @@ def test_the_stock_pipeline_draws_the_same_image_from_the_file(
         "lora_alpha": 2,
         "sample_prompts": ["a zorb"],
         "learning_rate": 3e-2,
+        "text_encoder_learning_rate": 3e-2,
     }
-    made = train(tmp_path, small(images, models / kind, tmp_path / "out", sample_steps=6, **changes))
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", sample_steps=6, **changes | extra))
     ours = numpy.asarray(Image.open(tmp_path / "out/samples/step_6_0.png"), dtype=int)
     pipeline = load_pipeline(models / kind)
+    settings = {"prediction_type": extra.get("prediction_type", pipeline.scheduler.config.prediction_type)}
+    if extra.get("zero_terminal_snr"):
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **settings)
     side = made.plan.resolution
 
     def draw() -> Any:
@@ -2499,13 +2803,135 @@ def test_the_stock_pipeline_draws_the_same_image_from_the_file(
     assert abs(draw() - ours).max() <= 2
 
 
+def merged(weights: Json, base: Any, scale: float) -> Any:
+    """A layer's weight with an adapter of kohya's or LyCORIS's layout on it, as ComfyUI and LyCORIS compute it."""
+    weight = base.double()
+    w = {name: value.double() for name, value in weights.items()}
+    if "lokr_w1" in w:
+        w2 = w["lokr_w2"] if "lokr_w2" in w else w["lokr_w2_a"] @ w["lokr_w2_b"]
+        rank = w["lokr_w2_b"].shape[0] if "lokr_w2_b" in w else None
+        w1 = w["lokr_w1"].reshape(*w["lokr_w1"].shape, *[1] * (w2.dim() - 2))
+        return weight + torch.kron(w1, w2).reshape(weight.shape) * (scale / rank if rank else 1)
+    down, up = w["lora_down.weight"], w["lora_up.weight"]
+    changed = weight + (scale / down.shape[0]) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    if "dora_scale" in w:  # Liu et al. 2024: the norm is over all inputs of an output
+        norm = changed.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+        assert w["dora_scale"].shape == norm.shape
+        changed = w["dora_scale"] * changed / norm
+    return changed
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize(
+    "changes", [{"lora_type": "dora"}, {"lora_type": "lokr"}, {"lora_type": "lokr", "lora_rank": 1}]
+)
+def test_a_file_that_diffusers_cannot_read_has_the_trained_effect_by_its_formula(
+    tmp_path: Path, images: Path, models: Path, kind: str, changes: Json
+) -> None:
+    extra: Json = {"lora_targets": "all", "lora_alpha": 3, "train_text_encoder": True, "learning_rate": 3e-2} | changes
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", steps=3, **extra))
+    tensors = tensors_of(made.final_path)
+    modules: dict[str, Json] = {}
+    for name, value in tensors.items():
+        prefix, _, part = name.partition(".")
+        modules.setdefault(prefix, {})[part] = value
+    pipeline = load_pipeline(models / kind)
+    components = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    components |= {"text_encoder_2": pipeline.text_encoder_2} if kind == "sdxl" else {}
+    for layer in {key.rpartition("/")[0] for key in made.live}:
+        part, _, name = layer.partition(".")
+        if part == "text_encoder":
+            name = name.removeprefix("text_model.")
+        weights = modules.pop(trainer.file_prefix("kohya", layer, made.plan.source))
+        target = components[part].get_submodule(name)
+        target.weight.data = merged(weights, target.weight.data, float(weights.pop("alpha"))).float()
+    assert not modules
+    batch = made.collate(0)
+    inputs = (torch.randn(batch.mean.shape), torch.tensor([7, 700]), batch.context.detach())
+    with torch.no_grad(), made.evaluating():
+        ours = made.unet(*inputs, added_cond_kwargs=batch.conditions).sample
+        theirs = pipeline.unet(*inputs, added_cond_kwargs=batch.conditions).sample
+        plain = load_pipeline(models / kind).unet(*inputs, added_cond_kwargs=batch.conditions).sample
+        for row, _, encoder in made.encoder.parts if made.encoder else ():
+            tokens = torch.arange(77)[None] + 5
+            torch.testing.assert_close(encoder(tokens)[0], components[row.folder](tokens)[0], atol=2e-5, rtol=1e-5)
+    difference = float((ours - theirs).abs().max() / (ours - plain).abs().max())
+    print(f"{kind} {made.config.lora_type}, kohya format: largest difference {difference:.1e} of the effect")
+    assert difference < 1e-4
+
+
+FORMATS: list[tuple[str, Json]] = [
+    ("sd15", {"lora_targets": "attention", "lora_alpha": 2}),
+    ("sd15", {"lora_type": "dora", "lora_targets": "all", "train_text_encoder": True}),
+    ("sdxl", {"train_text_encoder": True, "use_rslora": True}),
+    ("sdxl", {"lora_type": "lokr"}),
+    ("sd21", {"lora_type": "lokr", "lora_rank": 1}),
+]
+
+
+@needs_torch
+@pytest.mark.parametrize(("kind", "changes"), FORMATS)
+def test_a_run_starts_from_a_file_in_either_format_and_at_any_alpha(
+    tmp_path: Path, images: Path, models: Path, kind: str, changes: Json
+) -> None:
+    first = train(tmp_path, small(images, models / kind, tmp_path / "first", **changes))
+    formats = ["kohya", *["diffusers"] * (changes.get("lora_type") != "lokr")]
+    for style in formats:
+        path = tmp_path / f"{style}.safetensors"
+        first.config = dataclasses.replace(first.config, save_format=style)
+        first.plan = dataclasses.replace(first.plan, config=first.config)
+        first.write_lora(path)
+        for alpha in (first.config.lora_alpha, 2.5):
+            started = {"init_lora_path": str(path), "lora_alpha": alpha}
+            made = prepare(tmp_path, small(images, models / kind, tmp_path / f"{style}{alpha}", **changes | started))
+            ratio = trainer.adapter_scale(made.config) / trainer.adapter_scale(first.config)
+            for key, weight in made.live.items():
+                part = key.rpartition("/")[2]
+                expected = first.live[key] / (ratio if part in ("lora_B", "lokr_w1") else 1)
+                torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+
+
+NOT_TO_START_FROM: dict[str, Json] = {
+    "has rank 4, not lora_rank 8": {"lora_rank": 8},
+    "holds": {"lora_targets": "attention"},
+    "lacks": {"lora_targets": "all"},
+    "lacks ": {"train_text_encoder": True},
+    "is of lora_type lora, not dora": {"lora_type": "dora"},
+    "cannot be read": {"init_lora_path": "junk.safetensors"},
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("message", NOT_TO_START_FROM)
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_loaded(
+    tmp_path: Path, images: Path, models: Path, message: str, starting_point: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    changes = {"init_lora_path": str(starting_point)} | NOT_TO_START_FROM[message]
+    monkeypatch.setattr(trainer, "load_component", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert caught.value.code == "config_invalid"
+    assert [problem["path"] for problem in caught.value.problems] == ["init_lora_path"]
+    assert message.strip() in caught.value.problems[0]["message"]
+
+
+@pytest.fixture(scope="session")
+def starting_point(tmp_path_factory: pytest.TempPathFactory, images: Path, models: Path) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    return train(folder, small(images, models / "sd15", folder / "out", steps=1)).final_path
+
+
 @needs_torch
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path, models: Path, kind: str) -> None:
     import safetensors.torch
 
     made = train(tmp_path, small(images, models / kind, tmp_path / "out", lora_rank=4, lora_alpha=2))
-    name, (down, up) = next((name, pair) for name, pair in made.layers.items() if name.endswith("to_q"))
+    name = next(key for key in made.live if key.endswith("to_q/lora_A")).removesuffix("/lora_A")
+    down, up = made.live[f"{name}/lora_A"], made.live[f"{name}/lora_B"]
+    name = name.removeprefix("unet.")
     tensors = tensors_of(made.final_path)
     for alpha in (2.0, 6.0):
         changed = tmp_path / f"{alpha}.safetensors"
@@ -2518,28 +2944,38 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
         before = layer(inputs)
         pipeline.load_lora_weights(changed)
         effect = pipeline.unet.get_submodule(name)(inputs) - before
-        torch.testing.assert_close(effect, alpha / 4 * inputs @ down.detach().T @ up.detach().T, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(effect, alpha / 4 * inputs @ down.T @ up.T, atol=1e-6, rtol=1e-4)
 
 
 @needs_torch
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_full_size_key_names_are_those_of_kohya(name: str) -> None:
     family = next(family for family in trainer.FAMILIES if family.name == name)
-    pattern = re.compile(trainer.TARGETS["transformer"])
-    modules = [key for key, _ in full_size_unet(family).named_modules() if pattern.fullmatch(key)]
-    source = trainer.ModelSource("m", None, family, family.unet, {}, {}, "epsilon", {}, {})
-    layers = {key: (torch.ones(1, 1), torch.ones(1, 1)) for key in modules}
-    keys = trainer.kohya_tensors(layers, 1.0, torch.float16, source)
-    assert len(keys) == 3 * len(modules)
-    blocks = {re.sub(r"_(transformer_blocks|proj).*", "", key) for key in keys}
+    unet = full_size_unet(family)
+    source = trainer.ModelSource("m", None, family, unet.config, {}, {}, "epsilon", {}, {})
+    pattern = re.compile(trainer.TARGETS["all"][0])
+    modules = [key for key, _ in unet.named_modules() if pattern.fullmatch(key)]
+    keys = {trainer.file_prefix("kohya", f"unet.{module}", source) for module in modules}
+    assert len(keys) == len(modules)
+    blocks = {re.sub(r"_(transformer_blocks|proj_(in|out)$).*", "", key).removeprefix("lora_unet_") for key in keys}
     if name == "sd15":
         expected = {f"down_blocks_{block}_attentions_{layer}" for block in range(3) for layer in range(2)}
         expected |= {f"up_blocks_{block}_attentions_{layer}" for block in (1, 2, 3) for layer in range(3)}
-        expected |= {"mid_block_attentions_0"}
-    else:
+        expected |= {"mid_block_attentions_0", "down_blocks_0_downsamplers_0_conv", "up_blocks_2_upsamplers_0_conv"}
+        expected |= {"mid_block_resnets_1_conv2", "down_blocks_1_resnets_0_conv_shortcut"}
+        assert len(blocks) == 16 + 86
+    else:  # as in generative-models' configs and in every SDXL checkpoint
         expected = {f"input_blocks_{number}_1" for number in (4, 5, 7, 8)} | {"middle_block_1"}
         expected |= {f"output_blocks_{number}_1" for number in range(6)}
-    assert blocks == {f"lora_unet_{block}" for block in expected}
+        expected |= {f"input_blocks_{number}_0_op" for number in (3, 6)}
+        expected |= {f"output_blocks_{number}_2_conv" for number in (2, 5)}
+        numbers = [f"input_blocks_{number}_0" for number in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
+        numbers += [f"output_blocks_{number}_0" for number in range(9)]
+        expected |= {f"{place}_{part}" for place in numbers for part in ("in_layers_2", "out_layers_3", "emb_layers_1")}
+        skips = [f"input_blocks_{number}_0" for number in (4, 7)] + [f"output_blocks_{number}_0" for number in range(9)]
+        expected |= {f"{place}_skip_connection" for place in skips}
+        assert blocks == expected
+    assert expected <= blocks
 
 
 @needs_torch
@@ -2608,6 +3044,15 @@ RESUMED: list[Json] = [
         "prior_loss_weight": 0.5,
     },
 ]
+# Each optimizer and each kind of adapter, with samples in between from averaged weights: (model, settings, package).
+RESUMED_ALSO: list[tuple[str, Json, str]] = [
+    ("sd15", {"optimizer": "adamw8bit", "lora_type": "dora", "lora_rank": 64}, "bitsandbytes"),
+    ("sd15", {"optimizer": "adafactor", "lora_type": "lokr", "validation_steps": 3}, "transformers"),
+    ("sd15", {"optimizer": "prodigy", "train_text_encoder": True, "lora_dropout": 0.2}, "prodigyopt"),
+    ("sd15", {"optimizer": "lion", "ema_decay": 0.8, "validation_steps": 3, "noise_offset": 0.1}, "lion_pytorch"),
+    ("sd15", {"optimizer": "schedulefree_adamw", "lora_targets": "all", "validation_steps": 3}, "schedulefree"),
+    ("sdxl", {"train_text_encoder": True, "ema_decay": 0.8, "mixed_precision": "bf16", "snr_gamma": 5}, "torch"),
+]
 
 
 @needs_torch
@@ -2630,6 +3075,24 @@ def test_resuming_is_exact(tmp_path: Path, images: Path, models: Path, kind: str
     assert_same_tensors(parts.final_path, whole.final_path)
     state = "checkpoints/state_step_8.safetensors"
     assert_same_tensors(tmp_path / "parts" / state, tmp_path / "whole" / state)
+
+
+@needs_torch
+@pytest.mark.parametrize(("kind", "changes", "package"), RESUMED_ALSO, ids=lambda value: "+".join(value)[:40])
+def test_every_optimizer_and_adapter_resumes_exactly(
+    tmp_path: Path, images: Path, models: Path, kind: str, changes: Json, package: str
+) -> None:
+    pytest.importorskip(package)
+    test_resuming_is_exact(tmp_path, images, models, kind, changes)
+    records = [
+        trainer.decode_state(tmp_path / place / "checkpoints/state_step_8.safetensors")[1]
+        for place in ("whole", "parts")
+    ]
+    assert records[0]["optimizer"] == records[1]["optimizer"]
+    if changes.get("validation_steps"):  # what samples and validation borrow goes back as it was
+        plain = changes | {"validation_steps": 0}
+        quiet = train(tmp_path, small(images, models / kind, tmp_path / "quiet", steps=8, **plain))
+        assert_same_tensors(quiet.final_path, tmp_path / "whole/lora_final.safetensors")
 
 
 @needs_torch
@@ -3037,6 +3500,80 @@ def test_samples_do_not_touch_the_training(tmp_path: Path, images: Path, models:
 
 
 # ======================================================================================
+# tracking
+# ======================================================================================
+
+
+@needs_torch
+@needs("tensorboard")
+def test_tensorboard_shows_what_the_events_say_also_after_a_resume(tmp_path: Path, images: Path, models: Path) -> None:
+    changes: Json = {"report_to": ["tensorboard"], "validation_split": 0.2, "validation_steps": 2, "steps": 6}
+    config = small(images, models / "sd15", tmp_path / "out", train_text_encoder=True, **changes)
+    made = make_trainer(tmp_path, config, stop=Quiet(after=3))
+    made.run()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    resumed = make_trainer(tmp_path, config)
+    resumed.run()
+    resumed.folder._lock.close()  # type: ignore[union-attr]
+    reader: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    shown = reader.EventAccumulator(str(tmp_path / "out/tensorboard"), purge_orphaned_data=False).Reload()
+    told = [*emitted(made, "progress"), *emitted(resumed, "progress")]
+    for tag, values in {
+        "progress/loss": [event["loss"] for event in told],
+        "progress/learning_rate/text_encoder": [5e-5] * 6,
+        "progress/grad_norm": [event["grad_norm"] for event in told],
+        "validation/loss": [event["loss"] for event in (*emitted(made, "validation"), *emitted(resumed, "validation"))],
+    }.items():
+        scalars = {scalar.step: scalar.value for scalar in shown.Scalars(tag)}
+        assert list(scalars.values()) == pytest.approx(values, rel=1e-6)
+    drawn = shown.Images("samples/0")
+    assert [image.step for image in drawn] == [2, 4, 6]
+    assert Image.open(io.BytesIO(drawn[-1].encoded_image_string)).size == (64, 64)
+
+
+@needs_torch
+@needs("wandb")
+def test_wandb_keeps_offline_what_the_events_say(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changes: Json = {"report_to": ["wandb"], "validation_steps": 4, "dataset_path": str(images)}
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", **changes))
+    result = run("--config", config)
+    assert (result.code, result.last["type"]) == (0, "complete")
+    assert not result.of("warning") or "tracking_failed" not in {event["code"] for event in result.of("warning")}
+    logged_run = next((tmp_path / "out/wandb").glob("offline-run-*"))
+    summary = next(logged_run.glob("run-*.wandb")).read_bytes()
+    assert b"progress/loss_avg" in summary and b"learning_rate/unet" in summary
+    assert str(tmp_path).encode() not in summary.replace(str(tmp_path / "out").encode(), b"")
+    assert len(list(logged_run.glob("files/media/images/samples/*.png"))) == 1
+
+
+@needs_torch
+def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def __init__(self, *_: Any) -> None:
+            self.calls = 0
+
+        def scalars(self, step: int, values: Any) -> None:
+            raise ConnectionError("no network")
+
+        def close(self) -> None: ...
+
+    def absent(*_: Any) -> None:
+        raise OSError("no account")
+
+    monkeypatch.setattr(trainer, "TRACKER_OF", {"tensorboard": Failing, "wandb": absent})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", report_to=["tensorboard", "wandb"]))
+    assert made.final_path.exists()
+    told = [event["message"] for event in emitted(made, "warning") if event["code"] == "tracking_failed"]
+    assert [message.rpartition(": ")[2] for message in told] == ["no account", "no network"]
+
+
+# ======================================================================================
 # trainer
 # ======================================================================================
 
@@ -3062,6 +3599,50 @@ def test_the_loss_equals_an_independent_computation(tmp_path: Path, images: Path
     target = scheduler.get_velocity(latents, drawn["noise"], timesteps) if velocity else drawn["noise"]
     expected = torch.nn.functional.mse_loss(prediction, target)
     assert made.loss(batch, 0, 0).item() == pytest.approx(float(expected), abs=1e-6, rel=1e-6)
+
+
+LOSSES: list[tuple[str, Json]] = [
+    ("sd15", {"snr_gamma": 2.0, "noise_offset": 0.1, "min_timestep": 300, "max_timestep": 900}),
+    ("sd15", {"loss_type": "huber", "huber_c": 0.3}),
+    ("sd21v", {"snr_gamma": 1.0, "zero_terminal_snr": True, "min_timestep": 999}),
+    ("sd21v", {"snr_gamma": 0.5, "noise_offset": 0.2}),
+    ("sdxl", {"prediction_type": "v_prediction", "loss_type": "huber", "snr_gamma": 5.0, "zero_terminal_snr": True}),
+]
+
+
+@needs_torch
+@pytest.mark.parametrize(("kind", "changes"), LOSSES)
+def test_every_loss_and_noise_equals_an_independent_computation(
+    tmp_path: Path, images: Path, models: Path, kind: str, changes: Json
+) -> None:
+    made = prepare(tmp_path, small(images, models / kind, tmp_path / "out", **changes))
+    batch = made.collate(0)
+    shape = batch.mean.shape
+
+    def drawn(name: str, *size: int) -> Any:
+        return torch.randn(size or shape, generator=trainer.generator(name, 42, 0, 0))
+
+    noise = drawn("noise") + changes.get("noise_offset", 0) * drawn("offset", *shape[:2], 1, 1)
+    span = (changes.get("min_timestep", 0), changes.get("max_timestep", 1000))
+    timesteps = torch.randint(*span, shape[:1], generator=trainer.generator("timesteps", 42, 0, 0))
+    pipeline = load_pipeline(models / kind)
+    owner: Any = diffusers.DDPMScheduler
+    zero = {"rescale_betas_zero_snr": changes.get("zero_terminal_snr", False)}
+    scheduler = owner.from_config(pipeline.scheduler.config, **zero)
+    latents = batch.mean + batch.std * drawn("posterior")
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    with torch.no_grad():
+        prediction = pipeline.unet(noisy, timesteps, batch.context, added_cond_kwargs=batch.conditions).sample
+    velocity = kind != "sd15"
+    error = prediction - (scheduler.get_velocity(latents, noise, timesteps) if velocity else noise)
+    c = changes.get("huber_c", 0.1)
+    errors = 2 * c * ((error**2 + c**2).sqrt() - c) if changes.get("loss_type") else error**2
+    snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
+    weights = snr.clamp(max=changes.get("snr_gamma", math.inf)) / (snr + velocity)
+    expected = (errors.mean(dim=(1, 2, 3)) * (weights if "snr_gamma" in changes else 1)).mean()
+    found = made.loss(batch, 0, 0).item()
+    print(f"{kind} {changes}: loss {found:.7f}, difference {abs(found - float(expected)):.1e}")
+    assert found == pytest.approx(float(expected), abs=1e-6)
 
 
 def plain_errors(made: trainer.LoRATrainer, model: Path, batch: trainer.Batch, step: int) -> Any:
@@ -3160,10 +3741,10 @@ def test_the_held_out_loss_is_the_same_each_time_and_equals_an_independent_one(
 def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", max_grad_norm=1e-3))
     made.accumulate(0)
-    before = math.sqrt(sum(float(weight.grad.square().sum()) for weight in made.parameters))
+    before = math.sqrt(sum(float(weight.grad.square().sum()) for weight in made.parameters.values()))
     seen: list[float] = []
     monkeypatch.setattr(
-        made.optimizer, "step", lambda: seen.extend(float(w.grad.square().sum()) for w in made.parameters)
+        made.optimizer, "step", lambda: seen.extend(float(w.grad.square().sum()) for w in made.parameters.values())
     )
     assert made.update(1.0) == pytest.approx(before, rel=1e-5)
     assert before > 1e-2
@@ -3174,9 +3755,9 @@ def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monke
 def test_accumulating_equals_one_larger_batch(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=2))
     total = made.accumulate(0)
-    grads = [weight.grad.clone() for weight in made.parameters]
+    grads = [weight.grad.clone() for weight in made.parameters.values()]
     losses = [made.loss(made.collate(index), 0, index) for index in (0, 1)]
-    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, made.parameters)
+    expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(made.parameters.values()))
     assert total == pytest.approx(float((losses[0] + losses[1]).detach()) / 2, rel=1e-6)
     for ours, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-7, rtol=1e-4)
@@ -3190,7 +3771,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, images: Path
         made = prepare(tmp_path, config)
         assert made.unet.is_gradient_checkpointing is checkpointing
         made.accumulate(0)
-        grads.append([weight.grad.clone() for weight in made.parameters])
+        grads.append([weight.grad.clone() for weight in made.parameters.values()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
@@ -3198,7 +3779,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, images: Path
 @needs_torch
 def test_training_moves_every_weight_and_lowers_the_loss(tmp_path: Path, images: Path, models: Path) -> None:
     made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=60, batch_size=5))
-    assert all(up.any() for _, up in made.layers.values())
+    assert all(weight.any() for weight in made.live.values())
     losses = [event["loss"] for event in emitted(made, "progress")]
     assert sum(losses[-10:]) < sum(losses[:10])
 
@@ -3213,7 +3794,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_images(
     assert made.train()
     warnings = [event for event in emitted(made, "warning") if event["code"] == "step_not_finite"]
     assert made.plan.dataset.examples[poisoned].name in warnings[0]["message"]
-    assert all(bool(torch.isfinite(weight).all()) for weight in made.parameters)
+    assert all(bool(torch.isfinite(weight).all()) for weight in made.live.values())
     assert all(math.isfinite(loss) for loss in made.state.losses)
 
 
@@ -3227,7 +3808,7 @@ def test_divergence_ends_the_run_and_no_broken_lora_is_written(tmp_path: Path, i
     assert caught.value.code == "loss_not_finite"
     assert made.state.step == made.MOST_BAD_STEPS
     with torch.no_grad():
-        made.parameters[0].fill_(math.nan)
+        next(iter(made.live.values())).fill_(math.nan)
     with pytest.raises(trainer.TrainerError):
         made.finish()
     assert not made.final_path.exists()
@@ -3361,10 +3942,10 @@ def test_a_final_lora_that_cannot_be_written_is_an_error_and_comes_with_the_next
 OUT_OF_MEMORY = {  # phase: the part of the script in which memory runs out
     "planning": "make_plan",
     "caching": "encode_images",
-    "loading": "add_lora",
-    "resuming": "unpack_optimizer",
-    "training": "squared_error",
-    "saving": "kohya_tensors",
+    "loading": "add_adapter",
+    "resuming": "unpack",
+    "training": "sample_error",
+    "saving": "file_tensors",
 }
 
 
@@ -3378,7 +3959,7 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
     if phase == "resuming":
         train(tmp_path, config, stop=Quiet(after=2))
     steps = iter(range(5))
-    real = trainer.squared_error
+    real = trainer.sample_error
 
     def exhausted(*arguments: Any, **_: Any) -> Any:
         if phase == "training" and next(steps) < 4:

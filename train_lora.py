@@ -37,6 +37,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     LoRA files               key names and header of the file that other tools load
     checkpoints              the state file: everything needed to go on
     samples                  the DDIM sampler, PNG with its prompt in it
+    tracking                 TensorBoard, Weights & Biases
     trainer                  LoRATrainer: setup, train, loss, sample, save, finish
     command line             arguments, --validate-only, main
 """
@@ -58,6 +59,8 @@ import errno
 import functools
 import gc
 import hashlib
+import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -312,6 +315,40 @@ SHORT_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One optimizer: its class, the package to install where that is optional, the config keys that it takes."""
+
+    module: str
+    class_name: str
+    keys: Mapping[str, str]  # its argument -> our key
+    package: str | None = None
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    averages: bool = False  # files and samples get an average of the weights that train
+
+
+DECAY = {"weight_decay": "weight_decay"}
+ADAM = DECAY | {"eps": "adam_epsilon"}  # and the betas
+OPTIMIZERS = {
+    "adamw": OptimizerKind("torch.optim", "AdamW", ADAM),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", ADAM, package="bitsandbytes"),
+    "adafactor": OptimizerKind(
+        "transformers.optimization", "Adafactor", DECAY, fixed={"scale_parameter": False, "relative_step": False}
+    ),
+    "prodigy": OptimizerKind(
+        "prodigyopt",
+        "Prodigy",
+        ADAM,
+        package="prodigyopt",
+        fixed={"use_bias_correction": True, "safeguard_warmup": True},
+    ),
+    "lion": OptimizerKind("lion_pytorch", "Lion", DECAY, package="lion-pytorch"),
+    "schedulefree_adamw": OptimizerKind(
+        "schedulefree", "AdamWScheduleFree", ADAM, package="schedulefree", averages=True
+    ),
+}
+
+
 def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a config ('-': stdin), apply KEY=VALUEs. Raises `config_unreadable`, `config_invalid` with every problem."""
     definitions: JSON = load_schema()["definitions"]
@@ -333,7 +370,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise TrainerError("config_invalid", f"The config has {count}: {first}{rest}", problems=problems)
     given = {key: freeze(value, definitions[key]) for key, value in values.items()}
     when_null = {  # what a null comes to, where the config alone decides it
-        "learning_rate": definitions["learning_rate"]["x-when-null"],
+        "learning_rate": definitions["learning_rate"]["x-when-null"][given["optimizer"]],
         "lora_alpha": float(given["lora_rank"]),
         "sample_prompts": (f"{given['caption_separator']} ".join(given["trigger_words"]),),
     }
@@ -496,11 +533,30 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
 
 
 def combination_problems(values: JSON) -> list[dict[str, str]]:
-    """Find settings that cannot work together, once each is right by itself."""
+    """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     reg, dataset = values["regularization_path"], values["dataset_path"]
-    if reg and os.path.realpath(reg) == os.path.realpath(dataset):
-        return [problem("regularization_path", "must be another folder than dataset_path")]
-    return []
+    lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
+    init, kind = values["init_lora_path"], OPTIMIZERS[values["optimizer"]]
+    rules = {
+        "regularization_path must be another folder than dataset_path": reg
+        and os.path.realpath(reg) == os.path.realpath(dataset),
+        "save_format must be kohya with lora_type lokr: diffusers reads no LoKr": lokr
+        and values["save_format"] == "diffusers",
+        "use_rslora must be false with lora_type lokr": lokr and values["use_rslora"],
+        "lora_dropout must be 0 with lora_type lokr": lokr and values["lora_dropout"],
+        f"max_timestep must be more than min_timestep ({first})": end is not None and end <= first,
+        "ema_decay must be null with schedulefree_adamw, which averages the weights itself": kind.averages
+        and values["ema_decay"],
+        "adam_beta1 must be more than 0 with schedulefree_adamw": kind.averages and not values["adam_beta1"],
+        "init_lora_path must be a .safetensors file": init
+        and not (Path(init).is_file() and init.endswith(".safetensors")),
+    }
+    needed = [("optimizer", kind.module.partition(".")[0], kind.package)] * bool(kind.package)
+    for key, module, package in needed + [("report_to", name, name) for name in values["report_to"]]:
+        found = importlib.util.find_spec(module)
+        missing = found is None or found.origin is None  # a folder of that name beside us is no package
+        rules[f"{key} {values[key]} needs the package {package}: pip install {package}"] = missing
+    return [problem(*rule.split(" ", 1)) for rule, broken in rules.items() if broken]
 
 
 def freeze(value: Any, definition: JSON) -> Any:
@@ -514,6 +570,8 @@ USED_WITH = {
     "unmasked_weight": "masked_loss",
     "prior_loss_weight": "regularization_path",
     "validation_split": "validation_steps",
+    "huber_c": "loss_type",
+    "text_encoder_learning_rate": "train_text_encoder",
 }
 
 
@@ -526,9 +584,19 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
     for key, needed in USED_WITH.items():
-        if getattr(config, key) != load_schema()["definitions"][key]["default"] and not getattr(config, needed):
+        off = getattr(config, needed) in (None, False, 0, "l2")
+        if off and getattr(config, key) != load_schema()["definitions"][key]["default"]:
             yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
-    if config.learning_rate > 2e-2:
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        message = f"learning_rate {config.learning_rate:g} is a factor on the rate that prodigy finds by itself."
+        yield "prodigy_rate_low", message, "Leave learning_rate out (1.0) with prodigy."
+    if config.optimizer == "schedulefree_adamw" and config.lr_scheduler != "constant":
+        message = f"lr_scheduler {config.lr_scheduler} works against schedulefree_adamw, which needs no decay."
+        yield "schedule_not_needed", message, "Use constant."
+    if config.optimizer == "prodigy" and config.lr_scheduler == "cosine_with_restarts":
+        message = "Each restart of cosine_with_restarts sends prodigy to its highest rate again."
+        yield "schedule_not_needed", message, "Use constant or cosine."
+    if config.learning_rate > 2e-2 and config.optimizer != "prodigy":
         message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
         yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
 
@@ -1061,6 +1129,9 @@ class TextEncoder:
     folder: str
     tokenizer: str
     class_name: str
+    lora_prefix: str  # of its keys in kohya's files
+    layers: int  # of the full-size model
+    width: int
     penultimate: bool = False  # the last but one hidden state, without the final norm
     pooled: bool = False
 
@@ -1101,12 +1172,12 @@ FAMILIES = (
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd15"],
         native_resolution=512,
-        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel"),),
+        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", 12, 768),),
         architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
-        lora_width={"attention": 199_296, "transformer": 423_936},
+        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
         unet=SD_UNET | {"cross_attention_dim": 768},
     ),
     ModelFamily(
@@ -1115,14 +1186,14 @@ FAMILIES = (
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd21"],
         native_resolution=768,
-        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel"),),
+        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", 23, 1024),),
         linear_projection=True,
         is_v2=True,
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
         parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
-        lora_width={"attention": 207_488, "transformer": 432_128},
+        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
         unet=SD_UNET | {"cross_attention_dim": 1024},
     ),
     ModelFamily(
@@ -1132,8 +1203,12 @@ FAMILIES = (
         source=SHORT_NAMES["sdxl"],
         native_resolution=1024,
         text_encoders=(
-            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", penultimate=True),
-            TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", penultimate=True, pooled=True),
+            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", 12, 768, penultimate=True),
+            TextEncoder(
+                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", 32, 1280),
+                penultimate=True,
+                pooled=True,
+            ),
         ),
         time_ids=True,
         linear_projection=True,
@@ -1142,7 +1217,7 @@ FAMILIES = (
         base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
         hub_pattern=r"xl|pony|illustrious|noob",
         parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
-        lora_width={"attention": 1_451_520, "transformer": 2_659_840},
+        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
         unet=SDXL_UNET,
     ),
 )
@@ -1243,6 +1318,8 @@ def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelS
         message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
     name = folder.name if local else config.base_model
+    zero = bool(scheduler.get("rescale_betas_zero_snr")) and prediction != "epsilon"  # undefined in pure noise
+    scheduler["rescale_betas_zero_snr"] = zero if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
     return ModelSource(name, folder, family, unet, vae, scheduler, prediction, shapes, variants)
 
 
@@ -1386,6 +1463,85 @@ def wanted_files(names: Sequence[str], variant: str | None, half: bool) -> list[
     return ["model_index.json", "*/*.json", "tokenizer*/*.txt", *weights]
 
 
+ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
+FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
+CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
+TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
+TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
+    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
+    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+}
+
+
+def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
+    """Give the components that get an adapter, each with the pattern of its targeted layers."""
+    unet, text = TARGETS[config.lora_targets]
+    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
+
+
+def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
+    """Give each targeted layer's shape, as unet.mid_block.….to_q -> [out, in, …]; {} without the files' headers."""
+    return {
+        module_name(part, name.removesuffix(".weight")): shape
+        for part, pattern in trained_parts(config, source.family).items()
+        for name, shape in source.shapes.get(part, {}).items()
+        if re.fullmatch(pattern + r"\.weight", name)
+    }
+
+
+def module_name(part: str, module: str) -> str:
+    """Name a layer alike whether transformers has a `text_model` in its module names, as its files do, or not."""
+    missing = part != "unet" and not module.startswith("text_model.")
+    return f"{part}.{'text_model.' if missing else ''}{module}"
+
+
+RESNET_NAMES = {
+    **{"conv1": "in_layers.2", "conv2": "out_layers.3"},
+    **{"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"},
+}
+
+
+def original_block_name(module: str, unet: Mapping[str, Any]) -> str:
+    """Name a layer of a diffusers UNet as the original SDXL code does, for kohya's keys.
+
+    A down or up block has layers_per_block resnets (one more on the way up), numbered through, and its sampler. A
+    resnet, the transformer beside it and the upsampler behind them are parts 0, 1, 2 of their number.
+    """
+    match = re.fullmatch(r"(down|up|mid)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", module)
+    assert match, module
+    side, block, kind, layer, tail = match.groups()
+    tail = RESNET_NAMES[tail] if kind == "resnets" else tail
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{tail}"
+    last = unet.get("layers_per_block", 2)
+    number = int(block) * (last + 1) + (last if kind.endswith("samplers") else int(layer))
+    if side == "down":
+        return f"input_blocks.{number + 1}.{int(kind == 'attentions')}.{'op' if kind == 'downsamplers' else tail}"
+    behind = 1 + str(unet["up_block_types"][int(block)]).startswith("CrossAttn")
+    index = {"resnets": 0, "attentions": 1, "upsamplers": behind}[kind]
+    return f"output_blocks.{number}.{index}.{tail}"
+
+
+def file_prefix(style: str, name: str, source: ModelSource) -> str:
+    """Name a layer (unet.mid_block.…) as LoRA files of a style do, kohya's or diffusers'."""
+    part, _, module = name.partition(".")
+    if style == "diffusers":
+        return name
+    if part == "unet" and source.family.original_block_names:
+        module = original_block_name(module, source.unet)
+    prefixes = {row.folder: row.lora_prefix for row in source.family.text_encoders} | {"unet": "lora_unet"}
+    return f"{prefixes[part]}_{module.replace('.', '_')}"
+
+
+# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere.
+FILE_PARTS: dict[str, dict[str, str]] = {
+    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
+    "diffusers": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+}
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector|lokr_\w+)")
+
+
 # ======================================================================================
 # hardware and memory
 # ======================================================================================
@@ -1483,18 +1639,15 @@ def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
     return torch.float32, "16-bit types are slow on the CPU"
 
 
-TARGETS = {
-    "attention": r".*\.attn[12]\.(to_[qkv]|to_out\.0)",
-    "transformer": r".*\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|attentions\.\d+\.proj_(in|out))",
-}
-
-
-def lora_width(source: ModelSource, targets: str) -> int:
-    """Sum the inputs and outputs of all targeted layers; times the rank, the LoRA's parameters."""
-    if not source.shapes:
-        return source.family.lora_width[targets]
-    pattern = re.compile(TARGETS[targets] + r"\.weight")
-    return sum(sum(shape[:2]) for name, shape in source.shapes["unet"].items() if pattern.fullmatch(name))
+def lora_width(config: TrainingConfig, source: ModelSource) -> int:
+    """Sum the inputs and outputs of all targeted layers; times the rank, a LoRA's parameters."""
+    if source.shapes:
+        return sum(shape[0] + math.prod(shape[1:]) for shape in target_shapes(config, source).values())
+    rows = source.family.text_encoders if config.train_text_encoder else ()
+    per_layer = (
+        8 if config.lora_targets == "attention" else 18
+    )  # four square layers; two more, one side four times wide
+    return source.family.lora_width[config.lora_targets] + sum(row.layers * row.width * per_layer for row in rows)
 
 
 RESNET_FACTOR, TRANSFORMER_FACTOR = 14.0, 32.0
@@ -1525,15 +1678,16 @@ def estimate_vram(
 ) -> dict[str, int]:
     """Estimate the bytes that training needs on the device, term by term (a first estimate; docs/vram.md).
 
-    Works without torch. Text encoders and the VAE are gone by the time the UNet trains, so the peak
-    is training's or caching's, whichever is larger.
+    Works without torch. Text encoders that do not train and the VAE are gone by the time the UNet trains, so the
+    peak is training's or caching's, whichever is larger.
     """
     width = 2 if half else 4
     counted = {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
     counts = counted or source.family.parameters  # without the files' headers, the full-size model's
-    lora = lora_width(source, config.lora_targets) * config.lora_rank
+    lora = lora_width(config, source) * config.lora_rank
+    trained = sum(counts[part] for part in trained_parts(config, source.family))
     activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
-    training = {"weights": counts["unet"] * width, "lora": lora * 4, "overhead": GPU_OVERHEAD}
+    training = {"weights": trained * width, "lora": lora * 4, "overhead": GPU_OVERHEAD}
     training |= {"optimizer": lora * 12}  # gradient and Adam's two moments, fp32
     training |= {"activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1))}
     caching = {part: count * width for part, count in counts.items() if part != "unet"}
@@ -2317,7 +2471,12 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what a user should know before the run starts."""
     yield from config_warnings(plan.config)
     yield from dataset_warnings(plan)
-    if (source := plan.source).folder is None:
+    source = plan.source
+    told = source.scheduler.get("prediction_type", "epsilon")
+    if source.scheduler and source.prediction_type != told:
+        message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {told}."
+        yield "prediction_type_suspect", message, "Samples of noise mean that the scheduler is right: set it to auto."
+    if source.folder is None:
         message = f"That {source.name} is {source.family.title} is a guess from its name: the Hub was not reached."
         yield "model_guessed", message, "Check again with a network connection, or set model_type."
 
@@ -2397,10 +2556,56 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
     return [[example.name for example in same] for same in copies if len(same) > 1]
 
 
+def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
+    """Find settings that cannot work with this model."""
+    count = int(source.scheduler.get("num_train_timesteps", 1000))
+    rules = {
+        "clip_skip must be 0 with Stable Diffusion XL, which leaves out the last layer anyway": config.clip_skip
+        and any(row.penultimate for row in source.family.text_encoders),
+        "zero_terminal_snr must not be true: the model predicts epsilon, which is undefined in pure noise": (
+            config.zero_terminal_snr is True and source.prediction_type == "epsilon"
+        ),
+        f"min_timestep must be less than the model's {count} timesteps": config.min_timestep >= count,
+    }
+    problems = [problem(*rule.split(" ", 1)) for rule, broken in rules.items() if broken]
+    if config.init_lora_path and source.shapes:
+        problems += init_problems(config, source)
+    return problems
+
+
+def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
+    """Hold the header of init_lora_path against the layers that this run trains."""
+    path, layers = Path(str(config.init_lora_path)), target_shapes(config, source)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError stands directly below Exception
+        return [problem("init_lora_path", f"{path.name} cannot be read: {error}")]
+    wanted = {style: {file_prefix(style, name, source) for name in layers} for style in FILE_PARTS}
+    held = {match[1] for name in shapes if (match := LORA_KEY.fullmatch(name))}
+    style = max(wanted, key=lambda style: len(wanted[style] & held))
+    message = ""
+    if missing := sorted(wanted[style] - held):
+        message = f"lacks {len(missing)} of the {len(layers)} layers that train here, such as {missing[0]}"
+    elif more := sorted(held - wanted[style]):
+        message = f"holds {len(more)} layers that do not train here, such as {more[0]}"
+    kind = "lokr" if any(".lokr_" in name for name in shapes) else "lora"
+    kind = "dora" if any(name.endswith(("dora_scale", "lora_magnitude_vector")) for name in shapes) else kind
+    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(("lora_down.weight", "lora_A.weight"))}
+    if kind != config.lora_type:
+        message = f"is of lora_type {kind}, not {config.lora_type}"
+    elif ranks - {config.lora_rank}:
+        message = f"has rank {', '.join(map(str, sorted(ranks)))}, not lora_rank {config.lora_rank}"
+    return [problem("init_lora_path", f"{path.name} {message}")] if message else []
+
+
 def make_plan(
     config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
 ) -> Plan:
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
+    if problems := model_problems(config, source):
+        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
+        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
     resolution = config.resolution or source.native_resolution
     square = [(resolution, resolution)]
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
@@ -2411,7 +2616,8 @@ def make_plan(
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
     captions = list(dict.fromkeys(itertools.chain([""], *variants)))
     prompts = list({*config.sample_prompts, config.sample_negative_prompt} - {*captions})
-    needed = cache_size(config, source, sizes, len(captions) + len(prompts))
+    texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
+    needed = cache_size(config, source, sizes, texts)
     cache = choose_cache(config, needed, free_memory_bytes())
     plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)
     checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
@@ -2493,14 +2699,46 @@ def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tenso
 TARGET_OF: dict[str, Callable[..., Tensor]] = {"epsilon": lambda latents, noise, *_: noise, "v_prediction": velocity}
 
 
-def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of each sample [B], in float32; weights go onto it before the batch's mean.
+def loss_weights(alpha_bar: Tensor, prediction_type: str, gamma: float | None) -> Tensor:
+    """Give the loss's weight at each timestep [T], float64 (min-SNR: Hang et al. 2023, section 3.4; None: 1).
 
-    `mask` [B, 1, h, w] weights each latent pixel. The mean is still over all of them, as in kohya's and
-    OneTrainer's masked losses: a pixel counts alike however much of its image the mask leaves out.
+    The paper weights x0's error with min(snr, gamma); an error of epsilon is snr times x0's, of v (snr + 1) times.
+    """
+    if gamma is None:
+        return torch.ones_like(alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+
+
+def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """Add an offset [B, C, 1, 1], the same in all of a channel's pixels, so that images of any brightness are learnt.
+
+    Nicholas Guttenberg, "Diffusion with Offset Noise", 2023.
+    """
+    return noise + strength * offset
+
+
+def sample_error(
+    prediction: Tensor, target: Tensor, mask: Tensor | None = None, huber_c: float | None = None
+) -> Tensor:
+    """Mean error of each sample [B], in float32; weights go onto it before the batch's mean.
+
+    Squared, or with `huber_c` pseudo-Huber as in diffusers' and kohya's trainers, 2c(sqrt(e^2 + c^2) - c), which is e^2
+    for small errors. `mask` [B, 1, h, w] weights each latent pixel. The mean is still over all of them, as in kohya's
+    and OneTrainer's masked losses: a pixel counts alike however much of its image the mask leaves out.
     """
     error = (prediction.float() - target.float()).square()
+    if huber_c is not None:
+        error = 2 * huber_c * error / ((error + huber_c**2).sqrt() + huber_c)  # the same, but small errors keep digits
     return (error if mask is None else error * mask).mean(dim=(1, 2, 3))
+
+
+def ema_decay_at(decay: float, step: int) -> float:
+    """Give the moving average's decay after `step` earlier steps; small at first, as the start is not worth keeping.
+
+    The rule of TensorFlow's ExponentialMovingAverage (num_updates) and diffusers' EMAModel.
+    """
+    return min(decay, (1 + step) / (10 + step)) if step else 0.0
 
 
 RESTARTS = 3
@@ -2637,7 +2875,12 @@ class PromptEncoder:
     """The text encoders of a model, for as long as texts are encoded."""
 
     def __init__(
-        self, source: ModelSource, tokenizers: Sequence[Any], tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: TrainingConfig,
+        source: ModelSource,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.parts = []
         for row, tokenizer in zip(source.family.text_encoders, tokenizers, strict=True):
@@ -2646,36 +2889,66 @@ class PromptEncoder:
                 raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             self.parts.append((row, tokenizer, encoder))
         self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
-        self.most = tokens // 75  # windows
+        self.most = config.max_caption_tokens // 75  # windows
+        self.skipped = config.clip_skip
+        for _, _, encoder in self.parts:
+            if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
+                message = f"clip_skip must be less than the text encoder's {layers} layers"
+                raise TrainerError("config_invalid", f"{message}.", problems=[problem("clip_skip", message)])
 
     def encode(self, texts: Sequence[str]) -> list[TextEmbedding]:
-        """Encode texts as diffusers' pipelines do: 77 tokens, padded as the tokenizer says.
+        """Encode texts for the cache, each as long as it is: 77 tokens, padded as the tokenizer says.
 
         A longer text is encoded in windows of 75 tokens between their own begin and end, which are
         joined, and pooled is the first window's: as A1111 and ComfyUI encode long prompts.
         """
-        room = self.length - 2
-        ids = [[token_ids(tokenizer, text)[: room * self.most] for text in texts] for _, tokenizer, _ in self.parts]
-        counts = [max(1, *(math.ceil(len(part) / room) for part in parts)) for parts in zip(*ids, strict=True)]
-        states, pooled = [], None
-        for (row, tokenizer, encoder), part in zip(self.parts, ids, strict=True):
-            windows = [
-                self.window(tokenizer, text[start * room : (start + 1) * room])
-                for text, count in zip(part, counts, strict=True)
-                for start in range(count)
-            ]
-            tokens, mask = torch.tensor(windows, device=encoder.device).unbind(1)
-            with torch.no_grad():
-                output = encoder(
-                    tokens,
-                    attention_mask=mask if getattr(encoder.config, "use_attention_mask", False) else None,
-                    output_hidden_states=True,
-                )
-            states.append(output.hidden_states[-2] if row.penultimate else output.last_hidden_state)
-            pooled = output.text_embeds if row.pooled else pooled
-        contexts = torch.split(torch.cat(states, dim=-1).half(), counts)
+        windows = [self.windows(text) for text in texts]
+        with torch.no_grad():
+            context, pooled = self.states([window for text in windows for window in text])
+        counts = [len(text) for text in windows]
+        contexts = torch.split(context.half(), counts)
         first = [None] * len(texts) if pooled is None else [part[:1] for part in torch.split(pooled.half(), counts)]
         return [TextEmbedding(part.flatten(0, 1)[None], one) for part, one in zip(contexts, first, strict=True)]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Encode a batch for a step that trains the encoders: context [B, tokens, width], pooled [B, width].
+
+        Texts of fewer windows are filled up with the empty text's, as A1111 does.
+        """
+        windows = [self.windows(text) for text in texts]
+        most = max(map(len, windows))
+        filled = [window for text in windows for window in [*text, *self.windows("") * (most - len(text))]]
+        context, pooled = self.states(filled)
+        return context.reshape(len(texts), -1, context.shape[-1]), None if pooled is None else pooled[::most]
+
+    @functools.cache  # noqa: B019  # as long as the encoder; a run's texts are few, and its tokenizing would show
+    def windows(self, text: str) -> list[list[tuple[list[int], list[int]]]]:
+        """Tokenize a text to windows: of each, (tokens, attention mask) for each encoder."""
+        room = self.length - 2
+        ids = [token_ids(tokenizer, text)[: room * self.most] for _, tokenizer, _ in self.parts]
+        count = max(1, *(math.ceil(len(part) / room) for part in ids))
+        return [
+            [
+                self.window(tokenizer, part[start * room : (start + 1) * room])
+                for (_, tokenizer, _), part in zip(self.parts, ids, strict=True)
+            ]
+            for start in range(count)
+        ]
+
+    def states(self, windows: Sequence[Sequence[tuple[list[int], list[int]]]]) -> tuple[Tensor, Tensor | None]:
+        """Run the encoders on W windows: (context [W, 77, width], pooled [W, width] or None), as diffusers does."""
+        states, pooled = [], None
+        for (row, _, encoder), inputs in zip(self.parts, zip(*windows, strict=True), strict=True):
+            tokens, mask = torch.tensor(inputs, device=encoder.device).unbind(1)
+            attended = mask if getattr(encoder.config, "use_attention_mask", False) else None
+            output = encoder(tokens, attention_mask=attended, output_hidden_states=True)
+            state = output.hidden_states[-2] if row.penultimate else output.last_hidden_state
+            if self.skipped:
+                norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
+                state = norm(output.hidden_states[-1 - self.skipped])
+            states.append(state)
+            pooled = output.text_embeds if row.pooled else pooled
+        return torch.cat(states, dim=-1), pooled
 
     def window(self, tokenizer: Any, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """Frame one window's tokens and pad it: (tokens, attention mask), as the tokenizer itself does."""
@@ -2717,34 +2990,62 @@ def decode_latents(vae: Any, latents: Tensor) -> Image.Image:
     return Image.fromarray(values[0].permute(1, 2, 0).cpu().numpy())
 
 
-LoraLayers = dict[str, tuple[Any, Any]]  # module name -> (down [r, in], up [out, r]), both fp32 parameters
+ADAPTER_WEIGHT = re.compile(r"(?P<module>.+)\.(?P<part>lo(?:ra|kr)_\w+)\.default(?:\.weight)?")
+START_AT_ZERO = ("lora_B", "lokr_w2", "lokr_w2_b")
 
 
-def add_lora(unet: Any, config: TrainingConfig) -> LoraLayers:
-    """Put a LoRA on the frozen UNet; weights start in fp32 as a pure function of (seed, module name).
-
-    Down is Kaiming uniform with a = sqrt(5), up is zero, as in Hu et al. 2021 and in PEFT.
-    """
-    unet.add_adapter(
-        peft.LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float is fine
-            lora_dropout=config.lora_dropout,
-            target_modules=TARGETS[config.lora_targets],
-        )
+def adapter_config(config: TrainingConfig, pattern: str) -> peft.PeftConfig:
+    """Describe an adapter to PEFT."""
+    if config.lora_type == "lokr":
+        return peft.LoKrConfig(r=config.lora_rank, alpha=config.lora_alpha, target_modules=pattern)  # type: ignore[arg-type]  # PEFT divides it by the rank: a float is fine
+    return peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # likewise
+        lora_dropout=config.lora_dropout,
+        target_modules=pattern,
+        use_dora=config.lora_type == "dora",
+        use_rslora=config.use_rslora,
     )
-    layers: LoraLayers = {}
-    for name, module in sorted(unet.named_modules()):
-        if not isinstance(module, peft.tuners.lora.LoraLayer):
+
+
+def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str) -> dict[str, Any]:
+    """Put an adapter on a frozen component: its weights, fp32 parameters, as unet.mid_block.….to_q/lora_A.
+
+    They start as a pure function of (seed, name): one of a product's factors is zero, the others Kaiming uniform with
+    a = sqrt(5), as in Hu et al. 2021, PEFT and LyCORIS. DoRA's magnitude starts as the norm of the frozen weight.
+    """
+    peft.inject_adapter_in_model(adapter_config(config, pattern), component)
+    weights = {}
+    for name, weight in sorted(component.named_parameters()):
+        if not (match := ADAPTER_WEIGHT.fullmatch(name)):
             continue
-        down: Any = module.lora_A["default"].float().weight
-        up: Any = module.lora_B["default"].float().weight
-        values = torch.rand(down.shape, generator=generator(f"lora {name}", config.seed)) * 2 - 1
-        with torch.no_grad():
-            down.copy_(values / math.sqrt(down[0].numel()))
-            up.zero_()
-        layers[name] = (down, up)
-    return layers
+        key = f"{module_name(part, match['module'])}/{match['part']}"
+        values = weight.detach().float()
+        if match["part"] != "lora_magnitude_vector":
+            values = torch.rand(weight.shape, generator=generator(f"adapter {key}", config.seed)) * 2 - 1
+            values *= 0 if match["part"] in START_AT_ZERO else 1 / math.sqrt(weight[0].numel())
+        weight.data = values.to(weight.device)
+        weights[key] = weight
+    return weights
+
+
+def adapter_scale(config: TrainingConfig) -> float:
+    """Give what an adapter's product is multiplied with (rsLoRA: Kalajdzievski 2023)."""
+    return config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+
+
+def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch.device) -> Any:
+    """Build the optimizer that the config names over parameter groups, each with its own rate."""
+    kind = OPTIMIZERS[config.optimizer]
+    options = {argument: getattr(config, key) for argument, key in kind.keys.items()} | dict(kind.fixed)
+    if "eps" in options:
+        options["betas"] = (config.adam_beta1, config.adam_beta2)
+    if kind.module == "torch.optim":
+        options["fused"] = device.type == "cuda"
+    optimizer = getattr(importlib.import_module(kind.module), kind.class_name)(groups, **options)
+    if kind.averages:
+        optimizer.train()
+    return optimizer
 
 
 # ======================================================================================
@@ -2781,10 +3082,9 @@ def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str 
     parts = [folder for row in source.family.text_encoders for folder in (row.folder, row.tokenizer)]
     # In memory alone there is one model only.
     reader, viewer = [(component_digest(source, *folders) if plan.cache.folder else "") for folders in (parts, ["vae"])]
-    keys: dict[str | View, str] = {
-        text: entry_key("text", reader, device, dtype, plan.config.max_caption_tokens, text)
-        for text in (*plan.captions, *plan.prompts)
-    }
+    shape = (plan.config.max_caption_tokens, plan.config.clip_skip)
+    texts = () if plan.config.train_text_encoder else (*plan.captions, *plan.prompts)
+    keys: dict[str | View, str] = {text: entry_key("text", reader, device, dtype, *shape, text) for text in texts}
     return keys | {view: entry_key("image", viewer, device, vae_dtype, *view.identity()) for view in plan.views()}
 
 
@@ -2858,34 +3158,54 @@ CACHE_HINT = "Leave the folder alone while a run uses it; the same command encod
 # ======================================================================================
 
 
-def original_block_name(module: str, layers_per_block: int) -> str:
-    """Name a diffusers UNet attention module as the original SDXL code does, for kohya's keys.
+FULL_LOKR = ("lokr_w1", "lokr_w2")  # a layer with these two holds no rank that a scale could be read from
 
-    A down or up block has layers_per_block resnets (one more on the way up), numbered through; the
-    transformer beside a resnet has index 1.
+
+def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> dict[str, Tensor]:
+    """Lay the adapter out as files of the wanted format do. Raises `loss_not_finite`, for NaN and inf.
+
+    kohya: LyCORIS's names and shapes, with an alpha per layer such that alpha / rank is the scale that was trained.
     """
-    side, _, rest = module.partition(".")
-    if side == "mid_block":
-        return "middle_block.1." + rest.split(".", 2)[2]
-    block, _, layer, tail = rest.split(".", 3)
-    number = int(block) * (layers_per_block + 1) + int(layer)
-    return f"input_blocks.{number + 1}.1.{tail}" if side == "down_blocks" else f"output_blocks.{number}.1.{tail}"
-
-
-def kohya_tensors(layers: LoraLayers, alpha: float, dtype: torch.dtype, source: ModelSource) -> dict[str, Tensor]:
-    """Lay the LoRA out as kohya's networks.lora does, alpha per module. Raises `loss_not_finite`, for NaN and inf."""
+    style, scale = config.save_format, adapter_scale(config)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[config.save_dtype]
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in layers.items():
-        if source.family.original_block_names:
-            name = original_block_name(name, source.unet.get("layers_per_block", 2))
-        key = "lora_unet_" + name.replace(".", "_")
-        tensors[f"{key}.lora_down.weight"] = down.detach().to("cpu", dtype).contiguous()
-        tensors[f"{key}.lora_up.weight"] = up.detach().to("cpu", dtype).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)  # fp32: half precision would round it
+    for key, weight in weights.items():
+        module, _, part = key.rpartition("/")
+        prefix, value = file_prefix(style, module, source), weight.detach().cpu()
+        full = all(f"{module}/{name}" in weights for name in FULL_LOKR)
+        if part == "lokr_w1" and full:
+            value = value * scale
+        if part == "lora_magnitude_vector" and style == "kohya":  # [out], or [1, out, 1, 1]
+            value = value.reshape(-1, *[1] * (weights[f"{module}/lora_A"].dim() - 1))
+        tensors[f"{prefix}.{FILE_PARTS[style].get(part, part)}"] = value.to(dtype).contiguous()
+        if style == "kohya":  # fp32: half precision would round it
+            tensors[f"{prefix}.alpha"] = torch.tensor(config.lora_rank * (1.0 if full else scale))
     if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
         raise TrainerError("loss_not_finite", message)
     return tensors
+
+
+def read_initial(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> None:
+    """Start from init_lora_path: the mirror of file_tensors, for either format. Raises `config_invalid`."""
+    path = Path(str(config.init_lora_path))
+    tensors = safetensors.torch.load_file(path)
+    style = "kohya" if any(name.startswith("lora_unet_") for name in tensors) else "diffusers"
+    described = json.loads(read_header(path).get("lora_adapter_metadata", "{}"))  # where diffusers keeps alpha
+    with torch.no_grad():
+        for key, weight in weights.items():
+            module, _, part = key.rpartition("/")
+            prefix, component = file_prefix(style, module, source), module.partition(".")[0]
+            value = tensors.get(name := f"{prefix}.{FILE_PARTS[style].get(part, part)}")
+            if value is None or value.numel() != weight.numel():
+                message = f"{path.name} has no {name} of shape {list(weight.shape)}"
+                raise TrainerError("config_invalid", f"{message}.", problems=[problem("init_lora_path", message)])
+            weight.copy_(value.float().reshape(weight.shape))
+            if part in ("lora_B", "lokr_w1"):  # a full LoKr's scale is in lokr_w1 already
+                full = all(f"{module}/{name}" in weights for name in FULL_LOKR)
+                alpha = described.get(f"{component}.lora_alpha", tensors.get(f"{prefix}.alpha", config.lora_rank))
+                rank = config.lora_rank ** (0.5 if described.get(f"{component}.use_rslora") else 1)
+                weight.mul_((1 if full else float(alpha) / rank) / adapter_scale(config))
 
 
 def tensor_bytes_hash(data: bytes) -> str:
@@ -2900,10 +3220,36 @@ def read_header(path: Path) -> dict[str, str]:
     return {}
 
 
+def network_arguments(config: TrainingConfig) -> JSON:
+    """Say what kind of network a file holds, in the words of kohya's and LyCORIS's network_args."""
+    alpha = config.lora_rank * adapter_scale(config)
+    arguments: JSON = {"conv_dim": config.lora_rank, "conv_alpha": alpha} if config.lora_targets == "all" else {}
+    names: dict[str, JSON] = {
+        "lora": {},
+        "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+        "lokr": {"algo": "lokr"},
+    }
+    return {key: str(value) for key, value in (arguments | names[config.lora_type]).items()}
+
+
+def adapter_metadata(config: TrainingConfig, family: ModelFamily) -> str:
+    """Describe the adapters as diffusers' save_lora_weights does: PEFT's config of each component."""
+    described = {
+        f"{part}.{key}": value
+        for part, pattern in trained_parts(config, family).items()
+        for key, value in {
+            **{"r": config.lora_rank, "lora_alpha": config.lora_alpha, "target_modules": pattern},
+            **{"use_dora": config.lora_type == "dora", "use_rslora": config.use_rslora},
+        }.items()
+    }
+    return json.dumps(described, sort_keys=True)
+
+
 def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
     """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
     config, source, family, given = plan.config, plan.source, plan.source.family, plan.config.metadata
     resolved, width, prediction = plan.resolved(), plan.resolution, plan.source.prediction_type
+    kind, diffusers_style = OPTIMIZERS[config.optimizer], config.save_format == "diffusers"
     ours, prior, separator = plan.dataset.of_role("train"), plan.dataset.of_role("prior"), config.caption_separator
     tags = collections.Counter(tag.strip() for example in ours for tag in example.caption.split(separator))
     rows: list[JSON] = [
@@ -2916,15 +3262,22 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
         {f"modelspec.{key}": given[key] for key in ("author", "description", "license", "tags") if key in given},
         {"ss_base_model_version": family.base_version[prediction], "ss_v2": family.is_v2},
         {"ss_sd_model_name": source.name, "ss_output_name": config.output_name, "ss_seed": config.seed},
-        {"ss_network_module": "networks.lora", "ss_network_dim": config.lora_rank},
-        {"ss_network_alpha": f"{config.lora_alpha:g}", "ss_resolution": f"({width}, {width})"},
+        {"ss_network_module": "networks.lora" if config.lora_type == "lora" else "lycoris.kohya"},
+        {"ss_network_args": json.dumps(network_arguments(config)), "ss_network_dim": config.lora_rank},
+        {"ss_network_alpha": f"{config.lora_rank * adapter_scale(config):g}", "ss_resolution": f"({width}, {width})"},
         {"ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate},
-        {"ss_lr_scheduler": config.lr_scheduler, "ss_optimizer": "torch.optim.AdamW"},
+        {"ss_text_encoder_lr": config.text_encoder_learning_rate} if config.train_text_encoder else {},
+        {"ss_clip_skip": config.clip_skip + 1, "ss_min_snr_gamma": config.snr_gamma},
+        {"ss_noise_offset": config.noise_offset, "ss_loss_type": config.loss_type},
+        {"ss_zero_terminal_snr": source.scheduler["rescale_betas_zero_snr"]},
+        {"ss_lr_scheduler": config.lr_scheduler, "ss_optimizer": f"{kind.module}.{kind.class_name}"},
         {"ss_steps": step, "ss_max_train_steps": plan.total_steps, "ss_epoch": math.ceil(plan.epoch(step))},
         {"ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps},
         {"ss_num_train_images": len(ours), "ss_num_reg_images": len(prior), "sshs_model_hash": digest},
         {"ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common(1000) if tag}})},
-        {"train_lora.version": VERSION, "train_lora.run_id": run_id, "train_lora.save_dtype": config.save_dtype},
+        {"train_lora.version": VERSION, "train_lora.run_id": run_id},
+        {"train_lora.save_dtype": config.save_dtype, "train_lora.save_format": config.save_format},
+        {"lora_adapter_metadata": adapter_metadata(config, family), "format": "pt"} if diffusers_style else {},
         {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
         {"train_lora.trigger_words": json.dumps(config.trigger_words)},
     ]
@@ -2935,7 +3288,7 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
 # checkpoints
 # ======================================================================================
 
-STATE_FORMAT = "train_lora state 1"
+STATE_FORMAT = "train_lora state 2"
 
 
 @dataclass(frozen=True)
@@ -2984,23 +3337,28 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
     return tensors, record
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
-    """Split any optimizer's state_dict into tensors and JSON."""
-    state = optimizer.state_dict()
-    flat = {f"optimizer/{i}/{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
-    tensors = {name: value for name, value in flat.items() if torch.is_tensor(value)}
-    scalars = {name: value for name, value in flat.items() if name not in tensors}
-    return tensors, {"scalars": scalars, "groups": state["param_groups"]}
+def pack(document: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turn any nest of dicts and lists into JSON; its tensors go to `tensors`, numbered."""
+    if torch.is_tensor(document):
+        name = f"optimizer/{len(tensors)}"
+        tensors[name] = document
+        return {"tensor": name}
+    if isinstance(document, dict):
+        return {"dict": [[key, pack(value, tensors)] for key, value in document.items()]}  # keys may be integers
+    if isinstance(document, (list, tuple)):
+        return [pack(value, tensors) for value in document]
+    return document
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: JSON) -> None:
-    """Restore what pack_optimizer took."""
-    entries: dict[int, JSON] = collections.defaultdict(dict)
-    for name, value in (*tensors.items(), *record["scalars"].items()):
-        if name.startswith("optimizer/"):
-            _, index, key = name.split("/", 2)
-            entries[int(index)][key] = value
-    optimizer.load_state_dict({"state": dict(entries), "param_groups": record["groups"]})
+def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Restore what pack took; tuples come back as lists."""
+    if isinstance(document, list):
+        return [unpack(value, tensors) for value in document]
+    if isinstance(document, dict):
+        if "tensor" in document:
+            return tensors[document["tensor"]]
+        return {key: unpack(value, tensors) for key, value in document["dict"]}
+    return document
 
 
 def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
@@ -3096,6 +3454,71 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
 
 
 # ======================================================================================
+# tracking
+# ======================================================================================
+
+
+class TensorBoard:
+    """Scalars and samples as TensorBoard shows them, in output_path/tensorboard."""
+
+    def __init__(self, folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted attempt logged after the step that we go on from is not shown.
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + bool(step), flush_secs=10)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path, prompt: str) -> None:
+        with Image.open(path) as image:
+            self.writer.add_image(name, pixel_tensor(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """The same for wandb; its own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_API_KEY) say where to."""
+
+    def __init__(self, folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
+        import wandb
+
+        public = {key: getattr(config, key) for key in keys_marked("x-public")}
+        project = os.environ.get("WANDB_PROJECT", "train_lora")
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
+        options: JSON = {"id": run_id, "resume": "allow", "dir": folder, "config": public, "settings": settings}
+        self.module, self.run = wandb, wandb.init(project=project, name=config.output_name, **options)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path, prompt: str) -> None:
+        self.run.log({name: self.module.Image(str(path), caption=prompt)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKER_OF: dict[str, Callable[..., TensorBoard | WeightsAndBiases]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
+
+
+def track_event(tracker: TensorBoard | WeightsAndBiases, kind: str, fields: JSON) -> None:
+    """Hand a progress, validation or sample event on to a tracker."""
+    if kind == "sample":
+        tracker.picture(fields["step"], f"samples/{fields['index']}", Path(fields["image_path"]), fields["prompt"])
+    else:
+        rates = {f"learning_rate/{name}": rate for name, rate in fields.get("learning_rates", {}).items()}
+        shown = {name: fields.get(name) for name in ("loss", "loss_avg", "grad_norm", "vram_gb")}
+        values = {f"{kind}/{name}": value for name, value in (shown | rates).items() if value is not None}
+        tracker.scalars(fields["step"], values)
+
+
+# ======================================================================================
 # trainer
 # ======================================================================================
 
@@ -3123,22 +3546,26 @@ class LoRATrainer:
         self.changing = threading.RLock()  # held while weights and counters change or are being saved
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
+        self.trackers: list[TensorBoard | WeightsAndBiases] = []
+        self.encoder: PromptEncoder | None = None  # where the text encoders train
 
     def run(self) -> None:
         """Do all of it, or as much as there is time for; the last event tells which."""
         if self.setup():
             return self.complete()
         try:
-            if self.train():
-                return self.finish()
+            if done := self.train():
+                self.finish()
         except Exception as error:  # memory ran out in a forward, say: the work up to there is whole
             if as_trainer_error(error, "").code != "loss_not_finite":
                 with contextlib.suppress(Exception):
                     self.rescue()
+            self.close_trackers()
             raise
-        if self.state.step and not self.is_saved():
+        if not done and self.state.step and not self.is_saved():
             self.save()
-        return self.stop.conclude()
+        self.close_trackers()
+        return self.complete() if done else self.stop.conclude()
 
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
@@ -3169,7 +3596,37 @@ class LoRATrainer:
             self.restore(point)
         self.check_disk_space()
         self.write_config()  # only now: a --fresh that fails to load must not cut the old run off from its states
+        self.open_trackers()
         return False
+
+    def open_trackers(self) -> None:
+        for name in self.config.report_to:
+            with self.tracking(name):
+                self.trackers.append(TRACKER_OF[name](self.folder.path, self.run_id, self.config, self.state.step))
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Emit an event and hand it on to the trackers; one that fails is left out from then on."""
+        self.events.emit(kind, **fields)
+        for tracker in [*self.trackers]:
+            self.trackers.remove(tracker)
+            with self.tracking(type(tracker).__name__):
+                track_event(tracker, kind, fields)
+                self.trackers.append(tracker)
+
+    def close_trackers(self) -> None:
+        while self.trackers:
+            tracker = self.trackers.pop()
+            with self.tracking(type(tracker).__name__):
+                tracker.close()
+
+    @contextlib.contextmanager
+    def tracking(self, name: str) -> Iterator[None]:
+        """Warn where a tracker fails: no run is lost for a curve."""
+        try:
+            yield
+        except Exception as error:  # networks, accounts, disks: each tracker has its own classes
+            message = f"{name} failed and is left out from here on: {error}"
+            self.events.warning("tracking_failed", message, "The same numbers are in events.jsonl.")
 
     def find_point(self) -> ResumePoint | None:
         """Find what to go on from, and settle the run's id."""
@@ -3215,7 +3672,10 @@ class LoRATrainer:
             return False
         wanted = lora_header(self.plan, step, self.run_id, tensor_bytes_hash(self.final_path.read_bytes()))
         keys = [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
-        return all(header.get(key) == wanted[key] for key in (*keys, "ss_steps", "train_lora.save_dtype"))
+        return all(
+            header.get(key) == wanted[key]
+            for key in (*keys, "ss_steps", "train_lora.save_dtype", "train_lora.save_format")
+        )
 
     def cache(self) -> None:
         """Encode what the cache lacks of texts and images; let the encoders go. Needs self.plan."""
@@ -3234,14 +3694,16 @@ class LoRATrainer:
     def cache_texts(self, tokenizers: Sequence[Any]) -> None:
         # Apart: prompts may change on a resume, and captions must not get other bits by that.
         groups = [part for texts in (self.plan.captions, self.plan.prompts) for part in split(texts, self.at_once(32))]
-        missing = self.missing("texts", groups)
-        if not missing:
+        training = self.config.train_text_encoder
+        missing = [] if training else self.missing("texts", groups)
+        if not (missing or training):
             return
         self.events.info("Loading the text encoders.", phase="loading")
-        tokens = self.config.max_caption_tokens
-        encoder = PromptEncoder(self.plan.source, tokenizers, tokens, self.dtype, self.device)
-        for group in self.track("Encoding captions.", missing):
+        encoder = PromptEncoder(self.config, self.plan.source, tokenizers, self.dtype, self.device)
+        for group in self.track("Encoding captions.", missing) if missing else ():
             self.keep(group, encoder.encode(group))
+        if training:
+            self.encoder = encoder
 
     def cache_images(self) -> None:
         groups = []
@@ -3286,28 +3748,48 @@ class LoRATrainer:
         return self.events.track(message, groups, sum(map(len, groups)), phase="caching", count=len)
 
     def adapt(self) -> None:
-        """Load the UNet, put the LoRA on it, make the optimizer. Needs self.plan."""
+        """Load the UNet, put the adapters on what trains, make the optimizer. Needs self.plan and self.encoder."""
         config, source = self.config, self.plan.source
         self.events.info("Loading the UNet.", phase="loading")
         self.unet = load_component(source, diffusers.UNet2DConditionModel, "unet", self.dtype, self.device)
-        self.layers = add_lora(self.unet, config)
-        self.unet.train()
+        self.components = {row.folder: encoder for row, _, encoder in self.encoder.parts} if self.encoder else {}
+        self.components["unet"] = self.unet
+        self.parameters: dict[str, Any] = {}
+        for part, pattern in trained_parts(config, source.family).items():
+            self.parameters |= add_adapter(part, self.components[part], config, pattern)
+            self.components[part].train()
+        if config.init_lora_path:
+            read_initial(self.parameters, config, source)
+        # `evaluating` lends the parameters other tensors; these are the ones that train, whatever is lent.
+        self.live: dict[str, Tensor] = {key: weight.data for key, weight in self.parameters.items()}
+        self.ema = {key: weight.clone() for key, weight in self.live.items()} if config.ema_decay else {}
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.parameters = [weight for pair in self.layers.values() for weight in pair]
-        betas, fused = (config.adam_beta1, config.adam_beta2), self.device.type == "cuda"
-        options: JSON = {"eps": config.adam_epsilon, "weight_decay": config.weight_decay, "fused": fused}
-        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, betas, **options)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.make_optimizer()
         self.alpha_bar = noise_schedule(source.scheduler)
+        self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
         self.target_of = TARGET_OF[source.prediction_type]
-        count = sum(weight.numel() for weight in self.parameters)
-        self.events.info(f"Training {len(self.layers)} modules with {count:,} weights.")
+        count = sum(weight.numel() for weight in self.live.values())
+        modules = {key.rpartition("/")[0] for key in self.live}
+        self.events.info(f"Training {len(modules)} modules with {count:,} weights.")
+
+    def make_optimizer(self) -> None:
+        config = self.config
+        self.rates = {"unet": config.learning_rate}
+        if config.train_text_encoder:  # prodigy adapts one rate for all
+            text = config.learning_rate if config.optimizer == "prodigy" else config.text_encoder_learning_rate
+            self.rates["text_encoder"] = text
+        groups = []
+        for name, rate in self.rates.items():
+            members = [w for key, w in self.parameters.items() if key.startswith("unet.") == (name == "unet")]
+            groups.append({"params": members, "lr": rate})
+        self.optimizer = make_optimizer(config, groups, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def check_disk_space(self) -> None:
         """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
         config, left = self.config, self.plan.total_steps - self.state.step
-        weights = sum(weight.numel() for weight in self.parameters)
+        weights = sum(weight.numel() for weight in (*self.live.values(), *self.ema.values()))
         loras = 1 + min(left // (config.checkpoint_steps or left + 1), config.checkpoint_limit or left)
         needed = weights * (3 * 12 + loras * (4 if config.save_dtype == "fp32" else 2))
         free = shutil.disk_usage(self.folder.path).free
@@ -3318,11 +3800,10 @@ class LoRATrainer:
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
         self.events.info(f"Resuming at step {point.state.step} from {point.path.name}.", phase="resuming")
-        with torch.no_grad():
-            for name, (down, up) in self.layers.items():
-                down.copy_(point.tensors[f"lora/{name}/down"])
-                up.copy_(point.tensors[f"lora/{name}/up"])
-        unpack_optimizer(self.optimizer, point.tensors, point.record["optimizer"])
+        for name, weights in {"adapter": self.live, "ema": self.ema}.items():
+            for key, weight in weights.items():
+                weight.copy_(point.tensors[f"{name}/{key}"])
+        self.optimizer.load_state_dict(unpack(point.record["optimizer"], point.tensors))
         if point.record["scaler"]:  # {}: the run had no loss scaler until now
             self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
@@ -3352,12 +3833,12 @@ class LoRATrainer:
         self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
             step = self.state.step
-            rate = self.set_learning_rate(step)
+            rates = self.set_learning_rates(step)
             loss = self.accumulate(step)
             if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
                 return False
             grad_norm = self.advance(step, loss)
-            self.report(loss, rate, grad_norm)
+            self.report(loss, rates, grad_norm)
             self.periodic()
         return True
 
@@ -3371,12 +3852,16 @@ class LoRATrainer:
             self.validate(step)
             self.sample(step)
 
-    def set_learning_rate(self, step: int) -> float:
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set the rates of this step; what they come to, with prodigy's own factor d."""
         config = self.config
         factor = learning_rate_factor(config.lr_scheduler, step, self.plan.total_steps, config.lr_warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        return config.learning_rate * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
+            group["lr"] = rate * factor
+        return {
+            name: group["lr"] * group.get("d", 1.0)
+            for name, group in zip(self.rates, self.optimizer.param_groups, strict=True)
+        }
 
     def accumulate(self, step: int) -> float | None:
         """Forward and backward over the step's micro-batches; the mean loss, or None when asked to stop."""
@@ -3385,6 +3870,7 @@ class LoRATrainer:
         for index in range(self.config.gradient_accumulation_steps):
             if self.stop.requested:
                 return None
+            torch.manual_seed(draw_key("dropout", self.config.seed, step, index))
             batch = self.collate(step * self.config.gradient_accumulation_steps + index)
             loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
             torch.autograd.backward(self.scaler.scale(loss))
@@ -3425,7 +3911,19 @@ class LoRATrainer:
         return Batch(mean, std, context, conditions, torch.tensor(weights).to(self.device), mask)
 
     def conditions(self, texts: Sequence[str], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids.
+        """Give what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids."""
+        if self.encoder:
+            with self.autocast():
+                context, pooled = self.encoder.encode_batch(texts)
+        else:
+            context, pooled = self.cached_context(texts)
+        context = context.to(self.device, self.dtype)
+        if pooled is None:
+            return context, None
+        return context, {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": time_ids.to(self.device)}
+
+    def cached_context(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Stack embeddings from the cache: context [B, tokens, width], pooled [B, width] (SDXL).
 
         Texts of fewer windows are filled up with the empty text's, as A1111 does.
         """
@@ -3436,30 +3934,67 @@ class LoRATrainer:
             empty = self.cached[self.keys[""]]["context"]
             missing = [(length - context.shape[1]) // empty.shape[1] for context in contexts]
             contexts = [torch.cat([one, *[empty] * count], dim=1) for one, count in zip(contexts, missing, strict=True)]
-        context = torch.cat(contexts).to(self.device, self.dtype)
-        if not self.plan.source.family.time_ids:
-            return context, None
-        pooled = torch.cat([one.pooled for one in embeddings if one.pooled is not None])
-        return context, {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": time_ids.to(self.device)}
+        pooled = [one.pooled for one in embeddings if one.pooled is not None]
+        return torch.cat(contexts), torch.cat(pooled) if pooled else None
 
     def loss(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
         """Give the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only."""
 
-        def draw(purpose: str) -> Tensor:
-            source = generator(purpose, self.config.seed, step, micro_batch)
-            return torch.randn(batch.mean.shape, generator=source).to(self.device)
+        def draw(purpose: str, shape: Sequence[int]) -> Tensor:
+            source = generator(purpose, config.seed, step, micro_batch)
+            return torch.randn(shape, generator=source).to(self.device)
 
-        source = generator("timesteps", self.config.seed, step, micro_batch)
-        timesteps = torch.randint(len(self.alpha_bar), (len(batch.mean),), generator=source)  # on the CPU, as the table
-        latents = batch.mean + batch.std * draw("posterior")
-        torch.manual_seed(draw_key("dropout", self.config.seed, step, micro_batch))
-        return (self.sample_losses(batch, latents, draw("noise"), timesteps) * batch.weights).mean()
+        config, shape = self.config, batch.mean.shape
+        end = min(config.max_timestep or len(self.alpha_bar), len(self.alpha_bar))
+        source = generator("timesteps", config.seed, step, micro_batch)
+        timesteps = torch.randint(config.min_timestep, end, shape[:1], generator=source)  # on the CPU, as the tables
+        latents = batch.mean + batch.std * draw("posterior", shape)
+        noise = draw("noise", shape)
+        if config.noise_offset:
+            noise = offset_noise(noise, draw("offset", (*shape[:2], 1, 1)), config.noise_offset)
+        huber_c = config.huber_c if config.loss_type == "huber" else None
+        losses = self.sample_losses(batch, latents, noise, timesteps, huber_c)
+        return (losses * batch.weights * self.weight_of[timesteps].to(self.device)).mean()
 
-    def sample_losses(self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def sample_losses(
+        self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, huber_c: float | None = None
+    ) -> Tensor:
         """Give each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU)."""
         noisy = add_noise(latents, noise, self.alpha_bar, timesteps)
         prediction = self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions)
-        return squared_error(prediction, self.target_of(latents, noise, self.alpha_bar, timesteps), batch.mask)
+        target = self.target_of(latents, noise, self.alpha_bar, timesteps)
+        return sample_error(prediction, target, batch.mask, huber_c)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.half)
+
+    def evaluation_weights(self) -> Mapping[str, Tensor]:
+        """Give the weights that samples, validation and files get: an average where there is one, else the live ones.
+
+        Schedule-free's is x = y + (1 - 1/beta1)(z - y) of its own eval(), which would change the bits of y for good.
+        """
+        if self.ema:
+            return self.ema
+        if not OPTIMIZERS[self.config.optimizer].averages:
+            return self.live
+        states = {key: self.optimizer.state.get(weight, {}) for key, weight in self.parameters.items()}
+        share = 1 - 1 / self.config.adam_beta1
+        return {k: torch.lerp(w, states[k]["z"], share) if "z" in states[k] else w for k, w in self.live.items()}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Lend the components the evaluation weights; the ones that train are put back as they were."""
+        for component in self.components.values():
+            component.eval()
+        for key, weight in self.evaluation_weights().items():
+            self.parameters[key].data = weight
+        try:
+            yield
+        finally:
+            for key, weight in self.live.items():
+                self.parameters[key].data = weight
+            for component in self.components.values():
+                component.train()
 
     def validate(self, step: int) -> None:
         """Tell the held-out images' mean loss, at the same noise and timesteps every time; not after a stop request."""
@@ -3467,14 +4002,13 @@ class LoRATrainer:
         by_size = grouped(held_out, lambda index: self.plan.sizes[index]).values()
         batches = [batch for members in by_size for batch in split(members, self.config.batch_size)]
         losses: list[Tensor] = []
-        self.unet.eval()
         work = [(batch, part) for batch in batches for part in range(self.VALIDATION_PARTS)]
-        for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
-            if not self.stop.requested:
-                losses.append(self.validation_losses(batch, part))
-        self.unet.train()
+        with self.evaluating(), torch.no_grad():
+            for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
+                if not self.stop.requested:
+                    losses.append(self.validation_losses(batch, part))
         if losses and not self.stop.requested:
-            self.events.emit("validation", step=step, loss=float(torch.cat(losses).mean()))
+            self.tell("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     def validation_losses(self, indices: Sequence[int], part: int) -> Tensor:
         """Give the losses [B] of images in the middle of one part of the schedule; each image has its own noise."""
@@ -3484,12 +4018,11 @@ class LoRATrainer:
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         # Stratified: the loss varies more between timesteps than between images.
         timestep = len(self.alpha_bar) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
-        with torch.no_grad():
-            return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
+        return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.half):
+        with self.autocast():
             output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
         return output
 
@@ -3499,6 +4032,9 @@ class LoRATrainer:
             self.torn = True
             grad_norm = self.update(loss)
             good = self.verdict(step, loss, grad_norm)
+            if good and self.config.ema_decay:
+                share = 1 - ema_decay_at(self.config.ema_decay, step)
+                torch._foreach_lerp_([*self.ema.values()], [*self.live.values()], share)
             before, self.clock = self.clock, time.monotonic()  # samples and saves are in, so the time left is honest
             self.laps.append(self.clock - before)
             self.state = self.state.after(loss, good, self.laps[-1])
@@ -3508,7 +4044,9 @@ class LoRATrainer:
     def update(self, loss: float) -> float:
         """Clip and take the optimizer step, unless loss or gradient are not finite; the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+        grad_norm = float(
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm or math.inf)
+        )
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -3532,17 +4070,18 @@ class LoRATrainer:
             raise TrainerError("loss_not_finite", message)
         return False
 
-    def report(self, loss: float, rate: float, grad_norm: float) -> None:
+    def report(self, loss: float, rates: dict[str, float], grad_norm: float) -> None:
         state, total = self.state, self.plan.total_steps
         if state.step % self.config.log_steps and state.step != total:
             return
         speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         fields: JSON = {"step": state.step, "total_steps": total, "percent": round(100 * state.step / total, 2)}
-        fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rate, "grad_norm": grad_norm}
+        fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rates["unet"], "grad_norm": grad_norm}
+        fields |= {"learning_rates": rates}
         fields |= {"epoch": self.plan.epoch(state.step), "steps_per_second": speed}
         fields |= {"eta_seconds": (total - state.step) / speed if speed else None, "vram_gb": gigabytes(peak)}
-        self.events.emit("progress", **fields)
+        self.tell("progress", **fields)
 
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
@@ -3558,29 +4097,33 @@ class LoRATrainer:
 
     def sample(self, step: int) -> None:
         """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
-        config, source = self.config, self.plan.source
         self.events.info(f"Sampling at step {step}.", phase="sampling")
-        self.unet.eval()
-        side = self.plan.resolution // source.vae_factor
-        for index, prompt in enumerate(config.sample_prompts):
-            seed = config.sample_seed + index
-            shape = (1, int(source.unet.get("in_channels", 4)), side, side)
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-            path = self.folder.samples / f"step_{step}_{index}.png"
-            text = {"prompt": prompt, "seed": str(seed), "step": str(step), "run_id": self.run_id}
-            try:
-                latents = self.denoise(noise, prompt)
-                if latents is None:
+        with self.evaluating(), torch.no_grad():
+            for index, prompt in enumerate(self.config.sample_prompts):
+                try:
+                    if not self.sample_one(step, index, prompt):
+                        break
+                except (TrainerError, RuntimeError, MemoryError) as error:  # a picture is not worth a run
+                    failure = as_trainer_error(error, "sampling")
+                    self.events.warning("sample_not_written", failure.message, failure.hint)
                     break
-                write_file(path, png_bytes(decode_latents(self.vae.to(self.device), latents), text))
-            except (TrainerError, RuntimeError, MemoryError) as error:  # a picture is not worth a run
-                failure = as_trainer_error(error, "sampling")
-                self.events.warning("sample_not_written", failure.message, failure.hint)
-                break
-            self.events.emit("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
         self.vae.to("cpu")
-        self.unet.train()
         self.events.info("Training.", phase="training")
+
+    def sample_one(self, step: int, index: int, prompt: str) -> bool:
+        """Draw and write one image; False when a stop was asked for."""
+        source, seed = self.plan.source, self.config.sample_seed + index
+        side = self.plan.resolution // source.vae_factor
+        shape = (1, int(source.unet.get("in_channels", 4)), side, side)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        latents = self.denoise(noise, prompt)
+        if latents is None:
+            return False
+        path = self.folder.samples / f"step_{step}_{index}.png"
+        text = {"prompt": prompt, "seed": str(seed), "step": str(step), "run_id": self.run_id}
+        write_file(path, png_bytes(decode_latents(self.vae.to(self.device), latents), text))
+        self.tell("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
+        return True
 
     def denoise(self, noise: Tensor, prompt: str) -> Tensor | None:
         """Run DDIM with classifier-free guidance, both prompts in one batch; None: a stop was asked for."""
@@ -3589,13 +4132,12 @@ class LoRATrainer:
         texts = [config.sample_negative_prompt, prompt]
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
-        with torch.no_grad():
-            for timestep in sampler.timesteps:
-                if self.stop.requested:
-                    return None
-                negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
-                guided = negative + config.sample_guidance_scale * (positive - negative)
-                latents = sampler.step(guided, timestep, latents).prev_sample
+        for timestep in sampler.timesteps:
+            if self.stop.requested:
+                return None
+            negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
+            guided = negative + config.sample_guidance_scale * (positive - negative)
+            latents = sampler.step(guided, timestep, latents).prev_sample
         return latents
 
     def save_or_warn(self, lora: bool = True) -> None:
@@ -3620,9 +4162,10 @@ class LoRATrainer:
             self.keep_folder()
             step = self.state.step
             state_path = self.folder.checkpoints / f"state_step_{step}.safetensors"
-            tensors, optimizer = pack_optimizer(self.optimizer)
-            for name, (down, up) in self.layers.items():
-                tensors |= {f"lora/{name}/down": down, f"lora/{name}/up": up}
+            tensors: dict[str, Tensor] = {}
+            optimizer = pack(self.optimizer.state_dict(), tensors)
+            for name, weights in {"adapter": self.live, "ema": self.ema}.items():
+                tensors |= {f"{name}/{key}": weight for key, weight in weights.items()}
             record = {"run_id": self.run_id, "identity": self.identity, "environment": self.environment()}
             record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
             record |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
@@ -3670,8 +4213,7 @@ class LoRATrainer:
             self.write_config()
 
     def write_lora(self, path: Path) -> None:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.config.save_dtype]
-        tensors = kohya_tensors(self.layers, self.config.lora_alpha, dtype, self.plan.source)
+        tensors = file_tensors(self.evaluation_weights(), self.config, self.plan.source)
         digest = tensor_bytes_hash(serialize(tensors, {}))
         write_file(path, serialize(tensors, lora_header(self.plan, self.state.step, self.run_id, digest)))
 
@@ -3692,7 +4234,7 @@ class LoRATrainer:
             self.write_config()
 
     def finish(self) -> None:
-        """Write the final LoRA and say `complete`."""
+        """Write the final LoRA."""
         if self.state.step and not self.state.losses:
             raise TrainerError("loss_not_finite", "Not one step was finite: nothing was trained.")
         self.events.info("Saving the final LoRA.", phase="saving")
@@ -3700,7 +4242,6 @@ class LoRATrainer:
             self.save(lora=False)
         self.keep_folder()
         self.write_lora(self.final_path)
-        self.complete()
 
     def complete(self) -> None:
         state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
