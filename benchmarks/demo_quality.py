@@ -117,11 +117,13 @@ def sample(pipeline: Any, prompt: str, args: argparse.Namespace) -> list[Array]:
     return pictures
 
 
-def draw_grid(samples: dict[str, dict[str, list[Array]]], training: list[Path], columns: list[int]) -> Image.Image:
+def draw_grid(
+    samples: dict[str, dict[str, list[Array]]], training: list[Path], columns: list[int], margin: int = 56
+) -> Image.Image:
     """Rows: before and after (and the training pictures, if given); a group of columns, with its prompt, per prompt."""
     groups = list(zip(next(iter(samples.values())), columns, strict=True))
     cell, gap, label, zoom = 64, 2, 14, 2
-    width = label * 4 + sum(n * (cell + gap) + 6 for _, n in groups)
+    width = margin + sum(n * (cell + gap) + 6 for _, n in groups)
     rows = len(samples) + bool(training)
     grid = Image.new("RGB", (width * zoom, (label + rows * (cell + gap)) * zoom), "white")
     pen = ImageDraw.Draw(grid)
@@ -132,7 +134,7 @@ def draw_grid(samples: dict[str, dict[str, list[Array]]], training: list[Path], 
 
     for row, (name, by_prompt) in enumerate(samples.items()):
         pen.text((6, (label + row * (cell + gap) + cell // 2) * zoom), name, fill="black", font_size=22)
-        x = label * 4
+        x = margin
         for prompt, count in groups:
             if row == 0:
                 pen.text((x * zoom, 2), prompt, fill="black", font_size=20)
@@ -142,9 +144,9 @@ def draw_grid(samples: dict[str, dict[str, list[Array]]], training: list[Path], 
     if training:
         middle = (label + len(samples) * (cell + gap) + cell // 2) * zoom
         pen.text((6, middle), "trained on", fill="black", font_size=22)
-        for number, path in enumerate(training[: (width - label * 4) // (cell + gap)]):
+        for number, path in enumerate(training[: (width - margin) // (cell + gap)]):
             with Image.open(path) as picture:
-                paste(picture, label * 4 + number * (cell + gap), len(samples))
+                paste(picture, margin + number * (cell + gap), len(samples))
     return grid
 
 
