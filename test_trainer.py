@@ -28,6 +28,7 @@ import string
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -2505,6 +2506,26 @@ def test_clip_skip_takes_an_earlier_layer_through_the_last_norm(
     with pytest.raises(trainer.TrainerError) as caught:
         prepare(tmp_path, small(images, models / kind, tmp_path / "many", clip_skip=11))
     assert caught.value.problems[0]["path"] == "clip_skip"
+
+
+@needs_torch
+def test_text_encoders_are_gone_after_caching_unless_they_train(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    real = trainer.load_component
+
+    def load(source: Any, owner: Any, part: str, *rest: Any) -> Any:
+        loaded.append((part, weakref.ref(component := real(source, owner, part, *rest))))
+        return component
+
+    monkeypatch.setattr(trainer, "load_component", load)
+    made = [
+        prepare(tmp_path, small(images, models / "sdxl", tmp_path / str(training), train_text_encoder=training))
+        for training in (False, True)
+    ]
+    there = [sorted(part for part, alive in some if alive() and part != "vae") for some in (loaded[:4], loaded[4:])]
+    assert made and there == [["unet"], ["text_encoder", "text_encoder_2", "unet"]]
 
 
 @needs_torch

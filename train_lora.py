@@ -2871,6 +2871,7 @@ class PromptEncoder:
             self.parts.append((row, tokenizer, encoder))
         self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
         self.most = config.max_caption_tokens // 75  # windows
+        self.windows = functools.cache(self.tokenize)  # each text once: tokenizing would show in every step
         self.skipped = config.clip_skip
         for _, _, encoder in self.parts:
             if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
@@ -2902,8 +2903,7 @@ class PromptEncoder:
         context, pooled = self.states(filled)
         return context.reshape(len(texts), -1, context.shape[-1]), None if pooled is None else pooled[::most]
 
-    @functools.cache  # noqa: B019  # as long as the encoder; a run's texts are few, and its tokenizing would show
-    def windows(self, text: str) -> list[list[tuple[list[int], list[int]]]]:
+    def tokenize(self, text: str) -> list[list[tuple[list[int], list[int]]]]:
         """Tokenize a text to windows: of each, (tokens, attention mask) for each encoder."""
         room = self.length - 2
         ids = [token_ids(tokenizer, text)[: room * self.most] for _, tokenizer, _ in self.parts]
