@@ -324,22 +324,18 @@ class OptimizerKind:
     state_bytes: int  # per weight
     package: str | None = None
     adam: bool = True  # takes adam_beta1, adam_beta2 and adam_epsilon
+    adapts: bool = False  # finds its rate by itself, one for all groups
     averages: bool = False  # files and samples get an average of the weights that train
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+FIXED_RATE = {"scale_parameter": False, "relative_step": False}
+FOR_DIFFUSION = {"use_bias_correction": True, "safeguard_warmup": True}  # as its authors advise
 OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim", "AdamW", 8),
     "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2, "bitsandbytes"),
-    "adafactor": OptimizerKind(
-        *("transformers.optimization", "Adafactor", 0),
-        adam=False,
-        fixed={"scale_parameter": False, "relative_step": False},
-    ),
-    "prodigy": OptimizerKind(
-        *("prodigyopt", "Prodigy", 16, "prodigyopt"),
-        fixed={"use_bias_correction": True, "safeguard_warmup": True},  # as its authors advise for diffusion models
-    ),
+    "adafactor": OptimizerKind("transformers.optimization", "Adafactor", 0, adam=False, fixed=FIXED_RATE),
+    "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16, "prodigyopt", adapts=True, fixed=FOR_DIFFUSION),
     "lion": OptimizerKind("lion_pytorch", "Lion", 4, "lion-pytorch", adam=False),
     "schedulefree_adamw": OptimizerKind("schedulefree", "AdamWScheduleFree", 8, "schedulefree", averages=True),
 }
@@ -531,12 +527,12 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     reg, dataset, init = (values[key] for key in ("regularization_path", "dataset_path", "init_lora_path"))
     lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
-    kind, rules = OPTIMIZERS[values["optimizer"]], []
-    packages = [("optimizer", kind.module.partition(".")[0], kind.package)] if kind.package else []
+    optimizer, rules = OPTIMIZERS[values["optimizer"]], []
+    packages = [("optimizer", optimizer.module.partition(".")[0], optimizer.package)] if optimizer.package else []
     for key, module, package in (*packages, *(("report_to", name, name) for name in values["report_to"])):
         found = importlib.util.find_spec(module)
         missing = found is None or found.origin is None  # a folder of that name beside us is no package
-        rules.append((missing, key, f"{values[key]} needs the package {package}: pip install {package}"))
+        rules.append((missing, key, f"needs the package {package}: pip install {package}"))
     same_folder = reg and os.path.realpath(reg) == os.path.realpath(dataset)
     no_file = init and not (Path(init).is_file() and init.lower().endswith(".safetensors"))
     rules += [
@@ -546,8 +542,16 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (end is not None and end <= first, "max_timestep", f"must be more than min_timestep ({first})"),
-        (kind.averages and values["ema_decay"], "ema_decay", f"must be null: {values['optimizer']} averages itself"),
-        (kind.averages and not values["adam_beta1"], "adam_beta1", f"must be more than 0 with {values['optimizer']}"),
+        (
+            optimizer.averages and values["ema_decay"],
+            "ema_decay",
+            f"must be null: {values['optimizer']} averages itself",
+        ),
+        (
+            optimizer.averages and not values["adam_beta1"],
+            "adam_beta1",
+            f"must be more than 0 with {values['optimizer']}",
+        ),
     ]
     return [problem(path, message) for broken, path, message in rules if broken]
 
@@ -576,9 +580,9 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     if config.lr_warmup_steps and config.steps is not None and config.lr_warmup_steps >= config.steps:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({config.steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
-    kind, defaults = OPTIMIZERS[config.optimizer], load_schema()["definitions"]
-    unused = [] if kind.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"]
-    unused += ["text_encoder_learning_rate"] if config.optimizer == "prodigy" and config.train_text_encoder else []
+    optimizer, defaults = OPTIMIZERS[config.optimizer], load_schema()["definitions"]
+    unused = [] if optimizer.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    unused += ["text_encoder_learning_rate"] if optimizer.adapts and config.train_text_encoder else []
     for key in unused:
         if getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect with optimizer {config.optimizer}.", f"Remove {key}."
@@ -586,16 +590,16 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         off = getattr(config, needed) in (None, False, 0, "l2")
         if off and getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
-    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+    if optimizer.adapts and config.learning_rate < 0.1:
         message = f"learning_rate {config.learning_rate:g} is a factor on the rate that prodigy finds by itself."
         yield "prodigy_rate_low", message, "Leave learning_rate out (1.0) with prodigy."
-    if config.optimizer == "schedulefree_adamw" and config.lr_scheduler != "constant":
+    if optimizer.averages and config.lr_scheduler != "constant":
         message = f"lr_scheduler {config.lr_scheduler} works against schedulefree_adamw, which needs no decay."
         yield "schedule_not_needed", message, "Use constant."
-    if config.optimizer == "prodigy" and config.lr_scheduler == "cosine_with_restarts":
+    if optimizer.adapts and config.lr_scheduler == "cosine_with_restarts":
         message = "Each restart of cosine_with_restarts sends prodigy to its highest rate again."
         yield "schedule_not_needed", message, "Use constant or cosine."
-    if config.learning_rate > 2e-2 and config.optimizer != "prodigy":
+    if config.learning_rate > 2e-2 and not optimizer.adapts:
         message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
         yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
 
@@ -1214,6 +1218,7 @@ FAMILIES = (
 )
 
 COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+NAMES = {"type": "array", "items": {"type": "string"}}
 COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
 UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 
@@ -1224,7 +1229,7 @@ MODEL_KEYS: dict[str, JSON] = {
         **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"), COUNT),
         "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
         "block_out_channels": COUNTS,
-        "down_block_types": {"type": "array", "items": {"type": "string"}},
+        **dict.fromkeys(("down_block_types", "up_block_types"), NAMES),
         "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
     },
     "vae/config.json": {
@@ -1481,10 +1486,8 @@ def module_name(part: str, module: str) -> str:
     return f"{part}.{'text_model.' if missing else ''}{module}"
 
 
-RESNET_NAMES = {
-    **{"conv1": "in_layers.2", "conv2": "out_layers.3"},
-    **{"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"},
-}
+RESNET_NAMES = {"conv1": "in_layers.2", "conv2": "out_layers.3"}
+RESNET_NAMES |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 
 
 def original_block_name(module: str, unet: Mapping[str, Any]) -> str:
@@ -1503,7 +1506,8 @@ def original_block_name(module: str, unet: Mapping[str, Any]) -> str:
     number = int(block) * (last + 1) + (last if kind.endswith("samplers") else int(layer))
     if side == "down":
         return f"input_blocks.{number + 1}.{int(kind == 'attentions')}.{'op' if kind == 'downsamplers' else tail}"
-    behind = 1 + str(unet["up_block_types"][int(block)]).startswith("CrossAttn")
+    kinds = unet.get("up_block_types") or (PLAIN,) * (int(block) + 1)
+    behind = 1 + kinds[int(block)].startswith("CrossAttn")
     index = {"resnets": 0, "attentions": 1, "upsamplers": behind}[kind]
     return f"output_blocks.{number}.{index}.{tail}"
 
@@ -1630,9 +1634,8 @@ def lora_width(config: TrainingConfig, source: ModelSource) -> int:
     if source.shapes:
         return sum(shape[0] + math.prod(shape[1:]) for shape in target_shapes(config, source).values())
     rows = source.family.text_encoders if config.train_text_encoder else ()
-    per_layer = (
-        8 if config.lora_targets == "attention" else 18
-    )  # four square layers; two more, one side four times wide
+    # Four square layers; two more, of which one side is four times as wide.
+    per_layer = 8 if config.lora_targets == "attention" else 18
     return source.family.lora_width[config.lora_targets] + sum(row.layers * row.width * per_layer for row in rows)
 
 
@@ -2454,45 +2457,28 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for flaw in plan.dataset.flaws:
         yield flaw.code, f"{flaw.path} {flaw.message}.", DATASET_HINTS[flaw.code]
 
-    def names(unwanted: Callable[[Example], bool]) -> list[str]:
-        return [example.name for example in examples if unwanted(example)]
-
+    bare = [e for e in examples if e.caption_source == "trigger words"]
+    buckets = {f"{width}x{height}": bucket for (width, height), bucket in plan.buckets.items()}
+    small = [size for size, bucket in buckets.items() if 0 < len(bucket) < config.batch_size <= len(examples)]
+    unused = [size for size, bucket in buckets.items() if bucket.prior and not bucket.prior_count]
+    tiny = [e.name for e in examples if min(e.width, e.height) < plan.resolution / 2]
+    cropped = [e.name for e, size in zip(examples, plan.sizes, strict=True) if cropped_share(e, size) > 1 / 4]
+    repeated = [e.name for e in examples if e.repeats >= 200 * config.repeats]
     none_held_out = config.validation_split > 0 and not plan.dataset.of_role("validation")
-    size_of = dict(zip(examples, plan.sizes, strict=True))
-    bare = [example for example in examples if example.caption_source == "trigger words"]
     found = {
         "captions_missing": ("images have no caption", [e.name for e in bare if e.role != "prior"]),
         "prior_captions_missing": (
             "regularization images have no caption",
             [e.name for e in bare if e.role == "prior"],
         ),
-        "images_tiny": (
-            f"images are less than half the resolution {plan.resolution}",
-            names(lambda example: min(example.width, example.height) < plan.resolution / 2),
-        ),
-        "images_cropped": (
-            "images lose more than a quarter to the crop",
-            names(lambda example: cropped_share(example, size_of[example]) > 1 / 4),
-        ),
-        "repeats_high": (
-            "images are repeated 200 times or more",
-            names(lambda example: example.repeats >= 200 * config.repeats),
-        ),
+        "images_tiny": (f"images are less than half the resolution {plan.resolution}", tiny),
+        "images_cropped": ("images lose more than a quarter to the crop", cropped),
+        "repeats_high": ("images are repeated 200 times or more", repeated),
         "duplicates": ("images are there more than once", [" = ".join(names) for names in duplicates(plan.dataset)]),
-        "buckets_small": (
-            f"buckets hold less than one batch of {config.batch_size}",
-            [
-                f"{w}x{h}"
-                for (w, h), bucket in plan.buckets.items()
-                if 0 < len(bucket) < config.batch_size <= len(examples)
-            ],
-        ),
-        "prior_unused": (
-            "sizes hold too few regularization images to show any",
-            [f"{w}x{h}" for (w, h), bucket in plan.buckets.items() if bucket.prior and not bucket.prior_count],
-        ),
-        "validation_empty": ("images are too few to hold one out", names(lambda example: none_held_out)),
-        "masks_missing": ("images have no mask", names(lambda example: config.masked_loss and not example.has_mask)),
+        "buckets_small": (f"buckets hold less than one batch of {config.batch_size}", small),
+        "prior_unused": ("sizes hold too few regularization images to show any", unused),
+        "validation_empty": ("images are too few to hold one out", [e.name for e in examples if none_held_out]),
+        "masks_missing": ("images have no mask", [e.name for e in examples if config.masked_loss and not e.has_mask]),
     }
     for code, (what, listed) in found.items():
         if listed:
@@ -2560,14 +2546,15 @@ def adapter_kind(parts: Iterable[str]) -> str:
     return "lokr" if "lokr_" in names else "dora" if "dora_scale" in names or "magnitude" in names else "lora"
 
 
+def squeezed(shape: Iterable[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
 def fits(parts: Mapping[str, Sequence[int]], shape: Sequence[int], rank: int) -> bool:
     """Tell whether a layer's weights in a file, by their shapes, make a change of a weight of this shape."""
 
     def sizes(*names: str) -> list[list[int]]:
-        return [[size for size in parts[name] if size != 1] for name in names if name in parts]
-
-    def plain(*numbers: int) -> list[list[int]]:
-        return [[size for size in numbers if size != 1]]
+        return [squeezed(parts[name]) for name in names if name in parts]
 
     if adapter_kind(parts) == "lokr":
         left, right = parts.get("lokr_w1", ()), parts.get("lokr_w2", ())
@@ -2577,7 +2564,8 @@ def fits(parts: Mapping[str, Sequence[int]], shape: Sequence[int], rank: int) ->
         return math.prod(left) * math.prod(right) == math.prod(shape) and len(left) == 2 and "lokr_t2" not in parts
     down, up = sizes("lora_down.weight", "lora_A.weight"), sizes("lora_up.weight", "lora_B.weight")
     scale = sizes("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight")
-    return down == plain(rank, *shape[1:]) and up == plain(shape[0], rank) and scale in ([], plain(shape[0]))
+    wanted = [[squeezed((rank, *shape[1:]))], [squeezed((shape[0], rank))]]
+    return [down, up] == wanted and scale in ([], [squeezed(shape[:1])])
 
 
 def make_plan(
@@ -2659,25 +2647,18 @@ def zero_terminal(alpha_bar: Tensor) -> Tensor:
     return scaled**2
 
 
-def signal_and_noise(alpha_bar: Tensor, timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give alpha and sigma [B, 1, 1, 1], float32, on the device, for timesteps [B] on the CPU."""
+def diffuse(
+    latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """Give (noisy latents, what the UNet should predict) [B, C, h, w] at timesteps [B] on the CPU.
+
+    Noisy is alpha * x0 + sigma * noise (Ho et al. 2020, eq. 4); the target is the noise, or
+    v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D).
+    """
     chosen = alpha_bar[timesteps].view(-1, 1, 1, 1)
-    return chosen.sqrt().float().to(device), (1 - chosen).sqrt().float().to(device)
-
-
-def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
-    """Diffuse: alpha * x0 + sigma * noise (Ho et al. 2020, eq. 4)."""
-    alpha, sigma = signal_and_noise(alpha_bar, timesteps, latents.device)
-    return alpha * latents + sigma * noise
-
-
-def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor, timesteps: Tensor) -> Tensor:
-    """Give v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D)."""
-    alpha, sigma = signal_and_noise(alpha_bar, timesteps, latents.device)
-    return alpha * noise - sigma * latents
-
-
-TARGET_OF: dict[str, Callable[..., Tensor]] = {"epsilon": lambda latents, noise, *_: noise, "v_prediction": velocity}
+    alpha, sigma = (part.sqrt().float().to(latents.device) for part in (chosen, 1 - chosen))
+    target = noise if prediction_type == "epsilon" else alpha * noise - sigma * latents
+    return alpha * latents + sigma * noise, target
 
 
 def loss_weights(alpha_bar: Tensor, prediction_type: str, gamma: float | None) -> Tensor:
@@ -2689,14 +2670,6 @@ def loss_weights(alpha_bar: Tensor, prediction_type: str, gamma: float | None) -
         return torch.ones_like(alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
-
-
-def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
-    """Add an offset [B, C, 1, 1], the same in all of a channel's pixels, so that images of any brightness are learnt.
-
-    Nicholas Guttenberg, "Diffusion with Offset Noise", 2023.
-    """
-    return noise + strength * offset
 
 
 def sample_error(
@@ -2870,43 +2843,31 @@ class PromptEncoder:
                 raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             self.parts.append((row, tokenizer, encoder))
         self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
-        self.most = config.max_caption_tokens // 75  # windows
+        self.max_windows = config.max_caption_tokens // 75
         self.windows = functools.cache(self.tokenize)  # each text once: tokenizing would show in every step
-        self.skipped = config.clip_skip
+        self.clip_skip = config.clip_skip
         for _, _, encoder in self.parts:
             if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
                 message = f"clip_skip must be less than the text encoder's {layers} layers"
                 raise TrainerError("config_invalid", f"{message}.", problems=[problem("clip_skip", message)])
 
-    def encode(self, texts: Sequence[str]) -> list[TextEmbedding]:
-        """Encode texts for the cache, each as long as it is: 77 tokens, padded as the tokenizer says.
+    def encode(self, texts: Sequence[str], dtype: torch.dtype) -> list[TextEmbedding]:
+        """Encode texts, each as long as it is: 77 tokens, padded as the tokenizer says.
 
         A longer text is encoded in windows of 75 tokens between their own begin and end, which are
         joined, and pooled is the first window's: as A1111 and ComfyUI encode long prompts.
         """
         windows = [self.windows(text) for text in texts]
-        with torch.no_grad():
-            context, pooled = self.states([window for text in windows for window in text])
+        context, pooled = self.states([window for text in windows for window in text])
         counts = [len(text) for text in windows]
-        contexts = torch.split(context.half(), counts)
-        first = [None] * len(texts) if pooled is None else [part[:1] for part in torch.split(pooled.half(), counts)]
+        contexts = torch.split(context.to(dtype), counts)
+        first = [None] * len(texts) if pooled is None else [part[:1] for part in torch.split(pooled.to(dtype), counts)]
         return [TextEmbedding(part.flatten(0, 1)[None], one) for part, one in zip(contexts, first, strict=True)]
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Encode a batch for a step that trains the encoders: context [B, tokens, width], pooled [B, width].
-
-        Texts of fewer windows are filled up with the empty text's, as A1111 does.
-        """
-        windows = [self.windows(text) for text in texts]
-        most = max(map(len, windows))
-        filled = [window for text in windows for window in [*text, *self.windows("") * (most - len(text))]]
-        context, pooled = self.states(filled)
-        return context.reshape(len(texts), -1, context.shape[-1]), None if pooled is None else pooled[::most]
 
     def tokenize(self, text: str) -> list[list[tuple[list[int], list[int]]]]:
         """Tokenize a text to windows: of each, (tokens, attention mask) for each encoder."""
         room = self.length - 2
-        ids = [token_ids(tokenizer, text)[: room * self.most] for _, tokenizer, _ in self.parts]
+        ids = [token_ids(tokenizer, text)[: room * self.max_windows] for _, tokenizer, _ in self.parts]
         count = max(1, *(math.ceil(len(part) / room) for part in ids))
         return [
             [
@@ -2924,9 +2885,9 @@ class PromptEncoder:
             attended = mask if getattr(encoder.config, "use_attention_mask", False) else None
             output = encoder(tokens, attention_mask=attended, output_hidden_states=True)
             state = output.hidden_states[-2] if row.penultimate else output.last_hidden_state
-            if self.skipped:
+            if self.clip_skip:
                 norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
-                state = norm(output.hidden_states[-1 - self.skipped])
+                state = norm(output.hidden_states[-1 - self.clip_skip])
             states.append(state)
             pooled = output.text_embeds if row.pooled else pooled
         return torch.cat(states, dim=-1), pooled
@@ -3015,6 +2976,12 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
 def adapter_scale(config: TrainingConfig) -> float:
     """Give what an adapter's product is multiplied with (rsLoRA: Kalajdzievski 2023)."""
     return config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+
+
+def learning_rates(config: TrainingConfig) -> dict[str, float]:
+    """Give the rate of each parameter group."""
+    text = config.learning_rate if OPTIMIZERS[config.optimizer].adapts else config.text_encoder_learning_rate
+    return {"unet": config.learning_rate} | ({"text_encoder": text} if config.train_text_encoder else {})
 
 
 def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch.device) -> Any:
@@ -3194,6 +3161,8 @@ def initial_weights(
     tensors = safetensors.torch.load_file(path)
     # diffusers keeps alpha in the header, kohya beside each layer's weights.
     described = json.loads(read_header(path).get("lora_adapter_metadata", "{}"))
+    if any(value for key, value in described.items() if key.endswith("alpha_pattern")):
+        raise ValueError("some of its layers have an alpha of their own")
     style = "kohya" if any(name.startswith("lora_unet_") for name in tensors) else "diffusers"
     values = {}
     for key, weight in weights.items():
@@ -3202,7 +3171,7 @@ def initial_weights(
         name = f"{prefix}.{FILE_PARTS[style].get(part, part)}"
         name = name if name in tensors else f"{prefix}.{part}"  # as diffusers writes magnitudes
         value = tensors[name].float()
-        if [size for size in value.shape if size != 1] != [size for size in weight.shape if size != 1]:
+        if squeezed(value.shape) != squeezed(weight.shape):
             raise ValueError(f"{name} has shape {list(value.shape)}, not {list(weight.shape)}")
         if part in ("lora_B", "lokr_w1"):
             full = all(f"{module}/{name}" in weights for name in FULL_LOKR)  # the scale is in lokr_w1 already
@@ -3273,7 +3242,7 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
         {"ss_network_args": json.dumps(network_arguments(config)), "ss_network_dim": config.lora_rank},
         {"ss_network_alpha": f"{config.lora_rank * adapter_scale(config):g}", "ss_resolution": f"({width}, {width})"},
         {"ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate},
-        {"ss_text_encoder_lr": config.text_encoder_learning_rate} if config.train_text_encoder else {},
+        {"ss_text_encoder_lr": learning_rates(config).get("text_encoder")},
         {"ss_clip_skip": config.clip_skip + 1, "ss_min_snr_gamma": config.snr_gamma},
         {"ss_noise_offset": config.noise_offset, "ss_loss_type": config.loss_type},
         {"ss_zero_terminal_snr": source.scheduler["rescale_betas_zero_snr"]},
@@ -3518,10 +3487,7 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-TRACKER_OF: dict[str, Callable[..., TensorBoard | WeightsAndBiases]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
+TRACKER_OF: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def track_event(tracker: TensorBoard | WeightsAndBiases, kind: str, fields: JSON) -> None:
@@ -3689,11 +3655,9 @@ class LoRATrainer:
         if header.get("train_lora.run_id") != self.run_id:
             return False
         wanted = lora_header(self.plan, step, self.run_id, tensor_bytes_hash(self.final_path.read_bytes()))
-        keys = [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
-        return all(
-            header.get(key) == wanted[key]
-            for key in (*keys, "ss_steps", "train_lora.save_dtype", "train_lora.save_format")
-        )
+        keys = ["ss_steps", "train_lora.save_dtype", "train_lora.save_format"]
+        keys += [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
+        return all(header.get(key) == wanted[key] for key in keys)
 
     def cache(self) -> None:
         """Encode what the cache lacks of texts and images; let the encoders go. Needs self.plan."""
@@ -3718,8 +3682,9 @@ class LoRATrainer:
             return
         self.events.info("Loading the text encoders.", phase="loading")
         encoder = PromptEncoder(self.config, self.plan.source, tokenizers, self.dtype, self.device)
-        for group in self.track("Encoding captions.", missing) if missing else ():
-            self.keep(group, encoder.encode(group))
+        with torch.no_grad():
+            for group in self.track("Encoding captions.", missing) if missing else ():
+                self.keep(group, encoder.encode(group, torch.float16))
         if training:
             self.encoder = encoder
 
@@ -3783,33 +3748,29 @@ class LoRATrainer:
         self.ema = {key: weight.clone() for key, weight in self.live.items()} if config.ema_decay else {}
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.make_optimizer()
+        self.rates = learning_rates(config)
+        groups = [
+            {
+                "params": [w for key, w in self.parameters.items() if key.startswith("unet.") == (name == "unet")],
+                "lr": rate,
+            }
+            for name, rate in self.rates.items()
+        ]
+        self.optimizer = make_optimizer(config, groups, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.alpha_bar = noise_schedule(source.scheduler)
         self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
-        self.target_of = TARGET_OF[source.prediction_type]
         count = sum(weight.numel() for weight in self.live.values())
         modules = {key.rpartition("/")[0] for key in self.live}
         self.events.info(f"Training {len(modules)} modules with {count:,} weights.")
 
-    def make_optimizer(self) -> None:
-        config = self.config
-        self.rates = {"unet": config.learning_rate}
-        if config.train_text_encoder:  # prodigy adapts one rate for all
-            text = config.learning_rate if config.optimizer == "prodigy" else config.text_encoder_learning_rate
-            self.rates["text_encoder"] = text
-        groups = []
-        for name, rate in self.rates.items():
-            members = [w for key, w in self.parameters.items() if key.startswith("unet.") == (name == "unet")]
-            groups.append({"params": members, "lr": rate})
-        self.optimizer = make_optimizer(config, groups, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
     def check_disk_space(self) -> None:
         """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
         config, left = self.config, self.plan.total_steps - self.state.step
-        weights = sum(weight.numel() for weight in (*self.live.values(), *self.ema.values()))
+        weights = sum(weight.numel() for weight in self.live.values())
+        state = 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(self.ema)  # bytes per weight
         loras = 1 + min(left // (config.checkpoint_steps or left + 1), config.checkpoint_limit or left)
-        needed = weights * (3 * 12 + loras * (4 if config.save_dtype == "fp32" else 2))
+        needed = weights * (3 * state + loras * (4 if config.save_dtype == "fp32" else 2))
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
@@ -3821,7 +3782,10 @@ class LoRATrainer:
         for name, weights in {"adapter": self.live, "ema": self.ema}.items():
             for key, weight in weights.items():
                 weight.copy_(point.tensors[f"{name}/{key}"])
-        self.optimizer.load_state_dict(unpack(point.record["optimizer"], point.tensors))
+        saved = unpack(point.record["optimizer"], point.tensors)
+        for theirs, ours in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
+            theirs |= {"fused": ours["fused"]} if "fused" in ours else {}  # this device's, not the state's
+        self.optimizer.load_state_dict(saved)
         if point.record["scaler"]:  # {}: the run had no loss scaler until now
             self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
@@ -3855,8 +3819,7 @@ class LoRATrainer:
             loss = self.accumulate(step)
             if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
                 return False
-            grad_norm = self.advance(step, loss)
-            self.report(loss, rates, grad_norm)
+            self.report(*self.advance(step, loss), rates)
             self.periodic()
         return True
 
@@ -3874,14 +3837,13 @@ class LoRATrainer:
         """Set the rates of this step; what they come to, with prodigy's own factor d."""
         config = self.config
         factor = learning_rate_factor(config.lr_scheduler, step, self.plan.total_steps, config.lr_warmup_steps)
-        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
+        rates = {}
+        for group, (name, rate) in zip(self.optimizer.param_groups, self.rates.items(), strict=True):
             group["lr"] = rate * factor
-        return {
-            name: group["lr"] * group.get("d", 1.0)
-            for name, group in zip(self.rates, self.optimizer.param_groups, strict=True)
-        }
+            rates[name] = group["lr"] * group.get("d", 1.0)
+        return rates
 
-    def accumulate(self, step: int) -> float | None:
+    def accumulate(self, step: int) -> Tensor | None:
         """Forward and backward over the step's micro-batches; the mean loss, or None when asked to stop."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -3893,22 +3855,18 @@ class LoRATrainer:
             loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
             torch.autograd.backward(self.scaler.scale(loss))
             losses.append(loss.detach())
-        return float(torch.stack(losses).sum())  # waits for the GPU; update() waits once more, for the gradient's norm
+        return torch.stack(losses).sum()
 
-    def place(self, micro_batch: int) -> tuple[int, int]:
-        """Give (epoch, batch in it) of a micro-batch, counted from the start of the run."""
-        return divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.config.batch_size))
-
-    def batch_indices(self, micro_batch: int) -> list[int]:
-        """Give the images of a micro-batch: pure, so a resume needs no replay."""
-        epoch, position = self.place(micro_batch)
-        return self.order(epoch)[position]
+    def batch_at(self, micro_batch: int) -> tuple[int, list[int]]:
+        """Give (epoch, images) of a micro-batch, counted from the run's start: pure, so a resume needs no replay."""
+        epoch, position = divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.config.batch_size))
+        return epoch, self.order(epoch)[position]
 
     def collate(self, micro_batch: int) -> Batch:
         """Put a micro-batch together from the cache. Shapes as in Batch."""
         plan, views, texts, weights = self.plan, [], [], []
-        epoch, _ = self.place(micro_batch)
-        for position, index in enumerate(self.batch_indices(micro_batch)):
+        epoch, indices = self.batch_at(micro_batch)
+        for position, index in enumerate(indices):
             mirrored, dropped = draw_augmentation(self.config, micro_batch, position)
             variants = plan.variants[index]
             views.append(plan.view(index, mirrored))
@@ -3929,31 +3887,29 @@ class LoRATrainer:
         return Batch(mean, std, context, conditions, torch.tensor(weights).to(self.device), mask)
 
     def conditions(self, texts: Sequence[str], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Give what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids."""
-        if self.encoder:
-            with self.autocast():
-                context, pooled = self.encoder.encode_batch(texts)
-        else:
-            context, pooled = self.cached_context(texts)
-        context = context.to(self.device, self.dtype)
-        if pooled is None:
-            return context, None
-        return context, {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": time_ids.to(self.device)}
-
-    def cached_context(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Stack embeddings from the cache: context [B, tokens, width], pooled [B, width] (SDXL).
+        """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids.
 
         Texts of fewer windows are filled up with the empty text's, as A1111 does.
         """
-        embeddings = [TextEmbedding(**self.cached[self.keys[text]]) for text in texts]
+        embeddings = self.embeddings(texts)
         contexts = [one.context for one in embeddings]
         length = max(context.shape[1] for context in contexts)
         if any(context.shape[1] < length for context in contexts):
-            empty = self.cached[self.keys[""]]["context"]
+            empty = self.embeddings([""])[0].context
             missing = [(length - context.shape[1]) // empty.shape[1] for context in contexts]
             contexts = [torch.cat([one, *[empty] * count], dim=1) for one, count in zip(contexts, missing, strict=True)]
-        pooled = [one.pooled for one in embeddings if one.pooled is not None]
-        return torch.cat(contexts), torch.cat(pooled) if pooled else None
+        context = torch.cat(contexts).to(self.device, self.dtype)
+        if not self.plan.source.family.time_ids:
+            return context, None
+        pooled = torch.cat([one.pooled for one in embeddings if one.pooled is not None])
+        return context, {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": time_ids.to(self.device)}
+
+    def embeddings(self, texts: Sequence[str]) -> list[TextEmbedding]:
+        """Give texts' embeddings from the cache, or from the encoders where these train."""
+        if self.encoder:
+            with self.autocast():
+                return self.encoder.encode(texts, self.dtype)
+        return [TextEmbedding(**self.cached[self.keys[text]]) for text in texts]
 
     def loss(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
         """Give the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only."""
@@ -3969,7 +3925,8 @@ class LoRATrainer:
         latents = batch.mean + batch.std * draw("posterior", shape)
         noise = draw("noise", shape)
         if config.noise_offset:
-            noise = offset_noise(noise, draw("offset", (*shape[:2], 1, 1)), config.noise_offset)
+            # One number for all of a channel's pixels (Nicholas Guttenberg, "Diffusion with Offset Noise", 2023).
+            noise = noise + config.noise_offset * draw("offset", (*shape[:2], 1, 1))
         huber_c = config.huber_c if config.loss_type == "huber" else None
         losses = self.sample_losses(batch, latents, noise, timesteps, huber_c)
         return (losses * batch.weights * self.weight_of[timesteps].to(self.device)).mean()
@@ -3978,9 +3935,8 @@ class LoRATrainer:
         self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, huber_c: float | None = None
     ) -> Tensor:
         """Give each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU)."""
-        noisy = add_noise(latents, noise, self.alpha_bar, timesteps)
+        noisy, target = diffuse(latents, noise, self.alpha_bar, timesteps, self.plan.source.prediction_type)
         prediction = self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions)
-        target = self.target_of(latents, noise, self.alpha_bar, timesteps)
         return sample_error(prediction, target, batch.mask, huber_c)
 
     def autocast(self) -> torch.autocast:
@@ -4021,12 +3977,14 @@ class LoRATrainer:
         batches = [batch for members in by_size for batch in split(members, self.config.batch_size)]
         losses: list[Tensor] = []
         work = [(batch, part) for batch in batches for part in range(self.VALIDATION_PARTS)]
+        if not work:
+            return
         with self.evaluating(), torch.no_grad():
-            for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
-                if not self.stop.requested:
-                    losses.append(self.validation_losses(batch, part))
-        if losses and not self.stop.requested:
-            self.tell("validation", step=step, loss=float(torch.cat(losses).mean()))
+            for batch, part in self.events.track("Validating.", work, len(work), phase="validating"):
+                if self.stop.requested:
+                    return
+                losses.append(self.validation_losses(batch, part))
+        self.tell("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     def validation_losses(self, indices: Sequence[int], part: int) -> Tensor:
         """Give the losses [B] of images in the middle of one part of the schedule; each image has its own noise."""
@@ -4035,7 +3993,8 @@ class LoRATrainer:
         sources = [generator("validation", self.config.seed, index, part) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         # Stratified: the loss varies more between timesteps than between images.
-        timestep = len(self.alpha_bar) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
+        start, end = self.config.min_timestep, self.config.max_timestep or len(self.alpha_bar)
+        timestep = start + (end - start) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
         return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(views),), timestep))
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
@@ -4044,33 +4003,33 @@ class LoRATrainer:
             output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
         return output
 
-    def advance(self, step: int, loss: float) -> float:
-        """Take the optimizer step and count it; the gradient's norm before clipping."""
+    def advance(self, step: int, loss: Tensor) -> tuple[float, float]:
+        """Take the optimizer step and count it; its loss and the gradient's norm before clipping."""
         with self.changing:
             self.torn = True
-            grad_norm = self.update(loss)
-            good = self.verdict(step, loss, grad_norm)
+            value, grad_norm = self.update(loss)
+            good = self.verdict(step, value, grad_norm)
             if good and self.config.ema_decay:
                 share = 1 - ema_decay_at(self.config.ema_decay, step)
                 torch._foreach_lerp_([*self.ema.values()], [*self.live.values()], share)
             before, self.clock = self.clock, time.monotonic()  # samples and saves are in, so the time left is honest
             self.laps.append(self.clock - before)
-            self.state = self.state.after(loss, good, self.laps[-1])
+            self.state = self.state.after(value, good, self.laps[-1])
             self.torn = False
-        return grad_norm
+        return value, grad_norm
 
-    def update(self, loss: float) -> float:
-        """Clip and take the optimizer step, unless loss or gradient are not finite; the norm before clipping."""
+    def update(self, loss: Tensor) -> tuple[float, float]:
+        """Clip and take the optimizer step, unless loss or gradient are not finite: (loss, norm before clipping)."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = float(
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm or math.inf)
-        )
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        value, grad_norm = torch.stack([loss, norm]).tolist()  # the one wait for the GPU
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif math.isfinite(loss) and math.isfinite(grad_norm):
+        elif math.isfinite(value) and math.isfinite(grad_norm):
             self.optimizer.step()
-        return grad_norm
+        return value, grad_norm
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
         """Tell whether the step was sound (None: the loss scaler seeks its scale yet). Raises `loss_not_finite`."""
@@ -4079,7 +4038,7 @@ class LoRATrainer:
         if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             return None
         accumulation = self.config.gradient_accumulation_steps
-        indices = [i for index in range(accumulation) for i in self.batch_indices(step * accumulation + index)]
+        indices = [i for index in range(accumulation) for i in self.batch_at(step * accumulation + index)[1]]
         names = [self.plan.dataset.examples[index].name for index in indices]
         message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({listing(names)})."
         self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
@@ -4088,7 +4047,7 @@ class LoRATrainer:
             raise TrainerError("loss_not_finite", message)
         return False
 
-    def report(self, loss: float, rates: dict[str, float], grad_norm: float) -> None:
+    def report(self, loss: float, grad_norm: float, rates: dict[str, float]) -> None:
         state, total = self.state, self.plan.total_steps
         if state.step % self.config.log_steps and state.step != total:
             return
