@@ -3610,9 +3610,9 @@ def test_tensorboard_shows_what_the_events_say_also_after_a_resume(tmp_path: Pat
     changes: Json = {"report_to": ["tensorboard"], "validation_split": 0.2, "validation_steps": 2, "steps": 6}
     config = small(images, models / "sd15", tmp_path / "out", train_text_encoder=True, **changes)
     made = train(tmp_path, config, stop=Quiet(after=3))
-    made.close_trackers()
+    made.trackers.close()
     resumed = train(tmp_path, config)
-    resumed.close_trackers()
+    resumed.trackers.close()
     reader: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     shown = reader.EventAccumulator(str(tmp_path / "out/tensorboard"), purge_orphaned_data=False).Reload()
     told = [*emitted(made, "progress"), *emitted(resumed, "progress")]

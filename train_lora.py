@@ -3490,15 +3490,44 @@ class WeightsAndBiases:
 TRACKER_OF: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def track_event(tracker: TensorBoard | WeightsAndBiases, kind: str, fields: JSON) -> None:
-    """Hand a progress, validation or sample event on to a tracker."""
-    if kind == "sample":
-        tracker.picture(fields["step"], f"samples/{fields['index']}", Path(fields["image_path"]), fields["prompt"])
-    else:
+class Trackers:
+    """The trackers of a run. One that fails is left out from then on: no run is lost for a curve."""
+
+    def __init__(self, warn: Callable[[str, str, str], None]) -> None:
+        self._running: dict[str, TensorBoard | WeightsAndBiases] = {}
+        self._warn = warn
+
+    def open(self, name: str, folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
+        with self._guarded(name):
+            self._running[name] = TRACKER_OF[name](folder, run_id, config, step)
+
+    def tell(self, kind: str, fields: JSON) -> None:
+        """Hand on a progress, validation or sample event."""
         rates = {f"learning_rate/{name}": rate for name, rate in fields.get("learning_rates", {}).items()}
         shown = {name: fields.get(name) for name in ("loss", "loss_avg", "grad_norm", "vram_gb")}
         values = {f"{kind}/{name}": value for name, value in (shown | rates).items() if value is not None}
-        tracker.scalars(fields["step"], values)
+        for name, tracker in [*self._running.items()]:
+            with self._guarded(name):
+                if kind == "sample":
+                    path, prompt = Path(fields["image_path"]), fields["prompt"]
+                    tracker.picture(fields["step"], f"samples/{fields['index']}", path, prompt)
+                else:
+                    tracker.scalars(fields["step"], values)
+
+    def close(self) -> None:
+        for name, tracker in [*self._running.items()]:
+            with self._guarded(name):
+                tracker.close()
+        self._running.clear()
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # networks, accounts, disks: each tracker has its own classes
+            self._running.pop(name, None)
+            message = f"{name} failed and is left out from here on: {error}"
+            self._warn("tracking_failed", message, "The same numbers are in events.jsonl.")
 
 
 # ======================================================================================
@@ -3529,7 +3558,7 @@ class LoRATrainer:
         self.changing = threading.RLock()  # held while weights and counters change or are being saved
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
-        self.trackers: list[TensorBoard | WeightsAndBiases] = []
+        self.trackers = Trackers(self.events.warning)
         self.encoder: PromptEncoder | None = None  # where the text encoders train
 
     def run(self) -> None:
@@ -3543,11 +3572,11 @@ class LoRATrainer:
             if as_trainer_error(error, "").code != "loss_not_finite":
                 with contextlib.suppress(Exception):
                     self.rescue()
-            self.close_trackers()
+            self.trackers.close()
             raise
         if not done and self.state.step and not self.is_saved():
             self.save()
-        self.close_trackers()
+        self.trackers.close()
         return self.complete() if done else self.stop.conclude()
 
     def setup(self) -> bool:
@@ -3579,38 +3608,15 @@ class LoRATrainer:
             self.restore(point)
         self.check_disk_space()
         self.write_config()  # only now: a --fresh that fails to load must not cut the old run off from its states
-        self.open_trackers()
-        return False
-
-    def open_trackers(self) -> None:
         for name in self.config.report_to:
             self.events.info(f"Opening {name}.", phase="tracking")
-            with self.tracking(name):
-                self.trackers.append(TRACKER_OF[name](self.folder.path, self.run_id, self.config, self.state.step))
+            self.trackers.open(name, self.folder.path, self.run_id, self.config, self.state.step)
+        return False
 
     def tell(self, kind: str, **fields: Any) -> None:
-        """Emit an event and hand it on to the trackers; one that fails is left out from then on."""
+        """Emit an event and hand it on to the trackers."""
         self.events.emit(kind, **fields)
-        for tracker in [*self.trackers]:
-            self.trackers.remove(tracker)
-            with self.tracking(type(tracker).__name__):
-                track_event(tracker, kind, fields)
-                self.trackers.append(tracker)
-
-    def close_trackers(self) -> None:
-        while self.trackers:
-            tracker = self.trackers.pop()
-            with self.tracking(type(tracker).__name__):
-                tracker.close()
-
-    @contextlib.contextmanager
-    def tracking(self, name: str) -> Iterator[None]:
-        """Warn where a tracker fails: no run is lost for a curve."""
-        try:
-            yield
-        except Exception as error:  # networks, accounts, disks: each tracker has its own classes
-            message = f"{name} failed and is left out from here on: {error}"
-            self.events.warning("tracking_failed", message, "The same numbers are in events.jsonl.")
+        self.trackers.tell(kind, fields)
 
     def find_point(self) -> ResumePoint | None:
         """Find what to go on from, and settle the run's id."""
