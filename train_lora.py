@@ -2966,7 +2966,8 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
             frozen = component.get_submodule(match["module"]).get_base_layer().weight
             values = frozen.float().flatten(1).norm(dim=1).reshape(weight.shape)
         else:
-            values = torch.rand(weight.shape, generator=generator(f"adapter {key}", config.seed)) * 2 - 1
+            purpose = f"lora {key.removeprefix('unet.').removesuffix('/lora_A')}"
+            values = torch.rand(weight.shape, generator=generator(purpose, config.seed)) * 2 - 1
             values *= 0 if match["part"] in START_AT_ZERO else 1 / math.sqrt(weight[0].numel())
         weight.data = values.to(weight.device)
         weights[key] = weight
