@@ -3371,11 +3371,8 @@ def test_more_steps_under_a_decaying_schedule_warn(tmp_path: Path, images: Path,
 
 
 @needs_torch
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_five_interruptions_change_no_rate_no_loss_and_no_bit(
-    tmp_path: Path, images: Path, models: Path, kind: str
-) -> None:
-    config = small(images, models / kind, tmp_path / "whole", steps=12, lr_scheduler="cosine", lr_warmup_steps=4)
+def test_five_interruptions_change_no_rate_no_loss_and_no_bit(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sdxl", tmp_path / "whole", steps=12, lr_scheduler="cosine", lr_warmup_steps=4)
     whole = train(tmp_path, config)
     config["output_path"] = str(tmp_path / "parts")
     parts = [train(tmp_path, config, stop=Quiet(after=2)) for _ in range(5)] + [train(tmp_path, config)]
@@ -3702,7 +3699,7 @@ def test_the_loss_equals_an_independent_computation(tmp_path: Path, images: Path
 LOSSES: list[tuple[str, Json]] = [
     ("sd15", {"snr_gamma": 2.0, "noise_offset": 0.1, "min_timestep": 300, "max_timestep": 900}),
     ("sd15", {"loss_type": "huber", "huber_c": 0.3}),
-    ("sd21v", {"snr_gamma": 1.0, "zero_terminal_snr": True, "min_timestep": 999}),
+    ("sd21v", {"zero_terminal_snr": True, "min_timestep": 999}),
     ("sd21v", {"snr_gamma": 0.5, "noise_offset": 0.2}),
     ("sdxl", {"prediction_type": "v_prediction", "loss_type": "huber", "snr_gamma": 5.0, "zero_terminal_snr": True}),
 ]
