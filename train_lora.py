@@ -533,6 +533,7 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
         found = importlib.util.find_spec(module)
         missing = found is None or found.origin is None  # a folder of that name beside us is no package
         rules.append((missing, key, f"needs the package {package}: pip install {package}"))
+    itself = optimizer.averages
     same_folder = reg and os.path.realpath(reg) == os.path.realpath(dataset)
     no_file = init and not (Path(init).is_file() and init.lower().endswith(".safetensors"))
     rules += [
@@ -542,16 +543,8 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (end is not None and end <= first, "max_timestep", f"must be more than min_timestep ({first})"),
-        (
-            optimizer.averages and values["ema_decay"],
-            "ema_decay",
-            f"must be null: {values['optimizer']} averages itself",
-        ),
-        (
-            optimizer.averages and not values["adam_beta1"],
-            "adam_beta1",
-            f"must be more than 0 with {values['optimizer']}",
-        ),
+        (itself and values["ema_decay"], "ema_decay", f"must be null: {values['optimizer']} averages itself"),
+        (itself and not values["adam_beta1"], "adam_beta1", f"must be more than 0 with {values['optimizer']}"),
     ]
     return [problem(path, message) for broken, path, message in rules if broken]
 
@@ -1390,6 +1383,12 @@ def choose_weights(names: Sequence[str], part: str, variant: str | None, half: b
     raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Read the shapes in a safetensors file's header. Raises SafetensorError, which stands directly below Exception."""
+    with safe_open(path, framework="numpy") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+
+
 def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
     """Read tensor shapes from headers, without torch. Raises `model_corrupt`, also for a file that is cut short."""
     shapes: dict[str, list[int]] = {}
@@ -1398,8 +1397,7 @@ def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
             if not (folder / name).is_file():
                 raise ValueError("it is not a regular file")
             (folder / name).open("rb").close()  # safetensors says "no such file" where it may not read
-            with safe_open(folder / name, framework="numpy") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            shapes |= tensor_shapes(folder / name)
         except Exception as error:  # SafetensorError stands directly below Exception
             hint = "Give the user that runs this the right to read it." if isinstance(error, PermissionError) else ""
             if as_trainer_error(error, "").code == "out_of_memory":
@@ -2511,9 +2509,8 @@ def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str,
     """Hold the header of init_lora_path against the layers that this run trains."""
     path, layers = Path(str(config.init_lora_path)), target_shapes(config, source)
     try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # SafetensorError stands directly below Exception
+        shapes = tensor_shapes(path)
+    except Exception as error:
         return [problem("init_lora_path", f"{path.name} cannot be read: {error}")]
     wanted = {
         style: {file_prefix(style, name, source): shape for name, shape in layers.items()} for style in FILE_PARTS
@@ -2841,15 +2838,14 @@ class PromptEncoder:
             encoder = load_component(source, getattr(transformers, row.class_name), row.folder, dtype, device)
             if len(tokenizer) > encoder.config.vocab_size:
                 raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
+            if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
+                message = f"clip_skip must be less than the text encoder's {layers} layers"
+                raise TrainerError("config_invalid", f"{message}.", problems=[problem("clip_skip", message)])
             self.parts.append((row, tokenizer, encoder))
         self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
         self.max_windows = config.max_caption_tokens // 75
         self.windows = functools.cache(self.tokenize)  # each text once: tokenizing would show in every step
         self.clip_skip = config.clip_skip
-        for _, _, encoder in self.parts:
-            if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
-                message = f"clip_skip must be less than the text encoder's {layers} layers"
-                raise TrainerError("config_invalid", f"{message}.", problems=[problem("clip_skip", message)])
 
     def encode(self, texts: Sequence[str], dtype: torch.dtype) -> list[TextEmbedding]:
         """Encode texts, each as long as it is: 77 tokens, padded as the tokenizer says.
@@ -3114,7 +3110,14 @@ CACHE_HINT = "Leave the folder alone while a run uses it; the same command encod
 # ======================================================================================
 
 
-FULL_LOKR = ("lokr_w1", "lokr_w2")  # a layer with these two holds no rank that a scale could be read from
+def is_full_lokr(weights: Mapping[str, Tensor], module: str) -> bool:
+    """Tell whether a layer has two full matrices: it holds no rank then that a reader could take a scale from."""
+    return all(f"{module}/{part}" in weights for part in ("lokr_w1", "lokr_w2"))
+
+
+def file_alpha(config: TrainingConfig) -> float:
+    """Give the alpha that makes alpha / rank the scale that was trained, rsLoRA's too."""
+    return config.lora_rank * adapter_scale(config)
 
 
 def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> dict[str, Tensor]:
@@ -3128,14 +3131,14 @@ def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
     for key, weight in weights.items():
         module, _, part = key.rpartition("/")
         prefix, value = file_prefix(style, module, source), weight.detach().cpu()
-        full = all(f"{module}/{name}" in weights for name in FULL_LOKR)
+        full = is_full_lokr(weights, module)
         if part == "lokr_w1" and full:
             value = value * scale
         if part == "lora_magnitude_vector" and style == "kohya":  # [out], or [1, out, 1, 1]
             value = value.reshape(-1, *[1] * (weights[f"{module}/lora_A"].dim() - 1))
         tensors[f"{prefix}.{FILE_PARTS[style].get(part, part)}"] = value.to(dtype).contiguous()
         if style == "kohya":  # fp32: half precision would round it
-            tensors[f"{prefix}.alpha"] = torch.tensor(config.lora_rank * (1.0 if full else scale))
+            tensors[f"{prefix}.alpha"] = torch.tensor(float(config.lora_rank) if full else file_alpha(config))
     if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
         raise TrainerError("loss_not_finite", message)
@@ -3175,7 +3178,7 @@ def initial_weights(
         if squeezed(value.shape) != squeezed(weight.shape):
             raise ValueError(f"{name} has shape {list(value.shape)}, not {list(weight.shape)}")
         if part in ("lora_B", "lokr_w1"):
-            full = all(f"{module}/{name}" in weights for name in FULL_LOKR)  # the scale is in lokr_w1 already
+            full = is_full_lokr(weights, module)  # the scale is in lokr_w1 already
             alpha = described.get(f"{component}.lora_alpha", tensors.get(f"{prefix}.alpha", config.lora_rank))
             rank = config.lora_rank ** (0.5 if described.get(f"{component}.use_rslora") else 1)
             value *= (1 if full else float(alpha) / rank) / adapter_scale(config)
@@ -3199,8 +3202,9 @@ def read_header(path: Path) -> dict[str, str]:
 
 def network_arguments(config: TrainingConfig) -> JSON:
     """Say what kind of network a file holds, in the words of kohya's and LyCORIS's network_args."""
-    alpha = config.lora_rank * adapter_scale(config)
-    arguments: JSON = {"conv_dim": config.lora_rank, "conv_alpha": alpha} if config.lora_targets == "all" else {}
+    arguments: JSON = (
+        {"conv_dim": config.lora_rank, "conv_alpha": file_alpha(config)} if config.lora_targets == "all" else {}
+    )
     names: dict[str, JSON] = {
         "lora": {},
         "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
@@ -3241,7 +3245,7 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
         {"ss_sd_model_name": source.name, "ss_output_name": config.output_name, "ss_seed": config.seed},
         {"ss_network_module": "networks.lora" if config.lora_type == "lora" else "lycoris.kohya"},
         {"ss_network_args": json.dumps(network_arguments(config)), "ss_network_dim": config.lora_rank},
-        {"ss_network_alpha": f"{config.lora_rank * adapter_scale(config):g}", "ss_resolution": f"({width}, {width})"},
+        {"ss_network_alpha": f"{file_alpha(config):g}", "ss_resolution": f"({width}, {width})"},
         {"ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate},
         {"ss_text_encoder_lr": learning_rates(config).get("text_encoder")},
         {"ss_clip_skip": config.clip_skip + 1, "ss_min_snr_gamma": config.snr_gamma},
