@@ -1534,7 +1534,9 @@ def test_a_strange_model_config_is_named_and_crashes_nothing(
     model = hollow_model(tmp_path / "model")
     write_json(model / name, content)
     with pytest.raises(trainer.TrainerError, match=name) as caught:
-        trainer.locate_model(parse(tmp_path, small(images, model, tmp_path / "out")), weights=False, half=False)
+        trainer.locate_model(
+            parse(tmp_path, small(images, model, tmp_path / "out")), Recorder(), weights=False, half=False
+        )
     assert caught.value.code == "model_corrupt"
 
 
@@ -1545,13 +1547,15 @@ def test_a_pipe_in_a_models_place_does_not_hang(tmp_path: Path, images: Path) ->
         (model / name).unlink()
         os.mkfifo(model / name)
         with pytest.raises(trainer.TrainerError):
-            trainer.locate_model(parse(tmp_path, small(images, model, tmp_path / "out")), weights=False, half=False)
+            trainer.locate_model(
+                parse(tmp_path, small(images, model, tmp_path / "out")), Recorder(), weights=False, half=False
+            )
 
 
 def test_model_type_must_not_contradict_the_model(tmp_path: Path, images: Path) -> None:
     config = parse(tmp_path, small(images, hollow_model(tmp_path / "model"), tmp_path / "out", model_type="sdxl"))
     with pytest.raises(trainer.TrainerError, match="sd15"):
-        trainer.locate_model(config, weights=False, half=False)
+        trainer.locate_model(config, Recorder(), weights=False, half=False)
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -1563,7 +1567,7 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_loade
     for changes in ({"zero_terminal_snr": True}, {"min_timestep": 500}, {"max_timestep": 501}):
         with pytest.raises(trainer.TrainerError) as caught:
             config = parse(tmp_path, required | changes)
-            source = trainer.locate_model(config, weights=False, half=False)
+            source = trainer.locate_model(config, Recorder(), weights=False, half=False)
             trainer.make_plan(config, scan_quietly(config), source, None, half=False)
         assert caught.value.code == "config_invalid"
         assert [problem["path"] for problem in caught.value.problems] == list(changes)
@@ -1582,7 +1586,7 @@ def test_zero_terminal_snr_follows_the_scheduler_but_never_for_epsilon(tmp_path:
     ]:
         write_json(path, scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": said})
         config = parse(tmp_path, REQUIRED | {"base_model": str(model), "zero_terminal_snr": wish})
-        source = trainer.locate_model(config, weights=False, half=False)
+        source = trainer.locate_model(config, Recorder(), weights=False, half=False)
         assert source.scheduler["rescale_betas_zero_snr"] is outcome
 
 
@@ -1651,7 +1655,7 @@ def test_full_size_models_have_the_expected_modules_and_sizes(name: str, counts:
 @needs_torch
 def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, images: Path, models: Path) -> None:
     config = parse(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
-    source = trainer.locate_model(config, weights=False, half=False)
+    source = trainer.locate_model(config, Recorder(), weights=False, half=False)
     terms = trainer.estimate_vram(config, source, 96, half=False, checkpointing=False)
     made = prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
     lora = sum(weight.numel() for weight in made.live.values())
@@ -2096,7 +2100,7 @@ def plan_of(tmp_path: Path, dataset: Path, **changes: Any) -> trainer.Plan:
     """A plan without torch, on a model of which only the headers are there."""
     model = hollow_model(tmp_path / "hollow")
     config = parse(tmp_path, REQUIRED | {"dataset_path": str(dataset), "base_model": str(model), **changes})
-    source = trainer.locate_model(config, weights=False, half=False)
+    source = trainer.locate_model(config, Recorder(), weights=False, half=False)
     return trainer.make_plan(config, scan_quietly(config), source, None, half=False)
 
 
