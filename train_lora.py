@@ -640,20 +640,20 @@ SECRET_SHAPES = (  # of what may come in a text that is not ours: an HTTP client
 
 
 @functools.lru_cache(maxsize=1)
-def secrets() -> re.Pattern[str]:
+def known_secrets() -> re.Pattern[str]:
     """Match the tokens of this process: what libraries read from the environment and from the Hub's token file."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     known = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")]
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         known.append(Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token")).expanduser().read_text("utf-8"))
     sent = [re.sub(r"[\r\n]", "", text).strip() for text in known]  # as huggingface_hub cleans them
-    forms = {form for text in sent for form in (text, repr(text)[1:-1], ascii(text)[1:-1]) if len(text) >= 8}
+    forms = {form for text in sent if len(text) >= 8 for form in (text, repr(text)[1:-1])}
     return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or "(?!)")
 
 
 def hide_secrets(text: str) -> str:
-    """Leave out tokens and passwords: every text that we write passes here."""
-    text = secrets().sub("***", text)
+    """Leave out tokens and passwords; events and tracebacks pass here."""
+    text = known_secrets().sub("***", text)
     for shape, instead in SECRET_SHAPES:
         text = re.sub(shape, instead, text)
     return text
@@ -1467,8 +1467,8 @@ def fetch(config: TrainingConfig, events: EventStream, *, weights: bool, half: b
             events.warning("model_renamed", f"{repo} is called {info.id} on the Hub now.", f"Use {info.id}.")
         names = [file.rfilename for file in info.siblings or []]
         if "model_index.json" not in names:
-            single = next((name for name in names if name.endswith(".safetensors")), None)
-            hint = f"If {single} is the whole model: download it, and give its path as base_model." if single else ""
+            single = next((name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)), None)
+            hint = f"If {single} is a whole model: download it, and give its path as base_model." if single else ""
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.", hint)
         # Also without `weights`: that there are only pickles is said before a byte is read.
         files = needed_files(names, config.variant, half)
@@ -1476,13 +1476,13 @@ def fetch(config: TrainingConfig, events: EventStream, *, weights: bool, half: b
             return download(config, files, events)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_KEYS), etag_timeout=10))
     except Exception as error:  # no network: the HTTP client's errors come in many classes
-        if as_trainer_error(error, "").code != "internal":  # what was said above; a full disk
-            raise
+        if as_trainer_error(error, "").code != "internal" or getattr(error, "filename", None):
+            raise  # what was said above; a full disk; a cache that cannot be written to
         refusal, reason = hub_refusal(config, error), f"{type(error).__name__}: {error}".splitlines()[0]
+        if not weights:  # the first of two calls
+            events.info(f"The Hub gives no files of {repo} ({reason}): what its cache has is used.")
         folder, missing = cached_model(config, weights=weights, half=half)
         if folder and not missing:
-            if not weights:
-                events.info(f"{refusal.message if refusal else hub_silent(reason)} The copy in its cache is used.")
             return folder
         if weights or refusal:
             raise (refusal or hub_unreachable(config, reason, missing)) from error
@@ -1497,9 +1497,8 @@ def download(config: TrainingConfig, files: Sequence[str], events: EventStream) 
     options: JSON = {"revision": config.revision, "allow_patterns": list(files), "etag_timeout": 10}
     planned = snapshot_download(config.base_model, dry_run=True, **options)
     total = math.ceil(sum(file.file_size or 0 for file in planned if file.will_download) / 1e6)
-    repository = next(Path(file.local_path).parents[2] for file in planned if file.filename == "model_index.json")
-    check_hub_disk(repository, total)
-    lock, told = threading.Lock(), -1
+    check_hub_disk(next(Path(f.local_path).parents[2] for f in planned if f.filename == "model_index.json"), total)
+    lock, told = threading.Lock(), -1 if total else 0
 
     def tell(count: float) -> None:
         nonlocal told
@@ -1510,27 +1509,26 @@ def download(config: TrainingConfig, files: Sequence[str], events: EventStream) 
     class Bar(tqdm):  # type: ignore[misc]  # huggingface_hub's hook: this one draws nothing
         def __init__(self, *args: Any, unit: str = "", **settings: Any) -> None:
             super().__init__(*args, **settings | {"disable": True})
-            self.counts_bytes = unit == "B"  # other bars count files
+            self.counts_bytes = unit == "B"  # others count files
 
         def update(self, n: float | None = 1) -> None:
-            with lock:  # its threads share the bars
+            with lock:  # many threads share a bar
                 self.n += n or 0
                 if self.counts_bytes:
                     tell(self.n)
 
-    if total:
-        tell(0)
-    folder = snapshot_download(config.base_model, tqdm_class=Bar, **options)
-    if total:
-        tell(total * 1e6)
-    return Path(folder)
+    tell(0)
+    folder = Path(snapshot_download(config.base_model, tqdm_class=Bar, **options))
+    tell(total * 1e6)
+    return folder
 
 
 def check_hub_disk(repository: Path, megabytes: int) -> None:
     """Clear away what killed downloads left, and raise `disk_full` where the rest of a model will not fit."""
     # Nothing goes on with such a file: its name is random. A download that lives writes more often than once an hour.
-    parts = repository.glob("blobs/*.incomplete")
-    remove(*(path for path in parts if path.stat().st_mtime < time.time() - 3600))
+    with contextlib.suppress(OSError):
+        parts = repository.glob("blobs/*.incomplete")
+        remove(*(path for path in parts if path.stat().st_mtime < time.time() - 3600))
     free = shutil.disk_usage(next(folder for folder in (repository, *repository.parents) if folder.exists())).free
     if megabytes * 1e6 > free:
         message = f"{megabytes} MB of the base model are missing, but the disk of {repository} has {free / 1e6:.0f} MB."
@@ -1580,18 +1578,13 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
     return TrainerError("model_not_found", message, hint)
 
 
-def hub_silent(reason: str) -> str:
-    return f"The Hub was not reached ({reason})." if reason else "The Hub was not reached."
-
-
 def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[str] = ()) -> TrainerError:
-    if missing:
-        listed = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
-        message = f"{config.base_model} is only half in the Hub's cache: {listed} missing. {hub_silent(reason)}"
+    state, hint = "no folder here and not in the Hub's cache", "Connect to the network, or download the model elsewhere"
+    hint += " and give its folder as base_model."
+    if missing:  # a download broke off, just now or once
+        state = f"only in part in the Hub's cache ({', '.join(missing[:5])}{' ...' * (len(missing) > 5)} missing)"
         hint = "Start the same command again with a network; files that are whole are kept."
-        return TrainerError("model_not_found", message, hint)
-    message = f"{config.base_model!r} is no folder here and not in the Hub's cache. {hub_silent(reason)}"
-    hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
+    message = f"{config.base_model!r} is {state}, and the Hub was not reached{f' ({reason})' if reason else ''}."
     return TrainerError("model_not_found", message, hint)
 
 
