@@ -1507,15 +1507,13 @@ def download(config: TrainingConfig, files: Sequence[str], events: EventStream) 
             events.info(f"Downloading {config.base_model} (MB).", "downloading", current=done, total=total)
 
     class Bar(tqdm):  # type: ignore[misc]  # huggingface_hub's hook: this one draws nothing
-        def __init__(self, *args: Any, unit: str = "", **settings: Any) -> None:
+        def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings | {"disable": True})
-            self.counts_bytes = unit == "B"  # others count files
 
         def update(self, n: float | None = 1) -> None:
             with lock:  # many threads share a bar
                 self.n += n or 0
-                if self.counts_bytes:
-                    tell(self.n)
+                tell(self.n)  # of bytes; the bar that counts files never comes to a megabyte
 
     tell(0)
     folder = Path(snapshot_download(config.base_model, tqdm_class=Bar, **options))
