@@ -1717,7 +1717,7 @@ REFUSED = {"X-Error-Message": "Invalid credentials in Authorization header"}
         ("/api/", 401, {"X-Error-Message": 'User Access Token "x" is expired'}, "refused the token"),
         ("/api/", 401, {"X-Error-Code": "RepoNotFound"}, "no model 'someone/tiny-sd' on the Hub.*spelling"),
         ("/api/", 404, {"X-Error-Code": "RevisionNotFound"}, "no model"),
-        ("/api/", 503, {}, "not reached .*503"),
+        ("/api/", 503, {}, "did not deliver .*503"),
     ],
 )
 def test_a_refusal_of_the_hub_says_what_to_do(
@@ -1805,7 +1805,7 @@ def test_a_token_is_in_no_output(
 ) -> None:
     hub.faults[""] = (
         401,
-        REFUSED | {"X-Error-Message": f"Invalid credentials in Authorization header: {token!r}"[:90]},
+        REFUSED | {"X-Error-Message": f"Invalid credentials in Authorization header: {token!a}"[:90]},
     )
     config = write_config(tmp_path, **small(images, Path("x"), tmp_path / "out") | {"base_model": model})
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}

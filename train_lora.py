@@ -1478,7 +1478,7 @@ def fetch(config: TrainingConfig, events: EventStream, *, weights: bool, half: b
     except Exception as error:  # no network: the HTTP client's errors come in many classes
         if as_trainer_error(error, "").code != "internal" or getattr(error, "filename", None):
             raise  # what was said above; a full disk; a cache that cannot be written to
-        refusal, reason = hub_refusal(config, error), f"{type(error).__name__}: {error}".splitlines()[0]
+        refusal, reason = hub_refusal(config, error), f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         if not weights:  # the first of two calls
             events.info(f"The Hub gives no files of {repo} ({reason}): what its cache has is used.")
         folder, missing = cached_model(config, weights=weights, half=half)
@@ -1582,7 +1582,8 @@ def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[
     if missing:  # a download broke off, just now or once
         state = f"only in part in the Hub's cache ({', '.join(missing[:5])}{' ...' * (len(missing) > 5)} missing)"
         hint = "Start the same command again with a network; files that are whole are kept."
-    message = f"{config.base_model!r} is {state}, and the Hub was not reached{f' ({reason})' if reason else ''}."
+    did = f"did not deliver ({reason})" if reason else "was not reached"
+    message = f"{config.base_model!r} is {state}, and the Hub {did}."
     return TrainerError("model_not_found", message, hint)
 
 
