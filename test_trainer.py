@@ -63,6 +63,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and descriptors")
 
 Json = dict[str, Any]
+Shapes = dict[str, list[int]]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run faster so, here and in the child processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; the child processes must hear it
@@ -144,17 +145,22 @@ def new(owner: Any, **settings: Any) -> Any:
     return owner(**settings)
 
 
-def build_model(folder: Path, kind: str) -> None:
-    """Make a tiny Stable Diffusion with random weights: real layout, real classes, real tokenizer files."""
+def build_model(folder: Path, kind: str, wide: bool = False) -> None:
+    """Make a tiny Stable Diffusion with random weights: real layout, real classes, real tokenizer files.
+
+    A `wide` one has heads 64 wide and groups of 32 channels, which the headers of single files do not say.
+    """
     torch.manual_seed(0)
     xl = kind == "sdxl"
+    text_width = 64 if wide else 32
+    heads = 8 if kind == "sd15" else (1, 2) if wide else (4, 8)
     blocks = ["CrossAttn", ""]
     down = [f"{cross}DownBlock2D" for cross in (reversed(blocks) if xl else blocks)]
     up = [f"{cross}UpBlock2D" for cross in (blocks if xl else reversed(blocks))]
     extra: Json = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 8 * 6 + 32,
+        "projection_class_embeddings_input_dim": 8 * 6 + text_width,
         "transformer_layers_per_block": (1, 2),
     }
     unet = new(
@@ -162,11 +168,11 @@ def build_model(folder: Path, kind: str) -> None:
         sample_size=12 if kind in ("sd21v", "sdxl") else 8,
         down_block_types=down,
         up_block_types=up,
-        block_out_channels=(32, 64),
+        block_out_channels=(64, 128) if wide else (32, 64),
         layers_per_block=2 if xl else 1,
-        cross_attention_dim=64 if xl else 32,
-        attention_head_dim=8 if kind == "sd15" else (4, 8),
-        norm_num_groups=8,
+        cross_attention_dim=(1 + xl) * text_width,
+        attention_head_dim=heads,
+        norm_num_groups=32 if wide else 8,
         use_linear_projection=kind != "sd15",
         **(extra if xl else {}),
     )
@@ -175,8 +181,8 @@ def build_model(folder: Path, kind: str) -> None:
         diffusers.AutoencoderKL,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
+        block_out_channels=(32, 32, 64, 64) if wide else (8, 8, 16, 16),
+        norm_num_groups=32 if wide else 4,
         scaling_factor=0.13025 if xl else 0.18215,
         force_upcast=xl,
     )
@@ -185,7 +191,8 @@ def build_model(folder: Path, kind: str) -> None:
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     for suffix in ("", "_2") if xl else ("",):
-        build_text_encoder(folder, suffix, vocabulary, "<|endoftext|>" if kind == "sd15" or not suffix else "!")
+        pad = "!" if suffix or kind.startswith("sd21") else "<|endoftext|>"
+        build_text_encoder(folder, suffix, vocabulary, pad, text_width)
     prediction = "v_prediction" if kind == "sd21v" else "epsilon"
     write_json(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": prediction})
     index: Json = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"} | PIPELINE_INDEX
@@ -218,15 +225,16 @@ PIPELINE_INDEX: Json = {
 }
 
 
-def build_text_encoder(folder: Path, suffix: str, vocabulary: dict[str, int], pad: str) -> None:
+def build_text_encoder(folder: Path, suffix: str, vocabulary: dict[str, int], pad: str, width: int) -> None:
     end = vocabulary["<|endoftext|>"]
     settings = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=32,
+        num_attention_heads=4 if width == 32 else 1,
+        projection_dim=width,
+        hidden_act="gelu" if pad == "!" else "quick_gelu",
         bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=end,
         pad_token_id=end,
@@ -251,7 +259,8 @@ def hollow_model(folder: Path) -> Path:
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     write_json(folder / "unet/config.json", {"in_channels": 4, "out_channels": 4, "sample_size": 64})
     write_json(folder / "vae/config.json", {"block_out_channels": [128, 256, 512, 512]})
-    write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    write_json(folder / "scheduler/scheduler_config.json", SCHEDULER | {"prediction_type": "epsilon"})
+    write_json(folder / "text_encoder/config.json", {"hidden_size": 768})
     header = json.dumps({"a": {"dtype": "F16", "shape": [3, 5], "data_offsets": [0, 30]}}).encode()
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -265,6 +274,126 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in KINDS:
         build_model(folder / kind, kind)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wide_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models as folders, and the same as single files in the original layout."""
+    folder = tmp_path_factory.mktemp("wide")
+    for kind, said in {"sd15": "epsilon", "sd21v": "v", "sdxl": "epsilon"}.items():
+        build_model(folder / kind, kind, wide=True)
+        to_single_file(
+            folder / kind, folder / f"{kind}.safetensors", torch.float32, {"modelspec.prediction_type": said}
+        )
+    shutil.copytree(folder / "sd15/tokenizer", folder / "clip_tokenizer")
+    return folder
+
+
+def words(text: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
+RESNET = words("norm1=in_layers.0 conv1=in_layers.2 norm2=out_layers.0 conv2=out_layers.3")
+RESNET |= words("time_emb_proj=emb_layers.1 conv_shortcut=skip_connection")
+UNET_ENDS = words("conv_in=input_blocks.0.0 conv_norm_out=out.0 conv_out=out.2 add_embedding=label_emb.0")
+UNET_ENDS |= words("time_embedding=time_embed linear_1=0 linear_2=2")
+VAE = words("down_blocks=down up_blocks=up resnets=block conv_shortcut=nin_shortcut conv_norm_out=norm_out")
+VAE |= words("downsamplers.0=downsample upsamplers.0=upsample group_norm=norm to_q=q to_k=k to_v=v to_out.0=proj_out")
+VAE |= words("mid_block.resnets.0=mid.block_1 mid_block.resnets.1=mid.block_2 mid_block.attentions.0=mid.attn_1")
+OPEN_CLIP = words("encoder.layers=transformer.resblocks self_attn=attn layer_norm1=ln_1 layer_norm2=ln_2 fc1=c_fc")
+OPEN_CLIP |= words("fc2=c_proj final_layer_norm=ln_final embeddings.token_embedding=token_embedding")
+OPEN_CLIP |= words("embeddings.position_embedding.weight=positional_embedding")
+PLACE = re.compile(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?(resnet|attention|downsampler|upsampler)s\.(\d+)\.(.+)")
+
+
+def swap(name: str, table: dict[str, str]) -> str:
+    """Replace whole dotted parts of a name."""
+    parts = "|".join(re.escape(part) for part in sorted(table, key=len, reverse=True))
+    return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda found: table[found[1]], name)
+
+
+def original_unet(tensors: dict[str, Any], layers: int) -> dict[str, Any]:
+    def rename(name: str) -> str:
+        found = PLACE.match(name)
+        if not found:
+            return swap(name, UNET_ENDS)
+        side, part, place, rest = found[1], found[3], int(found[4]), found[5]
+        first = int(found[2] or 0) * (layers + 1)
+        if part == "downsampler":
+            return f"input_blocks.{first + layers + 1}.0.{rest.replace('conv', 'op')}"
+        if part == "upsampler":
+            attends = any(key.startswith(f"up_blocks.{found[2]}.attentions.") for key in tensors)
+            return f"output_blocks.{first + layers}.{1 + attends}.{rest}"
+        if part == "resnet":
+            rest = swap(rest, RESNET)
+        if side == "mid":
+            return f"middle_block.{1 if part == 'attention' else 2 * place}.{rest}"
+        block = f"input_blocks.{first + place + 1}" if side == "down" else f"output_blocks.{first + place}"
+        return f"{block}.{int(part == 'attention')}.{rest}"
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def original_vae(tensors: dict[str, Any], levels: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", key)
+        linear = ".attentions." in name and tensor.ndim == 2  # a 1x1 convolution there
+        result[swap(name, VAE)] = tensor[:, :, None, None] if linear else tensor
+    return result
+
+
+def original_clip(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Name CLIP-L's tensors as the older transformers did: under text_model., with the position numbers."""
+    result = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    positions = len(result["text_model.embeddings.position_embedding.weight"])
+    return result | {"text_model.embeddings.position_ids": torch.arange(positions)[None]}
+
+
+def original_open_clip(tensors: dict[str, Any], unused_layer: bool) -> dict[str, Any]:
+    """Rename to open_clip's layout; SD 2 files also have a last layer and a projection that diffusers leaves out."""
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    if unused_layer:
+        last = max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers."))
+        old, new = f"encoder.layers.{last}.", f"encoder.layers.{last + 1}."
+        tensors |= {name.replace(old, new): tensor for name, tensor in tensors.items() if name.startswith(old)}
+        tensors["text_projection.weight"] = torch.zeros_like(tensors[f"{old}self_attn.out_proj.weight"])
+    result: dict[str, Any] = {
+        "text_projection": tensors.pop("text_projection.weight").T,
+        "logit_scale": torch.tensor(4.6052),
+    }
+    for key, tensor in tensors.items():
+        if "q_proj." in key:
+            tensor = torch.cat([tensors[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+        if not re.search(r"\.[kv]_proj\.", key):
+            result[swap(key, OPEN_CLIP).replace("q_proj.", "in_proj_")] = tensor
+    return result
+
+
+def to_single_file(
+    model_folder: Path, target: Path, dtype: Any, metadata: dict[str, str] | None = None, with_vae: bool = True
+) -> None:
+    """Write the folder's UNet, text encoders and VAE to target; the family follows from the folder's contents."""
+
+    def load(part: str) -> dict[str, Any]:
+        return tensors_of(next((model_folder / part).glob("*.safetensors")))
+
+    unet, vae = (json.loads((model_folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
+    parts = {"model.diffusion_model.": original_unet(load("unet"), unet["layers_per_block"])}
+    if (model_folder / "text_encoder_2").is_dir():
+        parts["conditioner.embedders.0.transformer."] = original_clip(load("text_encoder"))
+        parts["conditioner.embedders.1.model."] = original_open_clip(load("text_encoder_2"), unused_layer=False)
+    elif unet["use_linear_projection"]:
+        parts["cond_stage_model.model."] = original_open_clip(load("text_encoder"), unused_layer=True)
+    else:
+        parts["cond_stage_model.transformer."] = original_clip(load("text_encoder"))
+    if with_vae:
+        parts["first_stage_model."] = original_vae(load("vae"), len(vae["block_out_channels"]))
+    whole = {prefix + name: tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in whole.items()}
+    import safetensors.torch
+
+    safetensors.torch.save_file({name: tensor.clone().contiguous() for name, tensor in cast.items()}, target, metadata)
 
 
 class Recorder(trainer.EventStream):
@@ -1603,7 +1732,7 @@ def refusal(tmp_path: Path, **options: Any) -> trainer.TrainerError:
     return caught.value
 
 
-NEEDED = {*trainer.MODEL_KEYS, "tokenizer/vocab.json", "tokenizer/merges.txt"}
+NEEDED = {*trainer.MODEL_KEYS, "text_encoder/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
 WEIGHT_FILES = {UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
 
 
@@ -1616,7 +1745,7 @@ def test_only_the_files_that_a_run_needs_are_downloaded(
     source, _ = locate(tmp_path, half=half, variant=variant)
     fp16 = {name.replace(".safe", ".fp16.safe") for name in WEIGHT_FILES}
     assert hub.got() == NEEDED | (fp16 if half or variant else WEIGHT_FILES)
-    assert set(source.variants.values()) == {"fp16" if half or variant else None}
+    assert {part.variant for part in source.parts.values()} == {"fp16" if half or variant else None}
     hub.log.clear()
     locate(tmp_path, half=half, variant=variant)
     assert not hub.got()
@@ -1735,13 +1864,13 @@ def test_a_model_that_the_hub_does_not_give_is_taken_from_the_cache(
     locate(tmp_path)
     for status, headers in ((404, {"X-Error-Code": "RepoNotFound"}), (401, REFUSED), (503, {})):
         hub.faults[""] = (status, headers)
-        assert locate(tmp_path)[0].folder.name == COMMIT
+        assert locate(tmp_path)[0].family.name == "sd15"
         assert "what its cache has is used" in locate(tmp_path, weights=False)[1][0]["message"]
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert locate(tmp_path)[0].folder.name == COMMIT
+    assert locate(tmp_path)[0].family.name == "sd15"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert locate(tmp_path)[0].folder.name == COMMIT
-    assert locate(tmp_path, revision=COMMIT)[0].folder.name == COMMIT
+    assert locate(tmp_path)[0].family.name == "sd15"
+    assert locate(tmp_path, revision=COMMIT)[0].family.name == "sd15"
     assert refusal(tmp_path, revision="v9").code == "model_not_found"
 
 
@@ -1966,6 +2095,436 @@ def test_a_prediction_type_that_contradicts_the_model_is_told(tmp_path: Path) ->
         plan = plan_of(tmp_path / wish, tmp_path / "images", prediction_type=wish)
         told = [warning[0] for warning in trainer.plan_warnings(plan)]
         assert [code for code in told if code.startswith("prediction")] == codes
+
+
+# ======================================================================================
+# single files
+# ======================================================================================
+
+# The telling tensors of real files, as their makers' code and the tools that read them name and shape them.
+U, CLIP, SGM = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "conditioner.embedders."
+TO_K = ".transformer_blocks.0.attn2.to_k.weight"
+VAE_ONLY: Shapes = {"first_stage_model.encoder.conv_in.weight": [128, 3, 3, 3]}
+SD1_FILE: Shapes = {
+    f"{U}input_blocks.0.0.weight": [320, 4, 3, 3],
+    f"{U}input_blocks.1.1.proj_in.weight": [320, 320, 1, 1],
+    f"{U}input_blocks.1.1{TO_K}": [320, 768],
+    f"{U}out.2.weight": [4, 320, 3, 3],
+    f"{CLIP}embeddings.token_embedding.weight": [49408, 768],
+    f"{CLIP}embeddings.position_ids": [1, 77],
+    **VAE_ONLY,
+}
+SD2_FILE: Shapes = {
+    f"{U}input_blocks.0.0.weight": [320, 4, 3, 3],
+    f"{U}input_blocks.1.1.proj_in.weight": [320, 320],
+    f"{U}input_blocks.1.1{TO_K}": [320, 1024],
+    f"{U}out.2.weight": [4, 320, 3, 3],
+    "cond_stage_model.model.token_embedding.weight": [49408, 1024],
+    "cond_stage_model.model.transformer.resblocks.23.attn.in_proj_weight": [3072, 1024],
+    **VAE_ONLY,
+}
+SDXL_FILE: Shapes = {
+    f"{U}input_blocks.0.0.weight": [320, 4, 3, 3],
+    f"{U}label_emb.0.0.weight": [1280, 2816],
+    f"{U}input_blocks.4.1{TO_K}": [640, 2048],
+    f"{U}out.2.weight": [4, 320, 3, 3],
+    f"{SGM}0.transformer.text_model.embeddings.token_embedding.weight": [49408, 768],
+    f"{SGM}1.model.transformer.resblocks.31.attn.in_proj_weight": [3840, 1280],
+    f"{SGM}1.model.text_projection": [1280, 1280],
+    **VAE_ONLY,
+}
+REFINER: Shapes = {
+    f"{U}input_blocks.0.0.weight": [384, 4, 3, 3],
+    f"{U}label_emb.0.0.weight": [1536, 2560],
+    f"{U}out.2.weight": [4, 384, 3, 3],
+    f"{SGM}0.model.text_projection": [1280, 1280],
+}
+MARKS: Shapes = {"v_pred": [0], "ztsnr": [0]}
+
+
+def changed(shapes: Shapes, channels: int = 4, **extra: list[int]) -> Shapes:
+    """The same file with a UNet of other input channels, and with more tensors ("__" stands for a dot)."""
+    more = {key.replace("__", "."): shape for key, shape in extra.items()}
+    return shapes | {f"{U}input_blocks.0.0.weight": [320, channels, 3, 3]} | more
+
+
+def without(shapes: Shapes, start: str) -> Shapes:
+    return {key: shape for key, shape in shapes.items() if not key.startswith(start)}
+
+
+def spec(**fields: str) -> dict[str, str]:
+    return {f"modelspec.{key}": value for key, value in fields.items()}
+
+
+BARE_CLIP: Shapes = {"cond_stage_model.transformer.embeddings.token_embedding.weight": [49408, 768]}
+XL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
+CHECKPOINTS: dict[str, tuple[Shapes, dict[str, str], tuple[str, str | None, bool] | str]] = {
+    "SD 1.4 with EMA": (changed(SD1_FILE, model_ema__decay=[], alphas_cumprod=[1000]), {}, ("sd15", None, False)),
+    "SD 1.5 pruned": (SD1_FILE, {"format": "pt"}, ("sd15", None, False)),
+    "SD 1.5, CLIP without text_model": (without(SD1_FILE, CLIP) | BARE_CLIP, {}, ("sd15", None, False)),
+    "SD 1.5 without VAE": (without(SD1_FILE, "first_stage"), {}, ("sd15", None, False)),
+    "SD 1.5 by kohya": (SD1_FILE, spec(prediction_type="epsilon"), ("sd15", "epsilon", False)),
+    "SD 1.5 v-prediction": (SD1_FILE, spec(prediction_type="v"), ("sd15", "v_prediction", False)),
+    "SD 1.5 by ComfyUI": (SD1_FILE, spec(predict_key="epsilon"), ("sd15", "epsilon", False)),
+    "SD 2.1 by Stability": (SD2_FILE, {}, ("sd21", None, False)),
+    "SD 2.1 base": (SD2_FILE, spec(architecture="stable-diffusion-v2-512"), ("sd21", "epsilon", False)),
+    "SD 2.1 768-v": (SD2_FILE, spec(architecture="stable-diffusion-v2-768-v"), ("sd21", "v_prediction", False)),
+    "SD 2.1 by OneTrainer": (SD2_FILE, spec(architecture="stable-diffusion-v2"), ("sd21", None, False)),
+    "SDXL base": (SDXL_FILE, spec(architecture=XL_ARCHITECTURE, prediction_type="epsilon"), ("sdxl", "epsilon", False)),
+    "SDXL merge": (SDXL_FILE, {}, ("sdxl", None, False)),
+    "SDXL v, zero terminal SNR (NoobAI)": (SDXL_FILE | MARKS, {}, ("sdxl", "v_prediction", True)),
+    "SDXL v": (changed(SDXL_FILE, v_pred=[0]), spec(prediction_type="epsilon"), ("sdxl", "v_prediction", False)),
+    "SDXL v by its metadata": (SDXL_FILE, spec(prediction_type="v_prediction"), ("sdxl", "v_prediction", False)),
+    "SDXL v-zsnr (SwarmUI)": (SDXL_FILE, spec(prediction_type="v-zsnr"), ("sdxl", "v_prediction", True)),
+    "SDXL flow": (SDXL_FILE, spec(prediction_type="flow"), ("sdxl", "flow", False)),
+    "SDXL without VAE": (without(SDXL_FILE, "first_stage"), {}, ("sdxl", None, False)),
+    "SD 1.5 inpainting": (changed(SD1_FILE, 9), {}, "inpainting"),
+    "SD 2 inpainting": (changed(SD2_FILE, 9), {}, "inpainting"),
+    "SDXL inpainting": (changed(SDXL_FILE, 9), {}, "inpainting"),
+    "InstructPix2Pix": (changed(SD1_FILE, 8), {}, "editing"),
+    "SD 2 depth": (changed(SD2_FILE, 5), {}, "depth"),
+    "SD x4 upscaler": (changed(SD2_FILE, 7), {}, "upscaler"),
+    "SDXL refiner": (REFINER, spec(architecture="stable-diffusion-xl-v1-refiner"), "refiner"),
+    "CosXL": (changed(SDXL_FILE, edm_vpred__sigma_max=[]), {}, "EDM"),
+    "Playground v2.5": (changed(SDXL_FILE, edm_mean=[1, 4, 1, 1]), {}, "EDM"),
+    "SDXL UNet alone": (without(SDXL_FILE, "conditioner"), {}, "without text encoders"),
+    "VAE with the prefix": (VAE_ONLY, {}, "a VAE"),
+}
+OTHER_FILES = {  # one tensor of each -> what it is called
+    "cond_stage_model.roberta.embeddings.word_embeddings.weight": "AltDiffusion",
+    f"{U}time_embed.cond_proj.weight": "latent consistency",
+    "cc_projection.weight": "Zero123",
+    "depth_model.model.pretrained.act_postprocess3.0.project.0.bias": "depth",
+    "embedder.model.ln_final.weight": "unCLIP",
+    f"{U}label_emb.weight": "upscaler",
+    f"{U}encoder_hid_proj.weight": "Kolors",
+    f"{U}scaled_fp8": "quantized",
+    f"{U}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight.absmax": "quantized",
+    "control_model.input_hint_block.0.weight": "ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "ControlNet",
+    "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": "ControlNet",
+    "lora_controlnet": "Control-LoRA",
+    "adapter.body.0.resnets.0.block1.weight": "T2I-Adapter",
+    "body.0.block1.weight": "T2I-Adapter",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight": "LoRA",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": "LoRA",
+    "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": "LoRA",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a": "LoRA",
+    "emb_params": "textual inversion",
+    "clip_g": "textual inversion",
+    "<my-token>": "textual inversion",
+    "encoder.conv_in.weight": "VAE",
+    "down_blocks.0.attentions.0.proj_in.weight": "diffusers' layout",
+    "text_model.embeddings.token_embedding.weight": "text encoder",
+    "encoder.block.0.layer.0.SelfAttention.k.weight": "text encoder",
+    "vision_model.embeddings.patch_embedding.weight": "vision",
+    "image_proj.proj.weight": "IP-Adapter",
+    "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": "AnimateDiff",
+    "model.1.sub.0.RDB1.conv1.0.weight": "upscaler",
+    f"{U}joint_blocks.0.context_block.attn.qkv.weight": "Stable Diffusion 3",
+    "double_blocks.0.img_attn.qkv.weight": "FLUX",
+    f"{U}double_blocks.0.img_attn.qkv.weight": "FLUX",
+    "double_stream_modulation_img.lin.weight": "FLUX.2",
+    "distilled_guidance_layer.in_proj.weight": "Chroma",
+    "t_block.1.weight": "PixArt",
+    "model.double_layers.0.attn.w1q.weight": "AuraFlow",
+    "clip_txt_mapper.weight": "Cascade",
+    f"{U}clip_mapper.weight": "Cascade",
+    f"{U}mlp_t5.0.weight": "HunyuanDiT",
+    "cap_embedder.0.weight": "Lumina",
+    "txt_norm.weight": "Qwen",
+    f"{U}head.modulation": "Wan",
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
+    f"{U}patchify_proj.weight": "LTX",
+    "blocks.0.cross_attn.q_linear.weight": "Sana",
+    "double_stream_blocks.0.block.adaLN_modulation.1.bias": "HiDream",
+    "net.x_embedder.proj.1.weight": "Cosmos",
+    f"{U}input_blocks.1.0.time_stack.emb_layers.1.bias": "Video",
+}
+
+
+@pytest.mark.parametrize("title", CHECKPOINTS)
+def test_a_checkpoint_is_known_by_its_header(title: str) -> None:
+    shapes, header, expected = CHECKPOINTS[title]
+    path = Path(f"{title}.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(trainer.TrainerError, match=expected) as caught:
+            trainer.single_file_family(path, shapes)
+        assert caught.value.code == "model_unsupported"
+        return
+    told = trainer.told_prediction(shapes, header)
+    found = trainer.single_file_family(path, shapes).name, told.get("prediction_type"), told["rescale_betas_zero_snr"]
+    assert found == expected
+
+
+def test_files_that_are_no_checkpoint_are_refused_by_name() -> None:
+    for key, name in OTHER_FILES.items():
+        for others in ({}, SD1_FILE if key.startswith(("cond", "control_", "depth", "embedder", U)) else {}):
+            with pytest.raises(trainer.TrainerError, match=re.escape(name)) as caught:
+                trainer.single_file_family(Path("x.safetensors"), {key: [8, 8], **others})
+            assert caught.value.code == "model_unsupported"
+
+
+def original_header(family: trainer.ModelFamily) -> dict[str, tuple[str, list[int]]]:
+    """The header of a full-size checkpoint in the original layout, from diffusers' and transformers' own classes."""
+    vae_blocks: Json = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.device("meta"):
+        vae = new(diffusers.AutoencoderKL, **vae_blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    tensors = {f"{U}{key}": value for key, value in original_unet(full_size_unet(family).state_dict(), 2).items()}
+    tensors |= {f"first_stage_model.{key}": value for key, value in original_vae(vae.state_dict(), 4).items()}
+    for row in family.text_encoders:
+        states = full_size_encoder(row).state_dict()
+        clip = original_open_clip(states, row.unused_layers == 1) if row.open_clip else original_clip(states)
+        tensors |= {row.original + key: value for key, value in clip.items()}
+    return {key: ("F16", list(value.shape)) for key, value in tensors.items()}
+
+
+def full_size_encoder(row: trainer.TextEncoder) -> Any:
+    sizes: Json = {"hidden_size": row.width, "intermediate_size": 4 * row.width, "projection_dim": row.width}
+    sizes |= {"num_hidden_layers": row.layers, "num_attention_heads": row.width // 64}
+    with torch.device("meta"):
+        return getattr(transformers, row.class_name)(transformers.CLIPTextConfig(**sizes))
+
+
+@needs_torch
+@pytest.mark.parametrize(("name", "count"), [("sd15", 1131), ("sd21", 1228), ("sdxl", 2515)])
+def test_a_full_size_checkpoint_has_every_weight_and_no_other(name: str, count: int) -> None:
+    family = next(family for family in trainer.FAMILIES if family.name == name)
+    headers = original_header(family)
+    assert len(headers) == count  # as published
+    found, parts, scheduler = trainer.read_single_file(Path("x.safetensors"), headers, {})
+    configs = [parts[part].config or {} for part in ("unet", "vae")]
+    source = trainer.ModelSource("x", found, configs[0], configs[1], scheduler, "epsilon", parts=parts)
+    trainer.check_single_file(source)
+    sizes = {part: sum(math.prod(shape) for shape in value.shapes.values()) for part, value in parts.items()}
+    assert {part: sizes[part] for part in ("unet", "vae")} == {
+        part: family.parameters[part] for part in ("unet", "vae")
+    }
+    real = full_size_unet(family).config
+    assert {key: real[key] for key in ("cross_attention_dim", "attention_head_dim", "layers_per_block")} == {
+        key: configs[0][key] for key in ("cross_attention_dim", "attention_head_dim", "layers_per_block")
+    }
+    middle = {key: value for key, value in headers.items() if not key.startswith(f"{U}middle_block.1")}
+    block = f"{U}input_blocks.4.1.transformer_blocks.0.ff.net.2.weight"
+    for broken in (middle, headers | {block: ("F16", [7, 7])}, headers | {f"{U}more.weight": ("F16", [1])}):
+        with pytest.raises(
+            trainer.TrainerError, match=r"not built as Stable Diffusion"
+        ) as caught:  # distilled, changed
+            _, parts, _ = trainer.read_single_file(Path("x.safetensors"), broken, {})
+            trainer.check_single_file(dataclasses.replace(source, parts=parts))
+        assert caught.value.code == "model_unsupported"
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sd15", "sd21v", "sdxl"])
+def test_training_from_a_single_file_equals_training_from_its_folder(
+    tmp_path: Path, images: Path, wide_models: Path, kind: str
+) -> None:
+    changes: Json = {"resolution": 64, "train_text_encoder": kind != "sdxl", "lora_targets": "all"}
+    runs = [
+        train(tmp_path, small(images, base, tmp_path / name, **changes))
+        for name, base in {"folder": wide_models / kind, "file": wide_models / f"{kind}.safetensors"}.items()
+    ]
+    assert_same_tensors(*(made.final_path for made in runs))
+    assert runs[0].state.losses == runs[1].state.losses
+    header = trainer.read_header(runs[1].final_path)
+    assert header["ss_sd_model_name"] == f"{kind}.safetensors"
+    assert header["modelspec.prediction_type"] == ("v" if kind == "sd21v" else "epsilon")
+
+
+@needs_torch
+def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(
+    tmp_path: Path, images: Path, wide_models: Path
+) -> None:
+    import safetensors.torch
+
+    base, folder = tmp_path / "no_vae.safetensors", wide_models / "sd15"
+    to_single_file(folder, base, torch.float32, {"modelspec.prediction_type": "epsilon"}, with_vae=False)
+    with pytest.raises(trainer.TrainerError, match="has no VAE") as caught:
+        prepare(tmp_path, small(images, base, tmp_path / "none", tokenizer_path=str(wide_models / "clip_tokenizer")))
+    assert caught.value.code == "model_not_found" and "vae_path" in caught.value.hint
+    whole = tensors_of(wide_models / "sd15.safetensors")
+    prefix = "first_stage_model."
+    vae = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+    safetensors.torch.save_file(vae, tmp_path / "original.safetensors")
+    own = folder / "vae/diffusion_pytorch_model.safetensors"
+    tried = (folder / "vae", folder, tmp_path / "original.safetensors", wide_models / "sd15.safetensors", own)
+    options = {"tokenizer_path": str(wide_models / "clip_tokenizer"), "resolution": 64}
+    expected = view_of(prepare(tmp_path, small(images, folder, tmp_path / "folder", **options)), 0)
+    for number, path in enumerate(tried):
+        made = prepare(tmp_path, small(images, base, tmp_path / str(number), vae_path=str(path), **options))
+        assert all(torch.equal(value, expected[key]) for key, value in view_of(made, 0).items())
+    (tmp_path / "vae.pt").touch()
+    refused = {
+        tmp_path / "vae.pt": "model_unsafe",
+        tmp_path / "none.safetensors": "model_not_found",
+        folder / "text_encoder/model.safetensors": "model_unsupported",
+        wide_models / "clip_tokenizer": "model_not_found",
+    }
+    for path, code in refused.items():
+        with pytest.raises(trainer.TrainerError) as caught:
+            prepare(tmp_path, small(images, folder, tmp_path / "refused", vae_path=str(path)))
+        assert caught.value.code == code
+
+
+# ======================================================================================
+# base models
+# ======================================================================================
+
+
+@needs_torch
+def test_a_single_files_tokenizer_is_looked_up_in_order(
+    tmp_path: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    alone = tmp_path / "models/m.safetensors"
+    alone.parent.mkdir()
+    alone.symlink_to(wide_models / "sd15.safetensors")
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def tokenizer(**changes: Any) -> Path:
+        config = parse(tmp_path, REQUIRED | {"base_model": str(alone), **changes})
+        return Path(trainer.locate_model(config, Recorder(), weights=True, half=False).tokenizers[0])
+
+    with pytest.raises(trainer.TrainerError) as caught:
+        tokenizer()
+    assert caught.value.code == "model_not_found"
+    place = str(alone.parent / "clip_tokenizer")
+    for told in ("vocab.json", "merges.txt", "openai/clip-vit-large-patch14", place, "tokenizer_path"):
+        assert told in caught.value.hint
+    repository = cache / "models--stabilityai--stable-diffusion-xl-base-1.0"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(wide_models / "sdxl/tokenizer", snapshot / "tokenizer")
+    write_json(repository / "refs/main", 0)
+    (repository / "refs/main").write_text("0" * 40)
+    assert tokenizer() == snapshot / "tokenizer"
+    shutil.copytree(wide_models / "clip_tokenizer", alone.parent / "clip_tokenizer")
+    assert tokenizer() == alone.parent / "clip_tokenizer"
+    assert tokenizer(tokenizer_path=str(wide_models / "sdxl")) == wide_models / "sdxl/tokenizer"
+    with pytest.raises(trainer.TrainerError) as caught:
+        tokenizer(tokenizer_path=str(tmp_path / "nowhere"))
+    assert [problem["path"] for problem in caught.value.problems] == ["tokenizer_path"]
+
+
+@needs_torch
+def test_what_nobody_told_is_measured_and_stays_on_a_resume(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "silent.safetensors"
+    to_single_file(wide_models / "sd15", base, torch.float32)
+    options = {"tokenizer_path": str(wide_models / "clip_tokenizer"), "resolution": 64}
+    made = train(tmp_path, small(images, base, tmp_path / "v", **options))  # random weights do not return their input
+    assert made.plan.source.prediction_type == "v_prediction"
+    assert trainer.read_header(made.final_path)["modelspec.prediction_type"] == "v"
+    again = make_trainer(tmp_path, small(images, base, tmp_path / "v", **options))
+    assert again.setup() is True, "it is finished"
+    again.folder._lock.close()  # type: ignore[union-attr]
+    real = trainer.LoRATrainer.predict
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, t, *rest: x + 1e-3 * real(self, x, t, *rest))
+    assert prepare(tmp_path, small(images, base, tmp_path / "e", **options)).plan.source.prediction_type == "epsilon"
+    longer = prepare(tmp_path, small(images, base, tmp_path / "v", steps=6, **options))
+    assert longer.plan.source.prediction_type == "v_prediction", "as the run began"
+    told = {"prediction_type": "v_prediction"}
+    suspect = prepare(tmp_path, small(images, base, tmp_path / "told", **options, **told))
+    assert suspect.plan.source.prediction_type == "v_prediction"
+    assert "prediction_type_suspect" in warning_codes(suspect)
+
+
+def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def tensor(dtype: str, shape: list[int], *offsets: int) -> Json:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+LYING_HEADERS = {
+    "a huge header": safetensors_bytes({}, length=2**63),
+    "a header longer than the file": safetensors_bytes({}, length=10**6),
+    "no JSON": safetensors_bytes(b"{nonsense"),
+    "deep JSON": safetensors_bytes(b"[" * 10**5),
+    "data beyond the end": safetensors_bytes({"a.weight": tensor("F32", [2**40], 0, 2**42)}, bytes(64)),
+    "overlapping tensors": safetensors_bytes(
+        {"a.weight": tensor("F32", [4], 0, 16), "b.weight": tensor("F32", [4], 8, 24)}, bytes(24)
+    ),
+    "a hole": safetensors_bytes({"a.weight": tensor("F32", [4], 8, 24)}, bytes(24)),
+    "a shape that is not its size": safetensors_bytes({"a.weight": tensor("F32", [400], 0, 16)}, bytes(16)),
+    "sizes that overflow": safetensors_bytes({"a.weight": tensor("F32", [2**62, 2**62], 0, 16)}, bytes(16)),
+    "negative offsets": safetensors_bytes({"a.weight": tensor("F32", [4], -16, 0)}, bytes(16)),
+    "an unknown dtype": safetensors_bytes({"a.weight": tensor("PICKLE", [4], 0, 16)}, bytes(16)),
+    "integers for weights": safetensors_bytes({"a.weight": tensor("I32", [4], 0, 16)}, bytes(16)),
+    "nothing": b"",
+    "a pickle": b"\x80\x02cos\nsystem\n",
+}
+
+
+@pytest.mark.parametrize("lie", LYING_HEADERS)
+def test_a_lying_header_is_refused_before_anything_is_allocated(tmp_path: Path, lie: str) -> None:
+    import tracemalloc
+
+    single = tmp_path / "single.safetensors"
+    single.write_bytes(LYING_HEADERS[lie])
+    folder = hollow_model(tmp_path / "folder")
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(LYING_HEADERS[lie])
+    for base in (single, folder):
+        tracemalloc.start()
+        with pytest.raises(trainer.TrainerError) as caught:
+            trainer.locate_model(
+                parse(tmp_path, REQUIRED | {"base_model": str(base)}), Recorder(), weights=True, half=False
+            )
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+        tracemalloc.stop()
+        assert caught.value.code in ("model_corrupt", "model_unsupported")
+
+
+@pytest.mark.parametrize(
+    ("entry", "code"),
+    [
+        ({"unet": ["my_unet", "UNet2DConditionModel"]}, "model_unsafe"),
+        ({"vae": ["diffusers_modules.local.vae", "AutoencoderKL"]}, "model_unsafe"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "model_unsupported"),
+        ({"vae": ["diffusers", "AutoencoderTiny"]}, "model_unsupported"),
+        ({"_class_name": ["pipeline_mine", "MyPipeline"]}, "model_unsupported"),
+        ({"unet": 7}, "model_corrupt"),
+    ],
+)
+def test_a_model_that_names_classes_of_its_own_is_refused(tmp_path: Path, entry: Json, code: str) -> None:
+    model = hollow_model(tmp_path / "model")
+    (model / "my_unet.py").write_text("raise SystemExit('run')", "utf-8")
+    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | entry)
+    with pytest.raises(trainer.TrainerError) as caught:
+        trainer.locate_model(
+            parse(tmp_path, REQUIRED | {"base_model": str(model)}), Recorder(), weights=True, half=False
+        )
+    assert caught.value.code == code
+
+
+@posix
+def test_links_that_lead_out_of_a_model_are_refused_and_the_hubs_own_are_not(tmp_path: Path) -> None:
+    def locate(base: Path) -> trainer.ModelSource:
+        return trainer.locate_model(
+            parse(tmp_path, REQUIRED | {"base_model": str(base)}), Recorder(), weights=True, half=False
+        )
+
+    outside = hollow_model(tmp_path / "outside")
+    for name in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "model_index.json", "vae"):
+        model = hollow_model(tmp_path / name.replace("/", "_"))
+        (model / name).rename(model / "moved")
+        (model / name).symlink_to(outside / name)
+        with pytest.raises(trainer.TrainerError, match="link") as caught:
+            locate(model)
+        assert caught.value.code == "model_unsafe"
+    snapshot = hollow_model(tmp_path / "models--me--m/snapshots/abc")
+    blob = tmp_path / "models--me--m/blobs/123"
+    blob.parent.mkdir()
+    (snapshot / "unet/config.json").rename(blob)
+    (snapshot / "unet/config.json").symlink_to("../../../blobs/123")
+    assert locate(snapshot).parts
+    (tmp_path / "linked").symlink_to(outside)
+    assert locate(tmp_path / "linked").parts
 
 
 # ======================================================================================
@@ -2881,8 +3440,8 @@ def test_text_encoders_are_gone_after_caching_unless_they_train(
     loaded: list[Any] = []
     real = trainer.load_component
 
-    def load(source: Any, owner: Any, part: str, *rest: Any) -> Any:
-        loaded.append((part, weakref.ref(component := real(source, owner, part, *rest))))
+    def load(part: trainer.Part, *rest: Any) -> Any:
+        loaded.append((part.path.name, weakref.ref(component := real(part, *rest))))
         return component
 
     monkeypatch.setattr(trainer, "load_component", load)
@@ -3415,7 +3974,7 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
 def test_full_size_key_names_are_those_of_kohya(name: str) -> None:
     family = next(family for family in trainer.FAMILIES if family.name == name)
     unet = full_size_unet(family)
-    source = trainer.ModelSource("m", None, family, unet.config, {}, {}, "epsilon", {}, {})
+    source = trainer.ModelSource("m", family, unet.config, {}, {}, "epsilon")
     pattern = re.compile(trainer.TARGETS["all"][0])
     modules = [key for key, _ in unet.named_modules() if pattern.fullmatch(key)]
     keys = {trainer.file_prefix("kohya", f"unet.{module}", source) for module in modules}

@@ -26,7 +26,9 @@ The file reads once, top to bottom; each section uses only what stands above it:
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     output folder            one run per folder, every file whole or not at all
-    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data
+    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
+    single files             checkpoints in the original layout, known by their header
+    base models              folders, single files and Hub models, down to their weights' shapes
     hardware and memory      device, dtype, the VRAM estimate
     images                   pictures that strangers supply: decoding, masks, fitting to a size
     dataset                  which images and captions there are, buckets, batches
@@ -49,6 +51,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
 import collections
 import contextlib
@@ -87,6 +90,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
+    import accelerate
     import diffusers
     import peft
     import safetensors.torch
@@ -195,7 +199,8 @@ def import_checkers() -> None:
 
 def import_libraries() -> None:
     """Import everything that takes seconds; called once, after the signal handlers are in."""
-    global torch, diffusers, transformers, peft, safetensors
+    global accelerate, torch, diffusers, transformers, peft, safetensors
+    import accelerate
     import diffusers
     import peft
     import safetensors.torch
@@ -1152,10 +1157,15 @@ class TextEncoder:
     tokenizer: str
     class_name: str
     lora_prefix: str  # of its keys in kohya's files
+    original: str  # of its keys in a single file
     layers: int  # of the full-size model
     width: int
+    open_clip: bool = False  # its layers have OpenCLIP's names there
     penultimate: bool = False  # the last but one hidden state, without the final norm
     pooled: bool = False
+    unused_layers: int = 0  # that a single file has behind the last one in use
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
+    pad_token: str = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -1166,14 +1176,17 @@ class ModelFamily:
     title: str
     pipeline: str
     source: str
-    native_resolution: int
+    native_resolution: Mapping[str, int]  # by what the model predicts
     text_encoders: tuple[TextEncoder, ...]
-    architecture: Mapping[str, str]  # the LoRA header's, by what the model predicts
+    architecture: Mapping[str, str]  # the LoRA header's, likewise
     base_version: Mapping[str, str]  # likewise
     hub_pattern: str
     parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
     lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
-    unet: Mapping[str, Any]
+    unet: Mapping[str, Any]  # the full-size model's sizes
+    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
+    vae_config: Mapping[str, Any]  # likewise
+    usually: str = "epsilon"  # what it is taken to predict until something says
     time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
     linear_projection: bool = False
     original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
@@ -1186,6 +1199,9 @@ SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
 SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
 SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
 VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
+HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
+QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
+SGM = "conditioner.embedders"
 
 FAMILIES = (
     ModelFamily(
@@ -1193,22 +1209,40 @@ FAMILIES = (
         title="Stable Diffusion 1.x",
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd15"],
-        native_resolution=512,
-        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", 12, 768),),
+        native_resolution=dict.fromkeys(("epsilon", "v_prediction"), 512),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
+                *(12, 768),
+                config=QUICK,
+            ),
+        ),
         architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
         lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
         unet=SD_UNET | {"cross_attention_dim": 768},
+        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
+        vae_config={"scaling_factor": 0.18215},
     ),
     ModelFamily(
         name="sd21",
         title="Stable Diffusion 2.x",
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd21"],
-        native_resolution=768,
-        text_encoders=(TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", 23, 1024),),
+        native_resolution={"epsilon": 512, "v_prediction": 768},
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
+                *(23, 1024),
+                open_clip=True,
+                unused_layers=1,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        usually="v_prediction",
         linear_projection=True,
         is_v2=True,
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
@@ -1217,19 +1251,30 @@ FAMILIES = (
         parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
         lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
         unet=SD_UNET | {"cross_attention_dim": 1024},
+        unet_config={"upcast_attention": True},
+        vae_config={"scaling_factor": 0.18215},
     ),
     ModelFamily(
         name="sdxl",
         title="Stable Diffusion XL",
         pipeline="StableDiffusionXLPipeline",
         source=SHORT_NAMES["sdxl"],
-        native_resolution=1024,
+        native_resolution=dict.fromkeys(("epsilon", "v_prediction"), 1024),
         text_encoders=(
-            TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", 12, 768, penultimate=True),
             TextEncoder(
-                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", 32, 1280),
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
+                *(12, 768),
+                penultimate=True,
+                config=QUICK,
+            ),
+            TextEncoder(
+                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
+                *(32, 1280),
+                open_clip=True,
                 penultimate=True,
                 pooled=True,
+                config=GELU,
+                pad_token="!",
             ),
         ),
         time_ids=True,
@@ -1241,8 +1286,379 @@ FAMILIES = (
         parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
         lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
         unet=SDXL_UNET,
+        unet_config={"addition_embed_type": "text_time"},
+        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
     ),
 )
+
+ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
+FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
+CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
+TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
+TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
+    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
+    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+}
+
+
+def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
+    """Give the components that get an adapter, each with the pattern of its targeted layers."""
+    unet, text = TARGETS[config.lora_targets]
+    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
+
+
+def module_name(part: str, module: str) -> str:
+    """Name a layer alike whether transformers has a `text_model` in its module names, as its files do, or not."""
+    missing = part != "unet" and not module.startswith("text_model.")
+    return f"{part}.{'text_model.' if missing else ''}{module}"
+
+
+RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+
+
+def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
+    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
+
+    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
+    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
+    """
+    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
+    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
+    pairs, resnets = (
+        dict(UNET_NAMES),
+        {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"},
+    )
+    pairs["mid_block.attentions.0"] = "middle_block.1"
+    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
+        for level, kind in enumerate(kinds):
+            attends = kind.startswith("CrossAttn")
+            for layer in range(count):
+                number = level * (layers + 1) + layer
+                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
+                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
+            last = (level + 1) * (layers + 1)
+            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
+            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
+    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
+
+
+def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Replace the longest known beginning of a dotted name; None where none is known."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if new := beginnings.get(".".join(parts[:end])):
+            return ".".join([new, *parts[end:]])
+    return None
+
+
+# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
+# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
+FILE_PARTS: dict[str, dict[str, str]] = {
+    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
+    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
+}
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
+
+
+# ======================================================================================
+# single files
+# ======================================================================================
+
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a base model: where its weights lie and what shapes they have; none has been read yet."""
+
+    path: Path  # its folder, or the single file
+    shapes: Mapping[str, Sequence[int]]  # of its tensors, by diffusers' names
+    files: Sequence[str] = ()  # in its folder, that hold its weights
+    variant: str | None = None
+    config: Mapping[str, Any] | None = None  # None: the folder has it
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of a single file, by diffusers' names
+
+
+def tensor_headers(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Read dtype and shape of each tensor from a safetensors file's header. Raises whatever safetensors does."""
+    with safe_open(path, framework="numpy") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in slices.items()}
+
+
+def read_tensor_headers(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """The same for a model's file. Raises `model_corrupt`, also where it is cut short or its header lies."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
+        path.open("rb").close()  # safetensors says "no such file" where it may not read
+        return tensor_headers(path)
+    except Exception as error:  # SafetensorError stands directly below Exception
+        hint = "Give the user that runs this the right to read it." if isinstance(error, PermissionError) else ""
+        if as_trainer_error(error, "").code == "out_of_memory":
+            raise
+        message = f"The base model's {path.parent.name}/{path.name} cannot be read: {error}"
+        raise TrainerError("model_corrupt", message, hint) from error
+
+
+def float_shapes(path: Path, headers: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
+    """Give the tensors' shapes. Raises `model_unsupported` where weights are no floating-point numbers."""
+    odd = [key for key, (dtype, _) in headers.items() if key.endswith(("weight", "bias")) and dtype not in FLOATS]
+    if odd:
+        message = f"{path.name} is quantized or odd: {len(odd)} weights, such as {odd[0]}, hold {headers[odd[0]][0]}."
+        raise TrainerError("model_unsupported", message, "Use a copy in fp32, fp16 or bf16.")
+    return {key: shape for key, (_, shape) in headers.items()}
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file; {} where it has none, is torn or is none."""
+    with contextlib.suppress(Exception), safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+    return {}
+
+
+# What single files are that we do not train, by the first sign that a tensor's name bears, in this order: a LoRA for
+# FLUX has FLUX's names too. As ComfyUI (model_detection.py), diffusers (single_file_utils.py) and InvokeAI tell them.
+OTHER_KINDS = {
+    "a Control-LoRA": r"^lora_controlnet$",
+    "a ControlNet": r"^(control_model\.|input_hint_block\.|controlnet_|lllite_)",
+    "a LoRA": r"^lora_(unet|te)|[._]lora[._](A|B|up|down|mid)\b|\.(hada_|lokr_|b?oft_|dora_scale|diff(_b)?$)",
+    "an IP-Adapter": r"^(image_proj|ip_adapter)",
+    "an AnimateDiff motion module": r"motion_modules\.",
+    "a T2I-Adapter": r"^(adapter\.|body\.\d+\.(block1|in_conv)\.)",
+    "an image upscaler": r"(?i:\brdb1\.conv1\.)",
+    "a textual inversion embedding": r"^(emb_params|string_to_param|clip_[lg]$|<.+>$)",
+    "Stable Diffusion 3": r"^joint_blocks\.",
+    "Chroma": r"^distilled_guidance_layer\.",
+    "FLUX.2": r"^(double|single)_stream_modulation",
+    "HunyuanVideo": r"^txt_in\.individual_token_refiner\.",
+    "FLUX": r"^(double_blocks|single_blocks|single_transformer_blocks)\.",
+    "AuraFlow": r"double_layers\.\d+\.attn\.w1q",
+    "Wan video": r"^head\.modulation$",
+    "LTX-Video": r"^patchify_proj\.",
+    "PixArt": r"^(t_block\.1|adaln_single)\.",
+    "Stable Cascade": r"^(clip_txt_mapper|clip_mapper|vquantizer)\.",
+    "HunyuanDiT": r"^mlp_t5\.",
+    "Lumina 2 or Z-Image": r"^cap_embedder\.",
+    "Qwen-Image": r"^txt_norm\.",
+    "Sana": r"\.cross_attn\.(q|kv)_linear\.",
+    "HiDream": r"^double_stream_blocks\.",
+    "Cosmos": r"^net\.",
+    "Stable Video Diffusion": r"\.(time_stack|time_mixer)\.",
+    "a quantized model": r"\b(scaled_fp8|comfy_quant|scale_weight|weight_scale|qweight|weight\.(absmax|quant_\w+))$",
+    "Zero123": r"^cc_projection\.",
+    "AltDiffusion": r"^cond_stage_model\.roberta\.",
+    "a latent consistency model": r"^time_embed(ding)?\.cond_proj\.",
+    "Kolors": r"^encoder_hid_proj\.",
+    "a depth model": r"^depth_model\.",
+    "an unCLIP model": r"^embedder\.model\.",
+    "an upscaler": r"^label_emb\.weight$",
+    "an EDM model (Playground, CosXL)": r"^edm_(mean|vpred\.)",
+    "a UNet in diffusers' layout": r"^(unet\.)?(down_blocks|mid_block|up_blocks)\.",
+    "a CLIP vision model": r"^vision_model\.",
+    "a text encoder": r"^(text_model|encoder\.block)\.",
+    "a VAE": r"^(encoder|decoder)\.conv_in\.",
+    "the SDXL refiner (or SD Turbo)": r"^conditioner\.embedders\.0\.model\.",
+}
+OTHER_CHANNELS = {
+    5: "a depth model",
+    7: "an upscaler",
+    8: "an editing model (InstructPix2Pix)",
+    9: "an inpainting model",
+}
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+ADVICE = "Use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL."
+
+
+def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> ModelFamily:
+    """Recognise the family of a checkpoint by the names and shapes in its header. Raises `model_unsupported`."""
+    names = "\n".join(key.removeprefix(UNET_PREFIX) for key in shapes)
+    kind = next((kind for kind, sign in OTHER_KINDS.items() if re.search(sign, names, re.MULTILINE)), "")
+    channels = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", [0, 0])[1]
+    output = shapes.get(f"{UNET_PREFIX}out.2.weight", [0])[0]
+    if not kind and channels != output:
+        kind = OTHER_CHANNELS.get(channels, f"a model that takes {channels} channels")
+    if kind:
+        raise TrainerError("model_unsupported", f"{path.name} is {kind}, which this trainer cannot train.", ADVICE)
+    found = [family for family in FAMILIES if all(f"\n{row.original}" in f"\n{names}" for row in family.text_encoders)]
+    if found and channels:
+        return found[0]
+    alone = "a VAE" if names.startswith(VAE_PREFIX) else "no checkpoint that this trainer knows"
+    has = "a UNet without text encoders" if channels else alone
+    raise TrainerError("model_unsupported", f"{path.name} is {has}.", ADVICE)
+
+
+OF_SD2 = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # modelspec.architecture
+
+
+def told_prediction(shapes: Mapping[str, Any], header: Mapping[str, str]) -> JSON:
+    """Read from a checkpoint's header what it predicts, as a scheduler's config would say it; less where it does not.
+
+    The empty tensors `v_pred` and `ztsnr` are the marks of v-prediction SDXL models (ComfyUI, A1111, Forge, OneTrainer)
+    and outlive merges; modelspec is Stability's ModelSpec 1.0, whose predict_key is ComfyUI's.
+    """
+    told = [header.get(f"modelspec.{key}", "") for key in ("prediction_type", "predict_key", "architecture")]
+    said = (told[0] or told[1] or OF_SD2.get(told[2], "")).lower()
+    if "v_pred" in shapes or re.fullmatch(r"v([-_ ]?pred(iction)?)?(-zsnr)?", said):
+        said = "v_prediction"
+    elif said.startswith("eps"):
+        said = "epsilon"
+    zero = "ztsnr" in shapes or told[0] == "v-zsnr"
+    return {"rescale_betas_zero_snr": zero} | ({"prediction_type": said} if said else {})
+
+
+def read_single_file(
+    path: Path, headers: Mapping[str, tuple[str, list[int]]], header: Mapping[str, str]
+) -> tuple[ModelFamily, dict[str, Part], JSON]:
+    """Read family, parts and noise schedule off a checkpoint's header. Raises `model_unsupported`."""
+    family = single_file_family(path, {key: shape for key, (_, shape) in headers.items()})
+    shapes = float_shapes(path, headers)
+    try:
+        parts = {"unet": unet_part(path, family, shapes)}
+        parts |= {row.folder: text_part(path, row, shapes) for row in family.text_encoders}
+        if any(key.startswith(VAE_PREFIX) for key in shapes):
+            parts["vae"] = vae_part(path, family, shapes, VAE_PREFIX)
+    except (KeyError, IndexError, ValueError) as error:
+        message = f"{path.name} is not built as {family.title} is: a distilled or changed model ({error})."
+        raise TrainerError("model_unsupported", message, ADVICE) from error
+    return family, parts, SCHEDULE | told_prediction(shapes, header)
+
+
+# The same for all three families (v1-inference.yaml, v2-inference-v.yaml, sd_xl_base.yaml).
+SCHEDULE: JSON = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE |= {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False}
+
+
+def make_part(
+    path: Path, prefix: str, shapes: Mapping[str, Sequence[int]], rename: Callable[[str], Sequence[str]]
+) -> Part:
+    """Pick a component's tensors out of a single file. `rename` gives diffusers' names; several for stacked weights."""
+    keys: dict[str, str] = {}
+    ours: dict[str, Sequence[int]] = {}
+    for key, shape in shapes.items():
+        if key.startswith(prefix):
+            names = rename(key.removeprefix(prefix))
+            keys |= dict.fromkeys(names, key)
+            ours |= dict.fromkeys(names, [size // len(names) for size in shape[:1]] + list(shape[1:]))
+    return Part(path, ours, keys=keys)
+
+
+def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int]]) -> Part:
+    """Find the UNet of a single file, and its config by its shapes. Raises KeyError, IndexError: built otherwise."""
+    inside = {key.removeprefix(UNET_PREFIX): shape for key, shape in shapes.items() if key.startswith(UNET_PREFIX)}
+    samplers = [int(key.split(".")[1]) for key in inside if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key)]
+    step = min(samplers, default=0)  # the resnets of a level, and its sampler
+    firsts = [level * step + 1 for level in range(len(samplers) + 1)]
+    channels = [inside[f"input_blocks.{first}.0.out_layers.3.weight"][0] for first in firsts]
+    depths = [count_numbered(inside, rf"input_blocks\.{first}\.1\.transformer_blocks") for first in firsts]
+    downs = [CROSS if depth else PLAIN for depth in depths]
+    config = {
+        **{"in_channels": inside["input_blocks.0.0.weight"][1], "out_channels": inside["out.2.weight"][0]},
+        **{"block_out_channels": channels, "layers_per_block": step - 1, "down_block_types": downs},
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(downs)],
+        "transformer_layers_per_block": [depth or 1 for depth in depths],
+        "cross_attention_dim": inside["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        "attention_head_dim": [width // HEAD_WIDTH for width in channels],
+        "use_linear_projection": family.linear_projection,
+        **family.unet_config,
+    }
+    if family.time_ids:  # pooled text and six sizes
+        width = inside["label_emb.0.0.weight"][1]
+        pooled = shapes[f"{family.text_encoders[-1].original}text_projection"][1]
+        config |= {"projection_class_embeddings_input_dim": width, "addition_time_embed_dim": (width - pooled) // 6}
+    back = {theirs: ours for ours, theirs in original_names(config).items()}
+    part = make_part(path, UNET_PREFIX, shapes, lambda key: [renamed(key, back) or key])
+    return dataclasses.replace(part, config=config)
+
+
+def count_numbered(names: Iterable[str], before: str) -> int:
+    """Count the different numbers that follow a pattern in dotted names."""
+    return len({match[1] for name in names if (match := re.match(rf"{before}\.(\d+)\.", name))})
+
+
+VAE_NAMES = {
+    r"^(encoder|decoder)\.(down|up)\.(\d+)\.block": r"\1.\2_blocks.\3.resnets",
+    r"^encoder\.down\.(\d+)\.downsample": r"encoder.down_blocks.\1.downsamplers.0",
+    r"^decoder\.up\.(\d+)\.upsample": r"decoder.up_blocks.\1.upsamplers.0",
+    **{r"\.mid\.block_1": ".mid_block.resnets.0", r"\.mid\.block_2": ".mid_block.resnets.1"},
+    **{r"\.mid\.attn_1": ".mid_block.attentions.0", r"\.norm_out": ".conv_norm_out"},
+    **{r"(attentions\.0)\.norm\b": r"\1.group_norm", r"(attentions\.0)\.proj_(out|attn)": r"\1.to_out.0"},
+    **{r"(attentions\.0)\.([qkv])(?:uery|ey|alue)?\b": r"\1.to_\2", r"\.nin_shortcut": ".conv_shortcut"},
+}
+OPEN_CLIP_NAMES = {
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^token_embedding": "text_model.embeddings.token_embedding",
+    r"^transformer\.resblocks": "text_model.encoder.layers",
+    r"^ln_final": "text_model.final_layer_norm",
+    r"^text_projection$": "text_projection.weight",
+    **{r"\.ln_(\d)": r".layer_norm\1", r"\.c_fc": ".fc1", r"\.c_proj": ".fc2", r"\.attn\.": ".self_attn."},
+}
+
+
+def rewritten(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, new in rules.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def vae_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int]], prefix: str) -> Part:
+    """Find a VAE in a single file, in the original layout or in diffusers'. Raises KeyError: built otherwise."""
+    levels = count_numbered(shapes, rf"{re.escape(prefix)}decoder\.up")
+
+    def rename(key: str) -> list[str]:
+        turned = re.sub(r"^(decoder\.up)\.(\d+)", lambda match: f"{match[1]}.{levels - 1 - int(match[2])}", key)
+        return [rewritten(turned, VAE_NAMES)]
+
+    part = make_part(path, prefix, shapes, rename)
+    count = count_numbered(part.shapes, r"encoder\.down_blocks")
+    config: JSON = {
+        "block_out_channels": [
+            part.shapes[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"][0] for level in range(count)
+        ],
+        "layers_per_block": count_numbered(part.shapes, r"encoder\.down_blocks\.0\.resnets"),
+        "latent_channels": part.shapes["decoder.conv_in.weight"][1],
+        **{"down_block_types": ["DownEncoderBlock2D"] * count, "up_block_types": ["UpDecoderBlock2D"] * count},
+    }
+    return dataclasses.replace(part, config=config | dict(family.vae_config))
+
+
+def text_part(path: Path, row: TextEncoder, shapes: Mapping[str, Sequence[int]]) -> Part:
+    """Find a text encoder in a single file. Raises KeyError: built otherwise."""
+
+    def rename(key: str) -> list[str]:
+        if not row.open_clip:
+            return [key if key.startswith("text_model.") else f"text_model.{key}"]
+        name = rewritten(key, OPEN_CLIP_NAMES)
+        before, stacked, kind = name.partition(".in_proj_")
+        return [f"{before}.{part}_proj.{kind}" for part in "qkv"] if stacked else [name]
+
+    part = make_part(path, row.original, shapes, rename)
+    words, width = part.shapes["text_model.embeddings.token_embedding.weight"]
+    layers = count_numbered(part.shapes, r"text_model\.encoder\.layers")
+    layers -= row.unused_layers if layers != row.layers else 0  # some files are saved without it
+    config: JSON = {
+        **{"vocab_size": words, "bos_token_id": words - 2, "eos_token_id": words - 1},
+        **{"hidden_size": width, "num_attention_heads": max(1, width // HEAD_WIDTH), "num_hidden_layers": layers},
+        "intermediate_size": part.shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "max_position_embeddings": part.shapes["text_model.embeddings.position_embedding.weight"][0],
+        "projection_dim": part.shapes.get("text_projection.weight", [0, width])[1],
+        **row.config,
+    }
+    unused = f"text_model.encoder.layers.{layers}."
+    keys = {name: key for name, key in part.keys.items() if not name.startswith(unused)}
+    return Part(path, {name: part.shapes[name] for name in keys}, keys=keys, config=config)
+
+
+# ======================================================================================
+# base models
+# ======================================================================================
 
 COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
 NAMES = {"type": "array", "items": {"type": "string"}}
@@ -1251,7 +1667,7 @@ UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 
 # What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
 MODEL_KEYS: dict[str, JSON] = {
-    "model_index.json": {},
+    "model_index.json": dict.fromkeys(FAMILIES[-1].parameters, {"type": ["array", "null"], "minItems": 2}),
     "unet/config.json": {
         **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"), COUNT),
         "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
@@ -1273,6 +1689,10 @@ MODEL_KEYS: dict[str, JSON] = {
     },
 }
 CONFIGS = re.compile(r"model_index\.json|(?:unet|vae|scheduler|text_encoder\w*|tokenizer\w*)/[^/]+\.(?:json|txt)")
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+TEXT_KEYS: dict[str, JSON] = {
+    "text_encoder/config.json": dict.fromkeys((*TEXT_SIZES, "max_position_embeddings", "projection_dim"), COUNT)
+}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>[\w-]+))?\.safetensors"
@@ -1283,15 +1703,17 @@ WEIGHTS = re.compile(
 class ModelSource:
     """A base model, known by its configs; no weight has been read yet."""
 
-    name: str  # Hub id or folder name, never a path: it goes into the LoRA file's header
-    folder: Path | None  # None: only guessed from the id
+    name: str  # Hub id, folder's or file's name, never a path: it goes into the LoRA file's header
     family: ModelFamily
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     prediction_type: str
-    shapes: Mapping[str, Mapping[str, Sequence[int]]]  # of each component's tensors; {}: the weights are not here
-    variants: Mapping[str, str | None]  # of each component's weight files
+    prediction_told: bool = True  # by the model or the config; else the UNet itself is asked
+    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)  # by folder; {}: the weights are not here
+    tokenizers: Sequence[Path] = ()  # of the text encoders
+    shared_tokenizer: bool = False  # not the model's own: it lacks what each encoder pads with
+    guessed: bool = False  # from the id alone
 
     @property
     def vae_factor(self) -> int:
@@ -1301,7 +1723,7 @@ class ModelSource:
     @property
     def native_resolution(self) -> int:
         size = self.unet.get("sample_size")
-        return size * self.vae_factor if isinstance(size, int) else self.family.native_resolution
+        return size * self.vae_factor if isinstance(size, int) else self.family.native_resolution[self.prediction_type]
 
 
 def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
@@ -1325,46 +1747,196 @@ def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, 
 
     Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`, `disk_full`.
     """
-    local = Path(config.base_model).is_absolute()
-    folder = local_folder(config.base_model) if local else fetch(config, events, weights=weights, half=half)
-    if folder is None:
+    path = Path(config.base_model)
+    if path.is_absolute() and path.suffix.lower() == ".safetensors" and not path.is_dir():
+        source = open_single_file(path)
+    elif folder := local_folder(path) if path.is_absolute() else fetch(config, events, weights=weights, half=half):
+        source = open_folder(folder, config, half=half, needed=weights or path.is_absolute())
+    else:
         return guess_model(config)
-    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_KEYS)
-    family = detect_family(model_index, unet)
+    family = source.family
     if config.model_type not in ("auto", family.name):
         message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
         hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
         raise TrainerError("model_unsupported", message, hint)
-    shapes, variants = read_shapes(folder, family, config.variant, half=half, needed=weights or local)
-    told = str(scheduler.get("prediction_type", "epsilon"))
-    prediction = told if config.prediction_type == "auto" else config.prediction_type
-    if prediction not in family.architecture:
+    if config.vae_path:
+        source = with_vae(source, Path(config.vae_path))
+    if source.parts and "vae" not in source.parts:
+        hint = "Set vae_path to one: a diffusers VAE folder, or its .safetensors file."
+        raise TrainerError("model_not_found", f"{source.name} has no VAE.", hint)
+    return with_tokenizer(with_prediction(source, config), config, path.parent)
+
+
+def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
+    """Decide what the model predicts: as the config says, as the model says, as its family usually does."""
+    zero = bool(source.scheduler.get("rescale_betas_zero_snr"))  # in pure noise only v is defined
+    told = source.scheduler.get("prediction_type") or ("v_prediction" if zero else None)
+    wish = None if config.prediction_type == "auto" else config.prediction_type
+    prediction = str(wish or told or source.family.usually)
+    if prediction not in source.family.architecture:
         message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
-    name = folder.name if local else config.base_model
-    zero = bool(scheduler.get("rescale_betas_zero_snr")) and prediction != "epsilon"  # undefined in pure noise
-    scheduler["rescale_betas_zero_snr"] = zero if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
-    return ModelSource(name, folder, family, unet, vae, scheduler, prediction, shapes, variants)
+    zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
+    return dataclasses.replace(
+        source,
+        prediction_type=prediction,
+        prediction_told=bool(wish or told),
+        scheduler={**source.scheduler, "rescale_betas_zero_snr": zero},
+    )
 
 
-def read_shapes(folder: Path, family: ModelFamily, variant: str | None, half: bool, needed: bool) -> tuple[JSON, JSON]:
-    """Give each component's tensor shapes and chosen variant; ({}, {}) where they are not here and not needed."""
+def with_vae(source: ModelSource, path: Path) -> ModelSource:
+    """Take another VAE: a diffusers folder (of a VAE, or a model's), or a file in either layout."""
+
+    def refuse(code: str, message: str) -> TrainerError:
+        hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
+        return TrainerError(code, f"vae_path {message}.", hint, [problem("vae_path", message)])
+
+    if path.suffix in PICKLES:
+        raise refuse("model_unsafe", f"{path.name} holds pickled weights")
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae/config.json").is_file() else path
+        variant, files = choose_weights([f"vae/{file.name}" for file in folder.iterdir()], "vae", None, half=False)
+        part = folder_part(folder, variant, files)
+        vae = read_model_json(folder, "config.json", "vae/config.json")
+    elif path.is_file():
+        shapes = float_shapes(path, read_tensor_headers(path))
+        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
+        try:
+            part = vae_part(path, source.family, shapes, prefix)
+        except (KeyError, IndexError, ValueError) as error:
+            raise refuse(
+                "model_unsupported", f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
+            ) from error
+        vae = dict(part.config or {})
+    else:
+        raise refuse("model_not_found", f"{path} does not exist")
+    if vae.get("latent_channels", 4) != source.unet.get("in_channels", 4):
+        raise refuse("model_unsupported", f"{path.name} has {vae['latent_channels']} channels: another family's")
+    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
+
+
+VOCABULARY = ("vocab.json", "merges.txt")
+CLIP_HOMES = {  # repositories with the CLIP tokenizer, which is the same for all families, and where they keep it
+    "openai/clip-vit-large-patch14": "",
+    **{family.source: "tokenizer/" for family in FAMILIES},
+}
+
+
+def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) -> ModelSource:
+    """Find the tokenizer that a single file lacks, or take tokenizer_path's. Raises `model_not_found`.
+
+    Looks at tokenizer_path, else beside the file, in the Hub's cache (of any family), on the Hub.
+    """
+    if source.tokenizers and not config.tokenizer_path:
+        return source
+    wish = Path(config.tokenizer_path) if config.tokenizer_path else beside / "clip_tokenizer"
+    for folder in (wish, wish / "tokenizer"):
+        if all((folder / name).is_file() for name in VOCABULARY):
+            break
+    else:
+        if config.tokenizer_path:
+            message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
+            raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
+        folder = hub_tokenizer(source, wish)
+    return dataclasses.replace(source, tokenizers=[folder] * len(source.family.text_encoders), shared_tokenizer=True)
+
+
+def hub_tokenizer(source: ModelSource, instead: Path) -> Path:
+    """Get the CLIP tokenizer from the Hub's cache, else from the Hub."""
+    home, inside = next(iter(CLIP_HOMES.items()))
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        for repo, folder in CLIP_HOMES.items():
+            cached = [try_to_load_from_cache(repo, folder + name) for name in VOCABULARY]
+            if all(isinstance(path, str) for path in cached):
+                return Path(str(cached[0])).parent
+        files = [hf_hub_download(home, inside + name, etag_timeout=10) for name in VOCABULARY]
+        return Path(files[0]).parent
+    except Exception as error:  # no network: the HTTP client's errors come in many classes
+        if as_trainer_error(error, "").code == "disk_full":
+            raise
+        names = " and ".join(VOCABULARY)
+        message = f"{source.name} brings no tokenizer, none is in the Hub's cache, and the Hub was not reached."
+        hint = f"Download {names} from https://huggingface.co/{home}/tree/main and put them into {instead}, "
+        raise TrainerError(
+            "model_not_found", message, hint + "or into a folder that you name as tokenizer_path."
+        ) from error
+
+
+def open_single_file(path: Path) -> ModelSource:
+    """Read what a checkpoint in the original layout is from its header."""
+    if not path.is_file():
+        raise TrainerError("model_not_found", f"base_model {path} does not exist, or is no file.")
+    family, parts, scheduler = read_single_file(path, read_tensor_headers(path), read_header(path))
+    unet, vae = (parts[name].config or {} if name in parts else {} for name in ("unet", "vae"))
+    return ModelSource(path.name, family, unet, vae, scheduler, family.usually, parts=parts)
+
+
+def open_folder(folder: Path, config: TrainingConfig, *, half: bool, needed: bool) -> ModelSource:
+    """Read what a diffusers folder is; its weights' headers too, where they are here or `needed`."""
+    refuse_links_out(folder)
+    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_KEYS)
+    family = detect_family(model_index, unet)
+    refuse_custom_code(model_index, family)
+    name = folder.name if Path(config.base_model).is_absolute() else config.base_model
+    parts = folder_parts(folder, family, config.variant, half=half, needed=needed)
+    tokenizers = [folder / row.tokenizer for row in family.text_encoders]
+    return ModelSource(name, family, unet, vae, scheduler, family.usually, parts=parts, tokenizers=tokenizers)
+
+
+def refuse_custom_code(model_index: Mapping[str, Any], family: ModelFamily) -> None:
+    """Refuse a model that names classes of its own: we would neither run its code nor know what it computes."""
+    known = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    known |= {row.folder: row.class_name for row in family.text_encoders}
+    for part, class_name in known.items():
+        library, named = [*(model_index.get(part) or ()), None, None][:2]
+        if library not in (None, "diffusers", "transformers"):
+            raise TrainerError("model_unsafe", f"The base model's {part} comes with code of its own ({library}).")
+        if named not in (None, class_name):
+            message = f"The base model's {part} is a {named}, which this trainer does not know."
+            raise TrainerError("model_unsupported", message)
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a model whose files lie elsewhere: a folder from a stranger must not reach out of itself."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # of the Hub's cache, which links to the blobs beside them
+        root = root.parent.parent
+    for path in (folder / "model_index.json", *folder.glob("*/*")):
+        if not path.resolve().is_relative_to(root):
+            name = path.relative_to(folder).as_posix()
+            hint = "Copy the file into the model's folder in the link's place."
+            raise TrainerError("model_unsafe", f"The base model's {name} is a link that leads out of its folder.", hint)
+
+
+def folder_parts(
+    folder: Path, family: ModelFamily, variant: str | None, *, half: bool, needed: bool
+) -> dict[str, Part]:
+    """Read the headers of each component's chosen weights; {} where they are not here and not needed."""
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    shapes, variants = {}, {}
+    parts: dict[str, Part] = {}
     with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
-        for part in family.parameters:
-            variants[part], files = choose_weights(names, part, variant, half)
-            shapes[part] = weight_shapes(folder, files)
-    return (shapes, variants) if len(shapes) == len(family.parameters) else ({}, {})
+        for name in family.parameters:
+            chosen, files = choose_weights(names, name, variant, half)
+            parts[name] = folder_part(folder / name, chosen, files)
+            if name.startswith("text"):
+                read_model_json(folder, f"{name}/config.json", "text_encoder/config.json")
+    return parts if len(parts) == len(family.parameters) else {}
 
 
-def local_folder(path: str) -> Path:
-    folder = Path(path)
+def folder_part(folder: Path, variant: str | None, files: Sequence[str]) -> Part:
+    shapes: dict[str, list[int]] = {}
+    for name in files:
+        path = folder.parent / name
+        shapes |= float_shapes(path, read_tensor_headers(path))
+    return Part(folder, shapes, files, variant)
+
+
+def local_folder(folder: Path) -> Path:
     if folder.is_dir() and (folder / "model_index.json").is_file():
         return folder
-    if folder.suffix == ".safetensors":
-        message = f"{folder.name} is a single-file model; those are not available yet."
-        raise TrainerError("model_unsupported", message, "Use a diffusers folder (with model_index.json) or a Hub id.")
     if folder.suffix in PICKLES:
         raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
     what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "does not exist"
@@ -1379,18 +1951,18 @@ def guess_model(config: TrainingConfig) -> ModelSource:
     if family is None:
         raise hub_unreachable(config)
     prediction = "epsilon" if config.prediction_type == "auto" else config.prediction_type
-    return ModelSource(config.base_model, None, family, family.unet, {}, {}, prediction, {}, {})
+    return ModelSource(config.base_model, family, family.unet, {}, {}, prediction, guessed=True)
 
 
-def read_model_json(folder: Path, name: str) -> JSON:
-    """Read one of a model's configs and check what we rely on."""
+def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
+    """Read one of a model's configs and check what we rely on; `kind` is the name under which that is known."""
     try:
         if not (folder / name).is_file():
             raise ValueError("there is no such file")
         document = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
-    schema = {"type": "object", "minProperties": 1, "properties": MODEL_KEYS[name]}
+    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind or name]}
     for wrong in Draft7Validator(schema).iter_errors(document):
         raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
     return dict(document)
@@ -1416,29 +1988,6 @@ def choose_weights(names: Sequence[str], part: str, variant: str | None, half: b
     if any(name.endswith(PICKLES) for name in inside):
         raise TrainerError("model_unsafe", f"The base model's {part} has only pickled weights.")
     raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
-
-
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Read the shapes in a safetensors file's header. Raises SafetensorError, which stands directly below Exception."""
-    with safe_open(path, framework="numpy") as file:
-        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-
-
-def weight_shapes(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """Read tensor shapes from headers, without torch. Raises `model_corrupt`, also for a file that is cut short."""
-    shapes: dict[str, list[int]] = {}
-    for name in files:
-        try:
-            if not (folder / name).is_file():
-                raise ValueError("it is not a regular file")
-            (folder / name).open("rb").close()  # safetensors says "no such file" where it may not read
-            shapes |= tensor_shapes(folder / name)
-        except Exception as error:  # SafetensorError stands directly below Exception
-            hint = "Give the user that runs this the right to read it." if isinstance(error, PermissionError) else ""
-            if as_trainer_error(error, "").code == "out_of_memory":
-                raise
-            raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
-    return shapes
 
 
 def needed_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
@@ -1587,63 +2136,14 @@ def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[
     return TrainerError("model_not_found", message, hint)
 
 
-ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
-FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
-CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
-TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
-TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
-    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
-    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-}
-
-
-def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
-    """Give the components that get an adapter, each with the pattern of its targeted layers."""
-    unet, text = TARGETS[config.lora_targets]
-    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
-
-
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
     """Give each targeted layer's shape, as unet.mid_block.….to_q -> [out, in, …]; {} without the files' headers."""
     return {
         module_name(part, name.removesuffix(".weight")): shape
         for part, pattern in trained_parts(config, source.family).items()
-        for name, shape in source.shapes.get(part, {}).items()
+        for name, shape in (source.parts[part].shapes if source.parts else {}).items()
         if re.fullmatch(pattern + r"\.weight", name)
     }
-
-
-def module_name(part: str, module: str) -> str:
-    """Name a layer alike whether transformers has a `text_model` in its module names, as its files do, or not."""
-    missing = part != "unet" and not module.startswith("text_model.")
-    return f"{part}.{'text_model.' if missing else ''}{module}"
-
-
-RESNET_NAMES = {"conv1": "in_layers.2", "conv2": "out_layers.3"}
-RESNET_NAMES |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-
-
-def original_block_name(module: str, unet: Mapping[str, Any]) -> str:
-    """Name a layer of a diffusers UNet as the original SDXL code does, for kohya's keys.
-
-    A down or up block has layers_per_block resnets (one more on the way up), numbered through, and its sampler. A
-    resnet, the transformer beside it and the upsampler behind them are parts 0, 1, 2 of their number.
-    """
-    match = re.fullmatch(r"(down|up|mid)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", module)
-    assert match, module
-    side, block, kind, layer, tail = match.groups()
-    tail = RESNET_NAMES[tail] if kind == "resnets" else tail
-    if side == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{tail}"
-    last = unet.get("layers_per_block", 2)
-    number = int(block) * (last + 1) + (last if kind.endswith("samplers") else int(layer))
-    if side == "down":
-        return f"input_blocks.{number + 1}.{int(kind == 'attentions')}.{'op' if kind == 'downsamplers' else tail}"
-    kinds = unet.get("up_block_types") or (PLAIN,) * (int(block) + 1)
-    behind = 1 + kinds[int(block)].startswith("CrossAttn")
-    index = {"resnets": 0, "attentions": 1, "upsamplers": behind}[kind]
-    return f"output_blocks.{number}.{index}.{tail}"
 
 
 def file_prefix(style: str, name: str, source: ModelSource) -> str:
@@ -1652,18 +2152,9 @@ def file_prefix(style: str, name: str, source: ModelSource) -> str:
     if style == "diffusers":
         return name
     if part == "unet" and source.family.original_block_names:
-        module = original_block_name(module, source.unet)
+        module = renamed(module, original_names(source.unet)) or module
     prefixes = {row.folder: row.lora_prefix for row in source.family.text_encoders} | {"unet": "lora_unet"}
     return f"{prefixes[part]}_{module.replace('.', '_')}"
-
-
-# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
-# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
-FILE_PARTS: dict[str, dict[str, str]] = {
-    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
-    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
-}
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
 
 
 # ======================================================================================
@@ -1765,7 +2256,7 @@ def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
 
 def lora_width(config: TrainingConfig, source: ModelSource) -> int:
     """Sum the inputs and outputs of all targeted layers; times the rank, a LoRA's parameters."""
-    if source.shapes:
+    if source.parts:
         return sum(shape[0] + math.prod(shape[1:]) for shape in target_shapes(config, source).values())
     rows = source.family.text_encoders if config.train_text_encoder else ()
     # Four square layers; two more, of which one side is four times as wide.
@@ -1805,7 +2296,7 @@ def estimate_vram(
     peak is training's or caching's, whichever is larger.
     """
     width = 2 if half else 4
-    counted = {part: sum(map(math.prod, shapes.values())) for part, shapes in source.shapes.items()}
+    counted = {name: sum(map(math.prod, part.shapes.values())) for name, part in source.parts.items()}
     counts = counted or source.family.parameters  # without the files' headers, the full-size model's
     lora = lora_width(config, source) * config.lora_rank
     trained = sum(counts[part] for part in trained_parts(config, source.family))
@@ -2557,11 +3048,11 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from config_warnings(plan.config)
     yield from dataset_warnings(plan)
     source = plan.source
-    told = source.scheduler.get("prediction_type", "epsilon")
-    if source.scheduler and source.prediction_type != told:
+    told = source.scheduler.get("prediction_type", source.prediction_type)
+    if source.prediction_type != told:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {told}."
         yield "prediction_type_suspect", message, "Samples of noise mean that the scheduler is right: set it to auto."
-    if source.folder is None:
+    if source.guessed:
         message = f"That {source.name} is {source.family.title} is a guess from its name: the Hub was not reached."
         yield "model_guessed", message, "Check again with a network connection, or set model_type."
 
@@ -2636,7 +3127,7 @@ def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str
         ((config.max_timestep or 0) > count, "max_timestep", f"must be at most the model's {count} timesteps"),
     ]
     problems = [problem(path, message) for broken, path, message in rules if broken]
-    if config.init_lora_path and source.shapes:
+    if config.init_lora_path and source.parts:
         problems += init_problems(config, source)
     return problems
 
@@ -2645,7 +3136,7 @@ def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str,
     """Hold the header of init_lora_path against the layers that this run trains."""
     path, layers = Path(str(config.init_lora_path)), target_shapes(config, source)
     try:
-        shapes = tensor_shapes(path)
+        shapes = {key: shape for key, (_, shape) in tensor_headers(path).items()}
     except Exception as error:
         return [problem("init_lora_path", f"{path.name} cannot be read: {error}")]
     wanted = {
@@ -2887,20 +3378,81 @@ class Batch:
     mask: Tensor | None
 
 
-def load_component(source: ModelSource, owner: Any, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_component(part: Part, owner: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a component to the device, frozen, from safetensors only. Raises `model_corrupt`, also for lost weights."""
-    assert source.folder is not None
-    folder = source.folder / part
-    options = {"dtype": dtype, "variant": source.variants[part], "use_safetensors": True, "local_files_only": True}
     try:
-        module, info = owner.from_pretrained(folder, output_loading_info=True, **options)
+        module = load_folder(part, owner, dtype) if part.config is None else load_from_file(part, owner, dtype, device)
     except Exception as error:  # the loaders raise whatever their file formats do
-        if as_trainer_error(error, "loading").code == "out_of_memory":
+        if as_trainer_error(error, "loading").code != "internal":
             raise
-        raise model_corrupt(folder, f"{type(error).__name__}: {error}") from error
+        raise model_corrupt(part.path, f"{type(error).__name__}: {error}") from error
+    module.requires_grad_(False).eval().to(device)
+    if (
+        device.type == "cpu"
+    ):  # else they lie in the mapped file: what replaces it, and where a weight lies in it, counts
+        for weight in module.parameters():
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    return module
+
+
+def load_folder(part: Part, owner: Any, dtype: torch.dtype) -> Any:
+    options = {"dtype": dtype, "variant": part.variant, "use_safetensors": True, "local_files_only": True}
+    module, info = owner.from_pretrained(part.path, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
-        raise model_corrupt(folder, f"{len(missing)} weights are missing, such as {missing[0]}")
-    return module.requires_grad_(False).eval().to(device)
+        raise model_corrupt(part.path, f"{len(missing)} weights are missing, such as {missing[0]}")
+    return module
+
+
+def load_from_file(part: Part, owner: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build a component and read its weights out of a single file, one by one straight to the device."""
+    module = skeleton(part, owner)
+    values = {}
+    with safe_open(part.path, framework="pt") as file:
+        for name, weight in module.named_parameters():
+            ours = saved_name(name)
+            value, stacked = file.get_tensor(part.keys[ours]), re.search(r"\.([qkv])_proj\.", ours)
+            if stacked and ".in_proj_" in part.keys[ours]:
+                value = value.chunk(3)["qkv".index(stacked[1])]
+            if ours == "text_projection.weight":
+                value = value.T
+            values[name] = value.reshape(weight.shape).to(device, dtype)
+    module.load_state_dict(values, assign=True)
+    return module
+
+
+def skeleton(part: Part, owner: Any) -> Any:
+    """Build a component without weights from a single file's config."""
+    with accelerate.init_empty_weights():
+        if hasattr(owner, "from_config"):
+            return owner.from_config(part.config)
+        return owner(transformers.CLIPTextConfig(**part.config or {}))
+
+
+def saved_name(name: str) -> str:
+    """Name a weight as files do, whether this transformers has a `text_model` in its module names or not."""
+    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
+
+
+def check_single_file(source: ModelSource) -> None:
+    """Hold a single file's names and shapes against the components that they shall make. Raises `model_unsupported`."""
+    for name, part in source.parts.items():
+        if part.config is None:
+            continue
+        module = skeleton(part, component_class(source.family, name))
+        wanted = {saved_name(key): squeezed(weight.shape) for key, weight in module.named_parameters()}
+        found = {key: squeezed(shape) for key, shape in part.shapes.items()}
+        unknown = found.keys() - wanted.keys() if name == "unet" else ()
+        wrong = {key for key, shape in wanted.items() if found.get(key) not in (shape, shape[::-1])}
+        if odd := sorted({*wrong, *unknown}):
+            message = f"{part.path.name} is not built as {source.family.title} is: {len(odd)} weights of its {name}"
+            raise TrainerError("model_unsupported", f"{message} are missing, odd or unknown, such as {odd[0]}.", ADVICE)
+
+
+def component_class(family: ModelFamily, name: str) -> Any:
+    """Give the class that a component is built by."""
+    classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    rows = {row.folder: row for row in family.text_encoders}
+    return classes.get(name) or getattr(transformers, rows[name].class_name)
 
 
 def model_corrupt(folder: Path, reason: str) -> TrainerError:
@@ -2909,12 +3461,11 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
     """Load the tokenizer of each text encoder. Raises `model_corrupt`."""
-    assert source.folder is not None
     tokenizers = []
-    for row in source.family.text_encoders:
-        folder = source.folder / row.tokenizer
+    for row, folder in zip(source.family.text_encoders, source.tokenizers, strict=True):
+        options: JSON = {"pad_token": row.pad_token} if source.shared_tokenizer else {}
         try:
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder))
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, **options))
         except Exception as error:  # a missing or broken vocabulary shows in many classes
             raise model_corrupt(folder, str(error)) from error
     return tokenizers
@@ -2971,7 +3522,9 @@ class PromptEncoder:
     ) -> None:
         self.parts = []
         for row, tokenizer in zip(source.family.text_encoders, tokenizers, strict=True):
-            encoder = load_component(source, getattr(transformers, row.class_name), row.folder, dtype, device)
+            encoder = load_component(
+                source.parts[row.folder], component_class(source.family, row.folder), dtype, device
+            )
             if len(tokenizer) > encoder.config.vocab_size:
                 raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
@@ -3149,27 +3702,35 @@ def entry_key(*parts: Any) -> str:
 
 
 @blame("model_corrupt")
-def component_digest(source: ModelSource, *folders: str) -> str:
-    """Hash a component's files: weights of the variant in use, config, vocabulary. Reads them all: a second per GB."""
-    assert source.folder is not None
+def part_digest(part: Part) -> str:
+    """Hash a component's weights and config. Reads them all: a second per GB."""
+    digest = hashlib.sha256(json.dumps(part.config, sort_keys=True).encode())
+    if part.config is not None:
+        with safe_open(part.path, framework="pt") as file:
+            for key in sorted({*part.keys.values()}):
+                digest.update(content_hash({key: file.get_tensor(key)}, "").encode())
+    return digest.hexdigest() + folder_digest(part.path, [Path(name).name for name in part.files])
+
+
+@blame("model_corrupt")
+def folder_digest(folder: Path, weights: Sequence[str] = ()) -> str:
+    """Hash a folder's configs, vocabularies and the named weights."""
     digest = hashlib.sha256()
-    for folder in folders:
-        names = sorted(path.relative_to(source.folder).as_posix() for path in (source.folder / folder).iterdir())
-        weights = (
-            choose_weights(names, folder, source.variants[folder], half=False)[1] if folder in source.variants else []
-        )
-        for name in [name for name in names if name in weights or name.endswith((".json", ".txt"))]:
-            with (source.folder / name).open("rb") as file:
-                digest.update(f"{name} {file_digest(file)}".encode())
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name in weights or path.suffix in (".json", ".txt"):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {file_digest(file)}".encode())
     return digest.hexdigest()
 
 
 def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str | View, str]:
     """Name the cache entry of every text and view of a run. Library versions, which move last bits, do not count."""
     source = plan.source
-    parts = [folder for row in source.family.text_encoders for folder in (row.folder, row.tokenizer)]
-    # In memory alone there is one model only.
-    reader, viewer = [(component_digest(source, *folders) if plan.cache.folder else "") for folders in (parts, ["vae"])]
+    reader = viewer = ""  # in memory alone there is one model only
+    if plan.cache.folder:
+        texts_by = [part_digest(source.parts[row.folder]) for row in source.family.text_encoders]
+        reader = " ".join([*texts_by, *map(folder_digest, source.tokenizers)])
+        viewer = part_digest(source.parts["vae"])
     shape = (plan.config.max_caption_tokens, plan.config.clip_skip)
     texts = () if plan.config.train_text_encoder else (*plan.captions, *plan.prompts)
     keys: dict[str | View, str] = {text: entry_key("text", reader, device, dtype, *shape, text) for text in texts}
@@ -3298,7 +3859,7 @@ def initial_weights(
     path: Path, weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource
 ) -> dict[str, Tensor]:
     """Read a value for each weight, in our scale. Raises KeyError, ValueError and whatever odd values raise."""
-    tensors = safetensors.torch.load_file(path)
+    tensors = safetensors.torch.load(path.read_bytes())  # load_file takes no path that is not UTF-8
     # diffusers keeps alpha in the header, kohya beside each layer's weights.
     described = json.loads(read_header(path).get("lora_adapter_metadata", "{}"))
     if any(value for key, value in described.items() if key.endswith("alpha_pattern")):
@@ -3324,16 +3885,25 @@ def initial_weights(
     return values
 
 
+NO_HASH, NO_LEGACY_HASH = "0" * 64, "0" * 8
+
+
 def tensor_bytes_hash(data: bytes) -> str:
     """Hash a safetensors file without its header, as A1111 and Forge identify LoRAs."""
     return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
-def read_header(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file; {} where it has none, is torn or is none."""
-    with contextlib.suppress(Exception), safe_open(path, framework="numpy") as file:
-        return dict(file.metadata() or {})
-    return {}
+def with_hashes(data: bytes) -> bytes:
+    """Put a LoRA file's hashes in place of zeros, such as readers compute from the whole file.
+
+    sshs_model_hash and modelspec.hash_sha256 are of what follows the header (A1111 modules/hashes.py, ModelSpec 1.0.1),
+    sshs_legacy_hash is of 64 KiB that start at 1 MiB (A1111 modules/sd_models.py, model_hash).
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    legacy = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    head = data[:start].replace(NO_HASH.encode(), tensor_bytes_hash(data).encode())
+    key = b'"sshs_legacy_hash":"%s"'
+    return head.replace(key % NO_LEGACY_HASH.encode(), key % legacy.encode()) + data[start:]
 
 
 def network_arguments(config: TrainingConfig) -> JSON:
@@ -3362,17 +3932,23 @@ def adapter_metadata(config: TrainingConfig, family: ModelFamily) -> str:
     return json.dumps(described, sort_keys=True)
 
 
-def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, str]:
-    """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read."""
+def lora_header(plan: Plan, step: int, run_id: str, thumbnail: str | None = None) -> dict[str, str]:
+    """Build the file's header: modelspec 1.0.1, the ss_* keys that kohya's, A1111's and Forge's tools read.
+
+    The hashes are zeros yet: see `with_hashes`.
+    """
     config, source, family, given = plan.config, plan.source, plan.source.family, plan.config.metadata
     resolved, width, prediction = plan.resolved(), plan.resolution, plan.source.prediction_type
     kind, diffusers_style = OPTIMIZERS[config.optimizer], config.save_format == "diffusers"
     ours, prior, separator = plan.dataset.of_role("train"), plan.dataset.of_role("prior"), config.caption_separator
     tags = collections.Counter(tag.strip() for example in ours for tag in example.caption.split(separator))
+    folders = {"dataset": {"n_repeats": config.repeats, "img_count": len(ours)}}  # its name is nobody's business
+    buckets = {str(n): {"resolution": size, "count": len(plan.buckets[size])} for n, size in enumerate(plan.buckets)}
     rows: list[JSON] = [
         {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers"},
         {"modelspec.date": utc_now("seconds"), "modelspec.title": given.get("title", config.output_name)},
-        {"modelspec.architecture": family.architecture[prediction], "modelspec.hash_sha256": f"0x{digest}"},
+        {"modelspec.architecture": family.architecture[prediction], "modelspec.hash_sha256": f"0x{NO_HASH}"},
+        {"modelspec.thumbnail": thumbnail} if thumbnail else {},
         {"modelspec.resolution": f"{width}x{width}"},
         {"modelspec.prediction_type": prediction.removesuffix("_prediction")},
         {"modelspec.trigger_phrase": f"{separator} ".join(config.trigger_words)},
@@ -3390,7 +3966,9 @@ def lora_header(plan: Plan, step: int, run_id: str, digest: str) -> dict[str, st
         {"ss_lr_scheduler": config.lr_scheduler, "ss_optimizer": f"{kind.module}.{kind.class_name}"},
         {"ss_steps": step, "ss_max_train_steps": plan.total_steps, "ss_epoch": math.ceil(plan.epoch(step))},
         {"ss_total_batch_size": config.batch_size * config.gradient_accumulation_steps},
-        {"ss_num_train_images": len(ours), "ss_num_reg_images": len(prior), "sshs_model_hash": digest},
+        {"ss_num_train_images": len(ours), "ss_num_reg_images": len(prior), "ss_dataset_dirs": json.dumps(folders)},
+        {"ss_bucket_info": json.dumps({"buckets": buckets}), "ss_training_finished_at": f"{time.time():.3f}"},
+        {"sshs_model_hash": NO_HASH, "sshs_legacy_hash": NO_LEGACY_HASH},
         {"ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common(1000) if tag}})},
         {"train_lora.version": VERSION, "train_lora.run_id": run_id},
         {"train_lora.save_dtype": config.save_dtype, "train_lora.save_format": config.save_format},
@@ -3728,6 +4306,7 @@ class LoRATrainer:
         self.device = torch.device(hardware.device)
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
         source = locate_model(self.config, self.events, weights=True, half=self.half)
+        check_single_file(source)
         self.events.info("Planning the run.", phase="planning")
         self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
         self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
@@ -3739,6 +4318,8 @@ class LoRATrainer:
         for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.plan)):
             self.events.warning(*warning)
         point = self.find_point()
+        if point and not source.prediction_told:
+            self.predict_as(point.record["prediction_type"])
         if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
             self.state = point.state
             return True
@@ -3801,7 +4382,8 @@ class LoRATrainer:
         header = read_header(self.final_path)
         if header.get("train_lora.run_id") != self.run_id:
             return False
-        wanted = lora_header(self.plan, step, self.run_id, tensor_bytes_hash(self.final_path.read_bytes()))
+        digest = tensor_bytes_hash(self.final_path.read_bytes())
+        wanted = lora_header(self.plan, step, self.run_id) | {"modelspec.hash_sha256": f"0x{digest}"}
         keys = ["ss_steps", "train_lora.save_dtype", "train_lora.save_format"]
         keys += [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
         return all(header.get(key) == wanted[key] for key in keys)
@@ -3836,7 +4418,7 @@ class LoRATrainer:
             self.encoder = encoder
 
     def cache_images(self) -> None:
-        groups = []
+        groups, source = [], self.plan.source
         unique = {self.keys[view]: view for view in self.plan.views()}.values()
         for (width, height), views in grouped(unique, lambda view: view.size).items():
             groups += split(views, self.at_once(1024**2 // (width * height)))
@@ -3844,7 +4426,7 @@ class LoRATrainer:
         if not (missing or self.config.validation_steps or self.config.sample_at_start):
             return  # nobody needs the VAE
         self.events.info("Loading the VAE.", phase="loading")
-        self.vae = load_component(self.plan.source, diffusers.AutoencoderKL, "vae", self.vae_dtype, self.device)
+        self.vae = load_component(source.parts["vae"], diffusers.AutoencoderKL, self.vae_dtype, self.device)
         pictures = map_ahead(lambda group: [view.load() for view in group], missing)
         for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
             self.keep(group, encode_images(self.vae, loaded))
@@ -3879,9 +4461,12 @@ class LoRATrainer:
 
     def adapt(self) -> None:
         """Load the UNet, put the adapters on what trains, make the optimizer. Needs self.plan and self.encoder."""
-        config, source = self.config, self.plan.source
+        config = self.config
         self.events.info("Loading the UNet.", phase="loading")
-        self.unet = load_component(source, diffusers.UNet2DConditionModel, "unet", self.dtype, self.device)
+        weights = self.plan.source.parts["unet"]
+        self.unet = load_component(weights, diffusers.UNet2DConditionModel, self.dtype, self.device)
+        self.measure_prediction()
+        source = self.plan.source
         self.components = {row.folder: encoder for row, _, encoder in self.encoder.parts} if self.encoder else {}
         self.components["unet"] = self.unet
         self.parameters: dict[str, Any] = {}
@@ -3910,6 +4495,30 @@ class LoRATrainer:
         count = sum(weight.numel() for weight in self.live.values())
         modules = {key.rpartition("/")[0] for key in self.live}
         self.events.info(f"Training {len(modules)} modules with {count:,} weights.")
+
+    def measure_prediction(self) -> None:
+        """Ask the UNet what it predicts: pure noise at the last timestep comes back from an epsilon model only."""
+        source, side = self.plan.source, self.plan.source.native_resolution
+        shape = (1, self.unet.config.in_channels, 32, 32)
+        noise = torch.randn(shape, generator=generator("what the model predicts")).to(self.device)
+        with torch.no_grad():
+            context, conditions = self.conditions([""], torch.tensor([[side, side, 0, 0, side, side]]).float())
+            timesteps = torch.tensor([len(noise_schedule(source.scheduler)) - 1], device=self.device)
+            output = self.predict(noise, timesteps, context, conditions).float()
+        likeness = float(torch.nn.functional.cosine_similarity(output.flatten(), noise.flatten(), dim=0))
+        measured = "epsilon" if likeness > 0.5 else "v_prediction"
+        if not source.prediction_told:
+            why = "measured, as neither the model nor the config says it"
+            self.events.info(f"The model predicts {measured} ({why}).")
+            self.predict_as(measured)
+        elif math.isfinite(likeness) and measured != source.prediction_type:
+            message = f"The run takes the model for {source.prediction_type}, but it answers pure noise as "
+            hint = "If samples are noise or grey, set prediction_type to the other one."
+            self.events.warning("prediction_type_suspect", f"{message}{measured} models do.", hint)
+
+    def predict_as(self, prediction: str) -> None:
+        source = dataclasses.replace(self.plan.source, prediction_type=prediction, prediction_told=True)
+        self.plan = dataclasses.replace(self.plan, source=source)
 
     def check_disk_space(self) -> None:
         """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
@@ -4103,12 +4712,12 @@ class LoRATrainer:
         return {k: torch.lerp(w, states[k]["z"], share) if "z" in states[k] else w for k, w in self.live.items()}
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Lend the components the evaluation weights; the ones that train are put back as they were."""
+    def evaluating(self, lent: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Lend the components the evaluation weights, or others; the ones that train are put back as they were."""
         for component in self.components.values():
             component.eval()
-        for key, weight in self.evaluation_weights().items():
-            self.parameters[key].data = weight
+        for key, weight in (lent or self.evaluation_weights()).items():
+            self.parameters[key].data = weight.to(self.device)
         try:
             yield
         finally:
@@ -4291,6 +4900,7 @@ class LoRATrainer:
             for name, weights in {"adapter": self.live, "ema": self.ema}.items():
                 tensors |= {f"{name}/{key}": weight for key, weight in weights.items()}
             record = {"run_id": self.run_id, "identity": self.identity, "environment": self.environment()}
+            record |= {"prediction_type": self.plan.source.prediction_type}
             record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
             record |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
             write_file(state_path, encode_state(tensors, record))
@@ -4338,8 +4948,20 @@ class LoRATrainer:
 
     def write_lora(self, path: Path) -> None:
         tensors = file_tensors(self.evaluation_weights(), self.config, self.plan.source)
-        digest = tensor_bytes_hash(serialize(tensors, {}))
-        write_file(path, serialize(tensors, lora_header(self.plan, self.state.step, self.run_id, digest)))
+        header = lora_header(self.plan, self.state.step, self.run_id, self.thumbnail())
+        write_file(path, with_hashes(serialize(tensors, header)))
+
+    def thumbnail(self) -> str | None:
+        """Give the newest sample of this run, small, as a data URL; None where none is wanted or there."""
+        wanted = self.config.metadata.get("thumbnail") == "sample"
+        steps = {int(path.name.split("_")[1]): path for path in self.folder.samples.glob("step_*_0.png") if wanted}
+        ours = (path for _, path in sorted(steps.items(), reverse=True) if written_by(path) == self.run_id)
+        if (path := next(ours, None)) is None:
+            return None
+        with Image.open(path, formats=["PNG"]) as image:
+            image.thumbnail((256, 256))
+            image.save(buffer := io.BytesIO(), "JPEG", quality=85)
+        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
@@ -4366,6 +4988,53 @@ class LoRATrainer:
             self.save(lora=False)
         self.keep_folder()
         self.write_lora(self.final_path)
+        self.check_file(self.final_path)
+
+    def check_file(self, path: Path) -> None:
+        """Read a LoRA back and apply it to the base: in one forward pass, its effect must be the trained one.
+
+        Raises `checkpoint_corrupt`, and removes the file.
+        """
+        try:
+            back = initial_weights(path, self.parameters, self.config, self.plan.source)
+            effect, off = self.effect_of(back)
+            if not off <= effect / 20:
+                raise ValueError(f"its effect is off by {off / effect if effect else math.inf:.0%}")
+        except Exception as error:  # whatever it is, the file cannot be trusted
+            if as_trainer_error(error, "").code == "out_of_memory":
+                raise
+            remove(path)
+            message = f"{path.name} does not do what was trained, and was removed: {error}"
+            hint = "The state is saved: start the same command again to write the file anew."
+            raise TrainerError("checkpoint_corrupt", message, hint) from error
+        share = f"{off / effect:.1%}" if effect else "nothing, as it has none"
+        self.events.info(f"The file was read back and applied: its effect differs from the trained one by {share}.")
+
+    def effect_of(self, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Give the norm of what was trained in one prediction, and that of what these weights' differs from it by.
+
+        What an output's last bits may move by is taken off: of TF32, on a GPU, more than of float32.
+        """
+        digits = max(torch.finfo(self.dtype).eps, 1e-5 if self.device.type == "cpu" else 1e-3)
+        trained, read = self.answer(), self.answer(weights)
+        layers = [part for component in self.components.values() for part in component.modules()]
+        layers = [part for part in layers if isinstance(part, peft.tuners.tuners_utils.BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        plain = self.answer()
+        for layer in layers:
+            layer.enable_adapters(True)
+        off = float((trained - read).norm() - 8 * digits * trained.norm())
+        return float((trained - plain).norm()), off if math.isnan(off) else max(0.0, off)
+
+    def answer(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Give the model's prediction for one image of the run, with the evaluation weights or with others."""
+        with torch.no_grad(), self.evaluating(weights):
+            batch = self.assemble([self.plan.view(0)], self.plan.variants[0][:1], [1.0])
+            noise = torch.randn(batch.mean.shape, generator=generator("read back")).to(self.device)
+            timesteps = torch.full((1,), len(self.alpha_bar) // 2)
+            noisy, _ = diffuse(batch.mean, noise, self.alpha_bar, timesteps, self.plan.source.prediction_type)
+            return self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions).float()
 
     def complete(self) -> None:
         state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
@@ -4459,6 +5128,8 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
     plan = make_plan(config, dataset, source, hardware, half=half)
     for reason in plan.reasons:
         events.info(reason)
+    if hardware:
+        check_single_file(source)
     tokens = count_tokens(plan) if hardware else None
     for warning in (*plan_warnings(plan), *(token_warnings(tokens) if tokens else ())):
         events.warning(*warning)
@@ -4467,8 +5138,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 
 def count_tokens(plan: Plan) -> JSON | None:
     """Give the token report, where the tokenizers are here: of a Hub model only its configs may be."""
-    folder, rows = plan.source.folder, plan.source.family.text_encoders
-    if folder is None or not all((folder / row.tokenizer / "vocab.json").is_file() for row in rows):
+    if not plan.source.tokenizers or not all((path / "vocab.json").is_file() for path in plan.source.tokenizers):
         return None
     return token_report(plan, load_tokenizers(plan.source))
 
@@ -4519,7 +5189,7 @@ def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
 def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
     """Give the fields of the `validated` event."""
     source, family = plan.source, plan.source.family
-    model = {"name": source.name, "family": family.name, "title": family.title, "guessed": source.folder is None}
+    model = {"name": source.name, "family": family.name, "title": family.title, "guessed": source.guessed}
     model |= {"prediction_type": source.prediction_type, "native_resolution": source.native_resolution}
     memory = {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()}
     report = {"valid": True, "model": model, "dataset": dataset_report(plan, tokens), "memory": memory}
@@ -4532,7 +5202,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     if options.validate_only:
         return validate(config, events)
     events.info("Checking the dataset and the model.", phase="checking")
-    if locate_model(config, events, weights=False, half=True).folder is None:
+    if locate_model(config, events, weights=False, half=True).guessed:
         raise hub_unreachable(config)
     dataset = scan_dataset(config, events)
     folder = OutputFolder(Path(config.output_path))
