@@ -4028,6 +4028,95 @@ def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path,
         assert dtypes == {"weight": torch.float16, "alpha": torch.float32}
 
 
+@needs_torch
+def test_the_hashes_are_those_that_readers_compute_from_the_file(tmp_path: Path, images: Path, models: Path) -> None:
+    import hashlib
+
+    for rank, name in ((4, "small"), (64, "over 1 MiB")):
+        changes = {"lora_rank": rank, "lora_targets": "all", "steps": 1}
+        made = train(tmp_path, small(images, models / "sd15", tmp_path / name, **changes))
+        data, header = made.final_path.read_bytes(), trainer.read_header(made.final_path)
+        length = int.from_bytes(data[:8], "little")
+        digest = hashlib.sha256(data[8 + length :]).hexdigest()
+        assert (header["sshs_model_hash"], header["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
+        with made.final_path.open("rb") as file:
+            file.seek(0x100000)
+            assert header["sshs_legacy_hash"] == hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+        assert (len(data) > 0x110000) is (rank == 64)
+        assert made.is_finished(1)
+
+
+@needs_torch
+def test_a_thumbnail_is_the_newest_sample_and_only_where_it_is_wanted(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    import base64
+
+    for wanted in (False, True):
+        changes: Json = {"validation_steps": 1, "steps": 2, "metadata": {"thumbnail": "sample"} if wanted else {}}
+        config = small(images, models / "sd15", tmp_path / str(wanted), **changes)
+        header = trainer.read_header(train(tmp_path, config).final_path)
+        assert ("modelspec.thumbnail" in header) is wanted
+    kind, _, data = header["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    Image.open(tmp_path / "True/samples/step_2_0.png").save(expected := io.BytesIO(), "JPEG", quality=85)
+    assert base64.b64decode(data) == expected.getvalue()
+    again = make_trainer(tmp_path, config)
+    assert again.setup() is True, "a thumbnail does not make it unfinished"
+    again.folder._lock.close()  # type: ignore[union-attr]
+
+
+MISTAKES: dict[str, Callable[[Json], Json]] = {  # what a bug in the writer might do to a file's tensors
+    "alpha doubled": lambda tensors: {k: v * 2 if k.endswith("alpha") else v for k, v in tensors.items()},
+    "up and down swapped": lambda tensors: {
+        k.replace("lora_up", "x").replace("lora_down", "lora_up").replace("x", "lora_down"): v
+        for k, v in tensors.items()
+    },
+    "a layer left out": lambda tensors: {k: v for k, v in tensors.items() if "mid_block" not in k},
+    "zeros": lambda tensors: {k: v if k.endswith("alpha") else v * 0 for k, v in tensors.items()},
+    "another prefix": lambda tensors: {k.replace("lora_unet", "lora_net"): v for k, v in tensors.items()},
+    "not finite": lambda tensors: {k: v * math.nan for k, v in tensors.items()},
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_final_file_that_does_not_do_what_was_trained_is_an_error_and_costs_nothing(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    real, config = trainer.file_tensors, small(images, models / "sd15", tmp_path / "out", steps=2)
+    made = prepare(tmp_path, config)
+    assert made.train()
+    monkeypatch.setattr(trainer, "file_tensors", lambda *rest: MISTAKES[mistake](real(*rest)))
+    with pytest.raises(trainer.TrainerError, match="does not do what was trained") as caught:
+        made.finish()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    assert caught.value.code == "checkpoint_corrupt"
+    assert not made.final_path.exists()
+    monkeypatch.undo()
+    train(tmp_path, config)
+    assert made.final_path.exists()
+
+
+READ_BACK: list[tuple[str, Json]] = [
+    ("sd15", {"train_text_encoder": True, "save_dtype": "bf16", "lora_type": "dora"}),
+    ("sd15", {"mixed_precision": "bf16", "save_dtype": "fp16", "learning_rate": 1e-7}),  # next to no effect
+    ("sd15", {"save_format": "diffusers", "use_rslora": True, "lora_alpha": 2, "ema_decay": 0.5}),
+    ("sdxl", {"lora_type": "lokr", "lora_targets": "all", "save_dtype": "fp16", "lora_dropout": 0}),
+]
+
+
+@needs_torch
+@pytest.mark.parametrize(("kind", "changes"), READ_BACK)
+def test_every_final_file_is_read_back_and_its_effect_told(
+    tmp_path: Path, images: Path, models: Path, kind: str, changes: Json
+) -> None:
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", steps=2, **changes))
+    told = [event["message"] for event in emitted(made, "info") if "read back" in event["message"]]
+    assert len(told) == 1
+    print(kind, changes, told[0])
+
+
 # ======================================================================================
 # checkpoints
 # ======================================================================================

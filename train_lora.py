@@ -1667,7 +1667,7 @@ UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 
 # What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
 MODEL_KEYS: dict[str, JSON] = {
-    "model_index.json": dict.fromkeys(FAMILIES[-1].parameters, {"type": ["array", "null"], "minItems": 2}),
+    "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
     "unet/config.json": {
         **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"), COUNT),
         "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
