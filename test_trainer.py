@@ -2442,6 +2442,7 @@ def tensor(dtype: str, shape: list[int], *offsets: int) -> Json:
 
 
 LYING_HEADERS = {
+    "scalars for weights": safetensors_bytes(dict.fromkeys(SD1_FILE, tensor("F16", [0], 0, 0))),
     "a huge header": safetensors_bytes({}, length=2**63),
     "a header longer than the file": safetensors_bytes({}, length=10**6),
     "no JSON": safetensors_bytes(b"{nonsense"),
@@ -2470,14 +2471,34 @@ def test_a_lying_header_is_refused_before_anything_is_allocated(tmp_path: Path, 
     folder = hollow_model(tmp_path / "folder")
     (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(LYING_HEADERS[lie])
     for base in (single, folder):
+        config = parse(tmp_path, REQUIRED | {"base_model": str(base)})
         tracemalloc.start()
-        with pytest.raises(trainer.TrainerError) as caught:
-            trainer.locate_model(
-                parse(tmp_path, REQUIRED | {"base_model": str(base)}), Recorder(), weights=True, half=False
-            )
-        assert tracemalloc.get_traced_memory()[1] < 1 << 22
-        tracemalloc.stop()
-        assert caught.value.code in ("model_corrupt", "model_unsupported")
+        try:
+            trainer.locate_model(config, Recorder(), weights=True, half=False)
+        except trainer.TrainerError as error:
+            code, allocated = error.code, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert code in ("model_corrupt", "model_unsupported")
+        assert allocated < 1 << 22
+
+
+@needs_torch
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    """Tensors without a byte may have any size in a header."""
+    headers = original_header(trainer.FAMILIES[0])
+    positions, layer = f"{CLIP}embeddings.position_embedding.weight", f"{CLIP}encoder.layers"
+    block = f"{U}input_blocks.1.1.transformer_blocks"
+    odd: list[dict[str, list[int]]] = [
+        {positions: [10**12, 0]},
+        {f"{layer}.{number}.mlp.fc1.bias": [0] for number in range(10**4)},
+        {f"{block}.{number}.norm1.weight": [0] for number in range(10**4)},
+    ]
+    for changes in odd:
+        changed = headers | {key: ("F16", shape) for key, shape in changes.items()}
+        with pytest.raises(trainer.TrainerError, match=r"maximum|not valid") as caught:
+            trainer.read_single_file(Path("x.safetensors"), changed, {})
+        assert caught.value.code == "model_corrupt"
 
 
 @pytest.mark.parametrize(

@@ -1291,6 +1291,52 @@ FAMILIES = (
     ),
 )
 
+COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+FEW = COUNT | {"maximum": 200}  # layers: a module each
+NAMES = {"type": "array", "items": {"type": "string"}}
+COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
+UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+
+# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
+MODEL_KEYS: dict[str, JSON] = {
+    "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
+    "unet/config.json": {
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim", "addition_time_embed_dim"), COUNT),
+        "projection_class_embeddings_input_dim": {"anyOf": [COUNT, {"type": "null"}]},
+        "layers_per_block": FEW,
+        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
+        "block_out_channels": COUNTS,
+        **dict.fromkeys(("down_block_types", "up_block_types"), NAMES),
+        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
+    },
+    "vae/config.json": {
+        "block_out_channels": COUNTS,
+        **{"layers_per_block": FEW, "latent_channels": COUNT},
+        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
+        "shift_factor": {"type": ["number", "null"]},
+    },
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
+        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
+        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
+        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
+        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
+    },
+}
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
+TEXT_KEYS: dict[str, JSON] = {
+    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
+    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
+}
+
+
+def check_model_config(document: Any, kind: str, name: str) -> None:
+    """Hold a config against what we rely on. Raises `model_corrupt`."""
+    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind]}
+    for wrong in Draft7Validator(schema).iter_errors(document):
+        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
+
+
 ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
 FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
 CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
@@ -1481,8 +1527,8 @@ def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> Model
     """Recognise the family of a checkpoint by the names and shapes in its header. Raises `model_unsupported`."""
     names = "\n".join(key.removeprefix(UNET_PREFIX) for key in shapes)
     kind = next((kind for kind, sign in OTHER_KINDS.items() if re.search(sign, names, re.MULTILINE)), "")
-    channels = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", [0, 0])[1]
-    output = shapes.get(f"{UNET_PREFIX}out.2.weight", [0])[0]
+    channels = [*shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", ()), 0, 0][1]
+    output = [*shapes.get(f"{UNET_PREFIX}out.2.weight", ()), 0][0]
     if not kind and channels != output:
         kind = OTHER_CHANNELS.get(channels, f"a model that takes {channels} channels")
     if kind:
@@ -1528,6 +1574,9 @@ def read_single_file(
     except (KeyError, IndexError, ValueError) as error:
         message = f"{path.name} is not built as {family.title} is: a distilled or changed model ({error})."
         raise TrainerError("model_unsupported", message, ADVICE) from error
+    for name, part in parts.items():  # sizes from a header that may lie
+        kind = "text_encoder" if name.startswith("text") else name
+        check_model_config(part.config, f"{kind}/config.json", f"{path.name} ({name})")
     return family, parts, SCHEDULE | told_prediction(shapes, header)
 
 
@@ -1660,39 +1709,7 @@ def text_part(path: Path, row: TextEncoder, shapes: Mapping[str, Sequence[int]])
 # base models
 # ======================================================================================
 
-COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
-NAMES = {"type": "array", "items": {"type": "string"}}
-COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
-UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-
-# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
-MODEL_KEYS: dict[str, JSON] = {
-    "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
-    "unet/config.json": {
-        **dict.fromkeys(("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"), COUNT),
-        "transformer_layers_per_block": {"anyOf": [COUNT, COUNTS]},
-        "block_out_channels": COUNTS,
-        **dict.fromkeys(("down_block_types", "up_block_types"), NAMES),
-        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
-    },
-    "vae/config.json": {
-        "block_out_channels": COUNTS,
-        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
-        "shift_factor": {"type": ["number", "null"]},
-    },
-    "scheduler/scheduler_config.json": {
-        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
-        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
-        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
-        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
-    },
-}
 CONFIGS = re.compile(r"model_index\.json|(?:unet|vae|scheduler|text_encoder\w*|tokenizer\w*)/[^/]+\.(?:json|txt)")
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-TEXT_KEYS: dict[str, JSON] = {
-    "text_encoder/config.json": dict.fromkeys((*TEXT_SIZES, "max_position_embeddings", "projection_dim"), COUNT)
-}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>[\w-]+))?\.safetensors"
@@ -1962,9 +1979,7 @@ def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
         document = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
-    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind or name]}
-    for wrong in Draft7Validator(schema).iter_errors(document):
-        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
+    check_model_config(document, kind or name, name)
     return dict(document)
 
 
