@@ -353,6 +353,8 @@ def train(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
         made.finish()
     elif made.state.step > made.stop.saved.step:
         made.save()
+    if made.final_path.exists() and made.config.save_format == "kohya":
+        check_for_readers(trainer.tensor_shapes(made.final_path))
     made.folder._lock.close()  # type: ignore[union-attr]
     return made
 
@@ -2849,6 +2851,8 @@ def write_as(made: trainer.LoRATrainer, style: str, path: Path) -> None:
     made.config = dataclasses.replace(made.config, save_format=style)
     made.plan = dataclasses.replace(made.plan, config=made.config)
     made.write_lora(path)
+    if style == "kohya":
+        check_for_readers(trainer.tensor_shapes(path))
 
 
 def apply_by_formula(made: trainer.LoRATrainer, path: Path, components: Json) -> None:
@@ -3036,50 +3040,266 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
         torch.testing.assert_close(effect, alpha / 4 * inputs @ down.T @ up.T, atol=1e-6, rtol=1e-4)
 
 
+Layers = dict[str, tuple[int, ...]]  # name in a kohya file -> shape of the layer's weight
+
+
+@dataclasses.dataclass(frozen=True)
+class FullSize:
+    """A family's real model, as its authors' config describes it."""
+
+    widths: tuple[int, ...]  # of the UNet's levels
+    depths: tuple[int, ...]  # transformer blocks at each level
+    middle: int  # and between the two halves
+    context: int  # width of the text
+    encoders: dict[str, tuple[int, int]]  # key prefix -> layers, width
+    counts: tuple[int, ...]  # the UNet's layers for the targets transformer and all; each text encoder's
+    linear: bool = True  # the transformers' ends; else convolutions
+    original: bool = False  # keys count the UNet's blocks through
+
+
+FULL_SIZE = {  # CompVis v1-inference.yaml, Stability-AI v2-inference.yaml and sd_xl_base.yaml
+    "sd15": FullSize(
+        *((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768, {"lora_te": (12, 768)}, (192, 278, 72)), linear=False
+    ),
+    "sd21": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 1024, {"lora_te": (23, 1024)}, (192, 278, 138)),
+    "sdxl": FullSize(
+        *((320, 640, 1280), (0, 2, 10), 10, 2048, {"lora_te1": (12, 768), "lora_te2": (32, 1280)}),
+        *((722, 788, 72, 192), True, True),
+    ),
+}
+
+
+def unet_layers(size: FullSize) -> Layers:
+    """Every layer of the UNet that a LoRA may hold, in the order in which data flows through them."""
+    layers: Layers = {}
+    now, skips, last = size.widths[0], [size.widths[0]], len(size.widths) - 1
+
+    def name(diffusers_name: str, original_name: str) -> str:
+        return f"lora_unet_{original_name if size.original else diffusers_name}"
+
+    def resnet(place: str, inputs: int, width: int) -> None:
+        shapes = ((width, inputs, 3, 3), (width, width, 3, 3), (width, 4 * size.widths[0]), (width, inputs, 1, 1))
+        names = ["in_layers_2", "out_layers_3", "emb_layers_1", "skip_connection"]
+        names = names if size.original else ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
+        layers.update({f"{place}_{part}": shape for part, shape in zip(names, shapes, strict=True)})
+        if inputs == width:
+            del layers[f"{place}_{names[3]}"]
+
+    def transformer(place: str, width: int, depth: int) -> None:
+        square, kernel = (width, width), () if size.linear else (1, 1)
+        layers.update({f"{place}_proj_{end}": (*square, *kernel) for end in ("in", "out") if depth})
+        for block in (f"{place}_transformer_blocks_{number}" for number in range(depth)):
+            attention = itertools.product((1, 2), ("q", "k", "v", "out_0"))
+            layers.update({f"{block}_attn{number}_to_{part}": square for number, part in attention})
+            layers.update({f"{block}_attn2_to_{part}": (width, size.context) for part in "kv"})
+            layers.update({f"{block}_ff_net_0_proj": (8 * width, width), f"{block}_ff_net_2": (width, 4 * width)})
+
+    for level, (width, depth) in enumerate(zip(size.widths, size.depths, strict=True)):
+        for layer in range(2):
+            number = 3 * level + layer + 1
+            resnet(name(f"down_blocks_{level}_resnets_{layer}", f"input_blocks_{number}_0"), now, width)
+            transformer(name(f"down_blocks_{level}_attentions_{layer}", f"input_blocks_{number}_1"), width, depth)
+            skips.append(now := width)
+        if level < last:
+            place = name(f"down_blocks_{level}_downsamplers_0_conv", f"input_blocks_{3 * level + 3}_0_op")
+            layers[place] = (now, now, 3, 3)
+            skips.append(now)
+    for layer in range(2):
+        resnet(name(f"mid_block_resnets_{layer}", f"middle_block_{2 * layer}"), now, now)
+    transformer(name("mid_block_attentions_0", "middle_block_1"), now, size.middle)
+    for level, (width, depth) in enumerate(zip(size.widths[::-1], size.depths[::-1], strict=True)):
+        for layer in range(3):
+            number = 3 * level + layer
+            resnet(name(f"up_blocks_{level}_resnets_{layer}", f"output_blocks_{number}_0"), now + skips.pop(), width)
+            transformer(name(f"up_blocks_{level}_attentions_{layer}", f"output_blocks_{number}_1"), width, depth)
+            now = width
+        if level < last:
+            behind = f"output_blocks_{3 * level + 2}_{1 + bool(depth)}_conv"
+            layers[name(f"up_blocks_{level}_upsamplers_0_conv", behind)] = (now, now, 3, 3)
+    return layers
+
+
+def text_layers(prefix: str, count: int, width: int) -> Layers:
+    shapes: Layers = {f"self_attn_{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+    shapes |= {"mlp_fc1": (4 * width, width), "mlp_fc2": (width, 4 * width)}
+    every = itertools.product(range(count), shapes.items())
+    return {f"{prefix}_text_model_encoder_layers_{number}_{part}": shape for number, (part, shape) in every}
+
+
+# What readers take, as seen in their sources; facts, none of their code. First the names of layers.
+TRANSFORMER = r"(?:proj_(?:in|out)|transformer_blocks_\d+_(?:attn[12]_to_(?:[qkv]|out_0)|ff_net_(?:0_proj|2)))"
+LAYER_NAMES = {
+    "diffusers": r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_(?:attentions_\d+_" + TRANSFORMER + "|"
+    r"resnets_\d+_(?:conv[12]|conv_shortcut|time_emb_proj)|(?:down|up)samplers_0_conv)",
+    "original": r"lora_unet_(?:(?:input|output)_blocks_\d+|middle_block)_(?:1_" + TRANSFORMER + "|"
+    r"[02]_(?:in_layers_2|out_layers_3|emb_layers_1|skip_connection)|0_op|[12]_conv)",
+    "text": r"lora_te[12]?_text_model_encoder_layers_\d+_(?:self_attn_(?:[qkv]|out)_proj|mlp_fc[12])",
+}
+# Then a layer's tensors, with the sizes of each: letters are sizes that agree, in the layer and between its tensors.
+LINEAR = {"lora_down.weight": "r i", "lora_up.weight": "o r", "alpha": ""}
+CONVOLUTION = {"lora_down.weight": "r i k k", "lora_up.weight": "o r 1 1", "alpha": ""}
+FORMS = {
+    "lora": (LINEAR, CONVOLUTION),
+    "dora": (LINEAR | {"dora_scale": "o 1"}, CONVOLUTION | {"dora_scale": "o 1 1 1"}),
+    "lokr": (
+        {"lokr_w1": "a b", "lokr_w2": "c d", "alpha": ""},
+        {"lokr_w1": "a b", "lokr_w2": "c d k k", "alpha": ""},
+        {"lokr_w1": "a b", "lokr_w2_a": "c r", "lokr_w2_b": "r d", "alpha": ""},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Which layouts of the UNet's names a program takes, and which kinds of adapter it reads wrongly."""
+
+    source: str
+    sd: tuple[str, ...]
+    sdxl: tuple[str, ...]
+    misread: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+EITHER, SD, SDXL = ("diffusers", "original"), ("diffusers",), ("original",)
+FROZEN, PER_INPUT = {"dora": "held against the frozen weight's norm"}, {"dora": "dora_scale as one factor per input"}
+READERS = {
+    "ComfyUI": Reader("comfyanonymous/ComfyUI comfy/lora.py, comfy/weight_adapter/", EITHER, EITHER, FROZEN),
+    "Forge": Reader(
+        "lllyasviel/… packages_3rdparty/comfyui_lora_collection/, backend/patcher/", EITHER, EITHER, FROZEN
+    ),
+    "A1111": Reader("AUTOMATIC1111/… extensions-builtin/Lora/network*.py", EITHER, SDXL, PER_INPUT),
+    "InvokeAI": Reader("invokeai 6.14 backend/patches/lora_conversions/, layers/", SD, EITHER, PER_INPUT),
+    "LyCORIS": Reader("lycoris_lora 4.1 kohya.py, modules/locon.py, lokr.py", SD, SDXL),
+    "sd-scripts": Reader(
+        "kohya-ss/sd-scripts networks/lora.py", SD, SDXL, {"dora": "dora_scale ignored", "lokr": "no"}
+    ),
+}
+
+
+def layer_sizes(kind: str, parts: Json) -> dict[str, int]:
+    """Hold a layer's tensors against the forms of its kind; what the letters stand for."""
+    for form in FORMS[kind]:
+        if form.keys() == parts.keys() and all(len(form[part].split()) == len(shape) for part, shape in parts.items()):
+            pairs = [pair for part, shape in parts.items() for pair in zip(form[part].split(), shape, strict=True)]
+            sizes = {"1": 1} | dict(pairs)
+            assert all(sizes[letter] == size for letter, size in [("1", 1), *pairs]), parts
+            return sizes
+    raise AssertionError(f"no reader takes {parts}")
+
+
+def check_for_readers(shapes: Json) -> dict[str, dict[str, int]]:
+    """Hold a kohya file's tensors against what every reader takes; each layer's sizes."""
+    layers: dict[str, Json] = {}
+    for key, shape in shapes.items():
+        layer, _, part = key.partition(".")
+        layers.setdefault(layer, {})[part] = shape
+    unet = {name for name in layers if name.startswith("lora_unet_")}
+    [layout] = [name for name in EITHER if all(re.fullmatch(LAYER_NAMES[name], layer) for layer in unet)]
+    xl = layout == "original"
+    assert all(layout in (reader.sdxl if xl else reader.sd) for reader in READERS.values())
+    for name in layers.keys() - unet:
+        assert re.fullmatch(LAYER_NAMES["text"], name) and name.startswith(
+            ("lora_te1", "lora_te2") if xl else "lora_te_"
+        )
+    every = {part for parts in layers.values() for part in parts}
+    kind = "lokr" if "lokr_w1" in every else "dora" if "dora_scale" in every else "lora"
+    return {name: layer_sizes(kind, parts) for name, parts in layers.items()}
+
+
+def invokeai_base(shapes: Json) -> str | None:
+    """The family as InvokeAI tells it (model_manager/configs/lora.py, util/model_util.py), by the first width it finds.
+
+    Of a LoKr it knows widths only where both matrices are full: at rank 16 some are, below only SDXL is told, by depth.
+    """
+    for key, shape in sorted(shapes.items()):
+        layer, _, part = key.partition(".")
+        full = [shapes.get(f"{layer}.{name}", (0, 0))[1] for name in ("lokr_w1", "lokr_w2")]
+        width = shape[1] if part == "lora_down.weight" else math.prod(full)
+        tells = re.match(r"lora_te_.*_self_attn_|lora_unet_.*_attn2_to_[kv]$|lora_unet_.*time_emb_proj$", layer)
+        if tells and width:
+            return {768: "sd15", 1024: "sd21", 1280: "sdxl", 2048: "sdxl"}.get(width)
+    return "sdxl" if any(re.search(r"_transformer_blocks_([2-9]|\d\d)_", key) for key in shapes) else None
+
+
+def full_size_encoder(row: trainer.TextEncoder) -> Any:
+    settings: Json = {"hidden_size": row.width, "intermediate_size": 4 * row.width, "num_hidden_layers": row.layers}
+    with torch.device("meta"):
+        config = transformers.CLIPTextConfig(num_attention_heads=row.width // 64, **settings)
+        return getattr(transformers, row.class_name)(config)
+
+
 @needs_torch
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_full_size_key_names_are_those_of_kohya(name: str) -> None:
-    family = next(family for family in trainer.FAMILIES if family.name == name)
-    unet = full_size_unet(family)
-    source = trainer.ModelSource("m", None, family, unet.config, {}, {}, "epsilon", {}, {})
-    pattern = re.compile(trainer.TARGETS["all"][0])
-    modules = [key for key, _ in unet.named_modules() if pattern.fullmatch(key)]
-    keys = {trainer.file_prefix("kohya", f"unet.{module}", source) for module in modules}
-    assert len(keys) == len(modules)
-    blocks = {re.sub(r"_(transformer_blocks|proj_(in|out)$).*", "", key).removeprefix("lora_unet_") for key in keys}
-    if name == "sd15":
-        expected = {f"down_blocks_{block}_attentions_{layer}" for block in range(3) for layer in range(2)}
-        expected |= {f"up_blocks_{block}_attentions_{layer}" for block in (1, 2, 3) for layer in range(3)}
-        expected |= {"mid_block_attentions_0", "down_blocks_0_downsamplers_0_conv", "up_blocks_2_upsamplers_0_conv"}
-        expected |= {"mid_block_resnets_1_conv2", "down_blocks_1_resnets_0_conv_shortcut"}
-        assert len(blocks) == 16 + 86
-    else:  # as in generative-models' configs and in every SDXL checkpoint
-        expected = {f"input_blocks_{number}_1" for number in (4, 5, 7, 8)} | {"middle_block_1"}
-        expected |= {f"output_blocks_{number}_1" for number in range(6)}
-        expected |= {f"input_blocks_{number}_0_op" for number in (3, 6)}
-        expected |= {f"output_blocks_{number}_2_conv" for number in (2, 5)}
-        numbers = [f"input_blocks_{number}_0" for number in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
-        numbers += [f"output_blocks_{number}_0" for number in range(9)]
-        expected |= {f"{place}_{part}" for place in numbers for part in ("in_layers_2", "out_layers_3", "emb_layers_1")}
-        skips = [f"input_blocks_{number}_0" for number in (4, 7)] + [f"output_blocks_{number}_0" for number in range(9)]
-        expected |= {f"{place}_skip_connection" for place in skips}
-        assert blocks == expected
-    assert expected <= blocks
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(FULL_SIZE, FORMS)])
+def test_full_size_files_have_every_layer_that_readers_know_and_no_other(
+    tmp_path: Path, images: Path, name: str, kind: str
+) -> None:
+    family, size = next(family for family in trainer.FAMILIES if family.name == name), FULL_SIZE[name]
+    settings: Json = {"lora_type": kind, "lora_rank": 16 if kind == "lokr" else 2, "train_text_encoder": True}
+    config = parse(tmp_path, small(images, tmp_path, tmp_path / "out", lora_targets="all", **settings))
+    components = {row.folder: full_size_encoder(row) for row in family.text_encoders} | {"unet": full_size_unet(family)}
+    source = trainer.ModelSource("m", None, family, components["unet"].config, {}, {}, "epsilon", {}, {})
+    weights: Json = {}
+    for part, pattern in trainer.trained_parts(config, family).items():
+        weights |= trainer.add_adapter(part, components[part], config, pattern)
+    text = [text_layers(prefix, *encoder) for prefix, encoder in size.encoders.items()]
+    for targets, with_text in itertools.product(("transformer", "all"), (False, True)):
+        config = dataclasses.replace(config, lora_targets=targets, train_text_encoder=with_text)
+        patterns = trainer.trained_parts(config, family)
+        chosen = {}
+        for key, weight in weights.items():
+            part, _, module = key.rpartition("/")[0].partition(".")
+            if re.fullmatch(patterns.get(part, ""), module):
+                chosen[key] = torch.zeros(weight.shape)
+        shapes = {key: tuple(tensor.shape) for key, tensor in trainer.file_tensors(chosen, config, source).items()}
+        found = check_for_readers(shapes)
+        kept = "" if targets == "all" else r"_transformer_blocks_|_proj_(in|out)$"
+        groups = [{layer: shape for layer, shape in unet_layers(size).items() if re.search(kept, layer)}, *text]
+        expected = {layer: shape for group in groups[: None if with_text else 1] for layer, shape in group.items()}
+        missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+        counts = [len(group.keys() & found.keys()) for group in groups]
+        told = f"{len(missing)} missing, {len(unexpected)} unexpected"
+        print(f"{name} {kind} {targets}: {counts[0]} in the UNet, {counts[1:]} in text encoders, {told}")
+        assert not missing and not unexpected
+        assert counts == [size.counts[targets == "all"], *(n * with_text for n in size.counts[2:])]
+        for layer, shape in expected.items():
+            sizes = found[layer]
+            kernel = [sizes["k"]] * 2 if "k" in sizes else []
+            if kind == "lokr":
+                inputs = math.prod([sizes["b"], sizes["d"], *kernel])
+                assert (sizes["a"] * sizes["c"], inputs) == (shape[0], math.prod(shape[1:]))
+            else:
+                assert (sizes["o"], sizes["i"], *kernel) == shape
+        assert invokeai_base(shapes) == name
+
+
+def a1111_version(header: dict[str, str]) -> str:
+    """The family that A1111 shows and filters by (extensions-builtin/Lora/network.py)."""
+    if header.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    return "SD2" if header.get("ss_v2") == "True" else "SD1" if header else "Unknown"
+
+
+def forge_version(header: dict[str, str]) -> str:
+    """Forge's (extensions-builtin/sd_forge_lora/network.py): by the architecture too, else it is unknown."""
+    architecture = header.get("modelspec.architecture")
+    told = "SDXL" if architecture == "stable-diffusion-xl-v1-base/lora" else a1111_version(header)
+    return told if told in ("SDXL", "SD2") or architecture == "stable-diffusion-v1/lora" else "Unknown"
 
 
 @needs_torch
 def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path, images: Path, models: Path) -> None:
     expected = {
-        "sd15": ("stable-diffusion-v1/lora", "sd_v1", "False"),
-        "sd21v": ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
-        "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+        "sd15": ("stable-diffusion-v1/lora", "sd_v1", "False", "SD1"),
+        "sd21": ("stable-diffusion-v2-512/lora", "sd_v2", "True", "SD2"),
+        "sd21v": ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True", "SD2"),
+        "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False", "SDXL"),
     }
-    for kind, (architecture, version, is_v2) in expected.items():
+    for kind, (architecture, version, is_v2, shown) in expected.items():
         extra = {"metadata": {"title": "Zorb", "author": "me"}, "save_dtype": "fp16", "steps": 1}
         made = train(tmp_path, small(images, models / kind, tmp_path / kind, **extra))
         header = trainer.read_header(made.final_path)
         assert header["modelspec.architecture"] == architecture
         assert (header["ss_base_model_version"], header["ss_v2"]) == (version, is_v2)
+        assert (a1111_version(header), forge_version(header)) == (shown, shown)
         assert header["modelspec.title"] == "Zorb"
         assert header["modelspec.trigger_phrase"] == "zorb"
         assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")
