@@ -3040,7 +3040,7 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
         torch.testing.assert_close(effect, alpha / 4 * inputs @ down.T @ up.T, atol=1e-6, rtol=1e-4)
 
 
-Layers = dict[str, tuple[int, ...]]  # name in a kohya file -> shape of the layer's weight
+Layers = dict[str, tuple[int, ...]]  # a layer's name in a kohya file -> the shape of its weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3051,21 +3051,17 @@ class FullSize:
     depths: tuple[int, ...]  # transformer blocks at each level
     middle: int  # and between the two halves
     context: int  # width of the text
-    encoders: dict[str, tuple[int, int]]  # key prefix -> layers, width
-    counts: tuple[int, ...]  # the UNet's layers for the targets transformer and all; each text encoder's
-    linear: bool = True  # the transformers' ends; else convolutions
-    original: bool = False  # keys count the UNet's blocks through
+    encoders: dict[str, tuple[int, int]]  # prefix of the keys -> layers, width
+    counts: tuple[int, ...]  # the UNet's layers for the targets transformer and all; then each text encoder's
+    linear: bool = True  # the ends of a transformer; else convolutions
+    original: bool = False  # keys number the UNet's blocks through, input_blocks_4_1_...
 
 
+SD_TEXT, XL_TEXT = {"lora_te": (12, 768)}, {"lora_te1": (12, 768), "lora_te2": (32, 1280)}
 FULL_SIZE = {  # CompVis v1-inference.yaml, Stability-AI v2-inference.yaml and sd_xl_base.yaml
-    "sd15": FullSize(
-        *((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768, {"lora_te": (12, 768)}, (192, 278, 72)), linear=False
-    ),
+    "sd15": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768, SD_TEXT, (192, 278, 72), linear=False),
     "sd21": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 1024, {"lora_te": (23, 1024)}, (192, 278, 138)),
-    "sdxl": FullSize(
-        *((320, 640, 1280), (0, 2, 10), 10, 2048, {"lora_te1": (12, 768), "lora_te2": (32, 1280)}),
-        *((722, 788, 72, 192), True, True),
-    ),
+    "sdxl": FullSize((320, 640, 1280), (0, 2, 10), 10, 2048, XL_TEXT, (722, 788, 72, 192), original=True),
 }
 
 
@@ -3078,20 +3074,19 @@ def unet_layers(size: FullSize) -> Layers:
         return f"lora_unet_{original_name if size.original else diffusers_name}"
 
     def resnet(place: str, inputs: int, width: int) -> None:
-        shapes = ((width, inputs, 3, 3), (width, width, 3, 3), (width, 4 * size.widths[0]), (width, inputs, 1, 1))
         names = ["in_layers_2", "out_layers_3", "emb_layers_1", "skip_connection"]
         names = names if size.original else ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
-        layers.update({f"{place}_{part}": shape for part, shape in zip(names, shapes, strict=True)})
-        if inputs == width:
-            del layers[f"{place}_{names[3]}"]
+        shapes: list[tuple[int, ...]] = [(width, inputs, 3, 3), (width, width, 3, 3), (width, 4 * size.widths[0])]
+        shapes += [(width, inputs, 1, 1)] if inputs != width else []
+        layers.update({f"{place}_{part}": shape for part, shape in zip(names, shapes, strict=False)})
 
     def transformer(place: str, width: int, depth: int) -> None:
         square, kernel = (width, width), () if size.linear else (1, 1)
         layers.update({f"{place}_proj_{end}": (*square, *kernel) for end in ("in", "out") if depth})
         for block in (f"{place}_transformer_blocks_{number}" for number in range(depth)):
-            attention = itertools.product((1, 2), ("q", "k", "v", "out_0"))
-            layers.update({f"{block}_attn{number}_to_{part}": square for number, part in attention})
-            layers.update({f"{block}_attn2_to_{part}": (width, size.context) for part in "kv"})
+            layers.update({f"{block}_attn1_to_{part}": square for part in ("q", "k", "v", "out_0")})
+            layers.update({f"{block}_attn2_to_{part}": square for part in ("q", "out_0")})
+            layers.update({f"{block}_attn2_to_{part}": (width, size.context) for part in ("k", "v")})
             layers.update({f"{block}_ff_net_0_proj": (8 * width, width), f"{block}_ff_net_2": (width, 4 * width)})
 
     for level, (width, depth) in enumerate(zip(size.widths, size.depths, strict=True)):
@@ -3126,96 +3121,92 @@ def text_layers(prefix: str, count: int, width: int) -> Layers:
     return {f"{prefix}_text_model_encoder_layers_{number}_{part}": shape for number, (part, shape) in every}
 
 
-# What readers take, as seen in their sources; facts, none of their code. First the names of layers.
-TRANSFORMER = r"(?:proj_(?:in|out)|transformer_blocks_\d+_(?:attn[12]_to_(?:[qkv]|out_0)|ff_net_(?:0_proj|2)))"
-LAYER_NAMES = {
-    "diffusers": r"lora_unet_(?:(?:down|up)_blocks_\d+|mid_block)_(?:attentions_\d+_" + TRANSFORMER + "|"
-    r"resnets_\d+_(?:conv[12]|conv_shortcut|time_emb_proj)|(?:down|up)samplers_0_conv)",
-    "original": r"lora_unet_(?:(?:input|output)_blocks_\d+|middle_block)_(?:1_" + TRANSFORMER + "|"
-    r"[02]_(?:in_layers_2|out_layers_3|emb_layers_1|skip_connection)|0_op|[12]_conv)",
-    "text": r"lora_te[12]?_text_model_encoder_layers_\d+_(?:self_attn_(?:[qkv]|out)_proj|mlp_fc[12])",
+def every_layer(size: FullSize) -> list[Layers]:
+    """The layers of the UNet and of each text encoder."""
+    return [unet_layers(size), *(text_layers(prefix, *encoder) for prefix, encoder in size.encoders.items())]
+
+
+def unnumbered(layer: str) -> str:
+    """A layer's name for a model of any depth."""
+    return re.sub(r"(blocks|attentions|resnets|encoder_layers)_\d+", r"\1_n", layer)
+
+
+KNOWN = {name: {unnumbered(layer) for part in every_layer(size) for layer in part} for name, size in FULL_SIZE.items()}
+
+# What readers take, as their sources show it; facts, none of their code. A layer's tensors, beside its alpha, by kind
+# of adapter: a letter is one size, wherever it stands.
+LINEAR = {"lora_down.weight": "r i", "lora_up.weight": "o r"}
+CONVOLUTION = {"lora_down.weight": "r i k k", "lora_up.weight": "o r 1 1"}
+FORMS: dict[str, list[dict[str, str]]] = {
+    "lora": [LINEAR, CONVOLUTION],
+    "dora": [LINEAR | {"dora_scale": "o 1"}, CONVOLUTION | {"dora_scale": "o 1 1 1"}],
+    "lokr": [{"lokr_w1": "a b", "lokr_w2": "c d"}, {"lokr_w1": "a b", "lokr_w2": "c d k k"}],
 }
-# Then a layer's tensors, with the sizes of each: letters are sizes that agree, in the layer and between its tensors.
-LINEAR = {"lora_down.weight": "r i", "lora_up.weight": "o r", "alpha": ""}
-CONVOLUTION = {"lora_down.weight": "r i k k", "lora_up.weight": "o r 1 1", "alpha": ""}
-FORMS = {
-    "lora": (LINEAR, CONVOLUTION),
-    "dora": (LINEAR | {"dora_scale": "o 1"}, CONVOLUTION | {"dora_scale": "o 1 1 1"}),
-    "lokr": (
-        {"lokr_w1": "a b", "lokr_w2": "c d", "alpha": ""},
-        {"lokr_w1": "a b", "lokr_w2": "c d k k", "alpha": ""},
-        {"lokr_w1": "a b", "lokr_w2_a": "c r", "lokr_w2_b": "r d", "alpha": ""},
-    ),
-}
+FORMS["lokr"].append({"lokr_w1": "a b", "lokr_w2_a": "c r", "lokr_w2_b": "r d"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Which layouts of the UNet's names a program takes, and which kinds of adapter it reads wrongly."""
+    """Which names of a UNet's layers a program takes, and which kinds of adapter it reads wrongly."""
 
     source: str
-    sd: tuple[str, ...]
-    sdxl: tuple[str, ...]
+    sd: str
+    sdxl: str
     misread: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-EITHER, SD, SDXL = ("diffusers", "original"), ("diffusers",), ("original",)
-FROZEN, PER_INPUT = {"dora": "held against the frozen weight's norm"}, {"dora": "dora_scale as one factor per input"}
+FROZEN, PER_INPUT = {"dora": "held against the frozen weight's norm"}, {"dora": "one magnitude per input"}
+NO_LYCORIS, SQUARED = {"dora": "no magnitudes", "lokr": "nothing"}, {"lokr": "merges with (alpha / rank) squared"}
 READERS = {
-    "ComfyUI": Reader("comfyanonymous/ComfyUI comfy/lora.py, comfy/weight_adapter/", EITHER, EITHER, FROZEN),
-    "Forge": Reader(
-        "lllyasviel/… packages_3rdparty/comfyui_lora_collection/, backend/patcher/", EITHER, EITHER, FROZEN
-    ),
-    "A1111": Reader("AUTOMATIC1111/… extensions-builtin/Lora/network*.py", EITHER, SDXL, PER_INPUT),
-    "InvokeAI": Reader("invokeai 6.14 backend/patches/lora_conversions/, layers/", SD, EITHER, PER_INPUT),
-    "LyCORIS": Reader("lycoris_lora 4.1 kohya.py, modules/locon.py, lokr.py", SD, SDXL),
-    "sd-scripts": Reader(
-        "kohya-ss/sd-scripts networks/lora.py", SD, SDXL, {"dora": "dora_scale ignored", "lokr": "no"}
-    ),
+    "ComfyUI": Reader("comfyanonymous: comfy/lora.py, comfy/weight_adapter/", "either", "either", FROZEN),
+    "Forge": Reader("lllyasviel: backend/patcher/lora.py, packages_3rdparty/", "either", "either", FROZEN),
+    "A1111": Reader("AUTOMATIC1111: extensions-builtin/Lora/network*.py", "either", "original", PER_INPUT),
+    "InvokeAI": Reader("invokeai 6.14: backend/patches/", "diffusers", "either", PER_INPUT),
+    "LyCORIS": Reader("lycoris_lora 4.1: kohya.py, modules/", "diffusers", "original", SQUARED),
+    "sd-scripts": Reader("kohya-ss: networks/lora.py", "diffusers", "original", NO_LYCORIS),
 }
 
 
-def layer_sizes(kind: str, parts: Json) -> dict[str, int]:
-    """Hold a layer's tensors against the forms of its kind; what the letters stand for."""
+def layer_shape(kind: str, parts: Json) -> tuple[int, ...]:
+    """Hold a layer's tensors against the forms of its kind; the shape of its weight, of a LoKr as a matrix."""
     for form in FORMS[kind]:
-        if form.keys() == parts.keys() and all(len(form[part].split()) == len(shape) for part, shape in parts.items()):
-            pairs = [pair for part, shape in parts.items() for pair in zip(form[part].split(), shape, strict=True)]
-            sizes = {"1": 1} | dict(pairs)
-            assert all(sizes[letter] == size for letter, size in [("1", 1), *pairs]), parts
-            return sizes
+        letters = {part: named.split() for part, named in (form | {"alpha": ""}).items()}
+        if {part: len(shape) for part, shape in parts.items()} == {part: len(named) for part, named in letters.items()}:
+            pairs = [("1", 1), *(pair for part in parts for pair in zip(letters[part], parts[part], strict=True))]
+            sizes = dict(pairs)
+            assert all(sizes[letter] == size for letter, size in pairs), parts
+            kernel = [sizes["k"]] * 2 if "k" in sizes else []
+            if kind == "lokr":
+                return (sizes["a"] * sizes["c"], math.prod([sizes["b"], sizes["d"], *kernel]))
+            return (sizes["o"], sizes["i"], *kernel)
     raise AssertionError(f"no reader takes {parts}")
 
 
-def check_for_readers(shapes: Json) -> dict[str, dict[str, int]]:
-    """Hold a kohya file's tensors against what every reader takes; each layer's sizes."""
+def check_for_readers(shapes: Json) -> Layers:
+    """Hold a kohya file's tensors against what every reader takes; the layers that are in it."""
     layers: dict[str, Json] = {}
     for key, shape in shapes.items():
         layer, _, part = key.partition(".")
         layers.setdefault(layer, {})[part] = shape
-    unet = {name for name in layers if name.startswith("lora_unet_")}
-    [layout] = [name for name in EITHER if all(re.fullmatch(LAYER_NAMES[name], layer) for layer in unet)]
-    xl = layout == "original"
-    assert all(layout in (reader.sdxl if xl else reader.sd) for reader in READERS.values())
-    for name in layers.keys() - unet:
-        assert re.fullmatch(LAYER_NAMES["text"], name) and name.startswith(
-            ("lora_te1", "lora_te2") if xl else "lora_te_"
-        )
+    xl = any(re.match("lora_unet_(input|middle|output)_", name) for name in layers)
+    unknown = {name for name in layers if unnumbered(name) not in KNOWN["sdxl" if xl else "sd15"]}
+    layouts = ("original", "either") if xl else ("diffusers", "either")
+    assert not unknown and all((reader.sdxl if xl else reader.sd) in layouts for reader in READERS.values())
     every = {part for parts in layers.values() for part in parts}
     kind = "lokr" if "lokr_w1" in every else "dora" if "dora_scale" in every else "lora"
-    return {name: layer_sizes(kind, parts) for name, parts in layers.items()}
+    return {name: layer_shape(kind, parts) for name, parts in layers.items()}
 
 
 def invokeai_base(shapes: Json) -> str | None:
-    """The family as InvokeAI tells it (model_manager/configs/lora.py, util/model_util.py), by the first width it finds.
+    """The family as InvokeAI tells it (model_manager/configs/lora.py, util/model_util.py): by the first width it finds.
 
-    Of a LoKr it knows widths only where both matrices are full: at rank 16 some are, below only SDXL is told, by depth.
+    Of LoKr it knows only what has two full matrices: something from rank 16 on, below only SDXL is told, by its depth.
     """
     for key, shape in sorted(shapes.items()):
         layer, _, part = key.partition(".")
         full = [shapes.get(f"{layer}.{name}", (0, 0))[1] for name in ("lokr_w1", "lokr_w2")]
         width = shape[1] if part == "lora_down.weight" else math.prod(full)
-        tells = re.match(r"lora_te_.*_self_attn_|lora_unet_.*_attn2_to_[kv]$|lora_unet_.*time_emb_proj$", layer)
-        if tells and width:
+        if width and re.match(r"lora_te_.*_self_attn_|lora_unet_.*(_attn2_to_[kv]|time_emb_proj)$", layer):
             return {768: "sd15", 1024: "sd21", 1280: "sdxl", 2048: "sdxl"}.get(width)
     return "sdxl" if any(re.search(r"_transformer_blocks_([2-9]|\d\d)_", key) for key in shapes) else None
 
@@ -3240,34 +3231,23 @@ def test_full_size_files_have_every_layer_that_readers_know_and_no_other(
     weights: Json = {}
     for part, pattern in trainer.trained_parts(config, family).items():
         weights |= trainer.add_adapter(part, components[part], config, pattern)
-    text = [text_layers(prefix, *encoder) for prefix, encoder in size.encoders.items()]
     for targets, with_text in itertools.product(("transformer", "all"), (False, True)):
         config = dataclasses.replace(config, lora_targets=targets, train_text_encoder=with_text)
-        patterns = trainer.trained_parts(config, family)
-        chosen = {}
-        for key, weight in weights.items():
-            part, _, module = key.rpartition("/")[0].partition(".")
-            if re.fullmatch(patterns.get(part, ""), module):
-                chosen[key] = torch.zeros(weight.shape)
+        wanted = "|".join(rf"{part}\.{pattern}/.+" for part, pattern in trainer.trained_parts(config, family).items())
+        chosen = {key: torch.zeros(weight.shape) for key, weight in weights.items() if re.fullmatch(wanted, key)}
         shapes = {key: tuple(tensor.shape) for key, tensor in trainer.file_tensors(chosen, config, source).items()}
         found = check_for_readers(shapes)
-        kept = "" if targets == "all" else r"_transformer_blocks_|_proj_(in|out)$"
-        groups = [{layer: shape for layer, shape in unet_layers(size).items() if re.search(kept, layer)}, *text]
-        expected = {layer: shape for group in groups[: None if with_text else 1] for layer, shape in group.items()}
+        kept = re.compile("" if targets == "all" else "_transformer_blocks_|_proj_(in|out)$")
+        groups = every_layer(size)[: None if with_text else 1]
+        groups[0] = {layer: shape for layer, shape in groups[0].items() if kept.search(layer)}
+        expected = {layer: shape for group in groups for layer, shape in group.items()}
         missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
         counts = [len(group.keys() & found.keys()) for group in groups]
-        told = f"{len(missing)} missing, {len(unexpected)} unexpected"
-        print(f"{name} {kind} {targets}: {counts[0]} in the UNet, {counts[1:]} in text encoders, {told}")
+        print(f"{name} {kind} {targets}: {counts}, {len(missing)} missing, {len(unexpected)} unexpected")
         assert not missing and not unexpected
-        assert counts == [size.counts[targets == "all"], *(n * with_text for n in size.counts[2:])]
-        for layer, shape in expected.items():
-            sizes = found[layer]
-            kernel = [sizes["k"]] * 2 if "k" in sizes else []
-            if kind == "lokr":
-                inputs = math.prod([sizes["b"], sizes["d"], *kernel])
-                assert (sizes["a"] * sizes["c"], inputs) == (shape[0], math.prod(shape[1:]))
-            else:
-                assert (sizes["o"], sizes["i"], *kernel) == shape
+        assert counts == [size.counts[targets == "all"], *(size.counts[2:] if with_text else ())]
+        lokr = {layer: (shape[0], math.prod(shape[1:])) for layer, shape in expected.items()}
+        assert found == (lokr if kind == "lokr" else expected)
         assert invokeai_base(shapes) == name
 
 
