@@ -3116,8 +3116,8 @@ def is_full_lokr(weights: Mapping[str, Tensor], module: str) -> bool:
 
 
 def file_alpha(config: TrainingConfig) -> float:
-    """Give the alpha that makes alpha / rank the scale that was trained, rsLoRA's too."""
-    return config.lora_rank * adapter_scale(config)
+    """Give the alpha that makes alpha / rank the scale that was trained, rsLoRA's too; of a LoKr lokr_w1 holds it."""
+    return config.lora_rank * (1 if config.lora_type == "lokr" else adapter_scale(config))
 
 
 def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> dict[str, Tensor]:
@@ -3131,14 +3131,13 @@ def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
     for key, weight in weights.items():
         module, _, part = key.rpartition("/")
         prefix, value = file_prefix(style, module, source), weight.detach().cpu()
-        full = is_full_lokr(weights, module)
-        if part == "lokr_w1" and full:
+        if part == "lokr_w1":  # no reader scales two full matrices, and LyCORIS's merge scales others twice
             value = value * scale
         if part == "lora_magnitude_vector" and style == "kohya":  # [out], or [1, out, 1, 1]
             value = value.reshape(-1, *[1] * (weights[f"{module}/lora_A"].dim() - 1))
         tensors[f"{prefix}.{FILE_PARTS[style].get(part, part)}"] = value.to(dtype).contiguous()
         if style == "kohya":  # fp32: half precision would round it
-            tensors[f"{prefix}.alpha"] = torch.tensor(float(config.lora_rank) if full else file_alpha(config))
+            tensors[f"{prefix}.alpha"] = torch.tensor(float(file_alpha(config)))
     if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
         raise TrainerError("loss_not_finite", message)
