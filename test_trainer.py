@@ -3156,13 +3156,13 @@ class Reader:
 
 
 FROZEN, PER_INPUT = {"dora": "held against the frozen weight's norm"}, {"dora": "one magnitude per input"}
-NO_LYCORIS, SQUARED = {"dora": "no magnitudes", "lokr": "nothing"}, {"lokr": "merges with (alpha / rank) squared"}
+NO_LYCORIS = {"dora": "no magnitudes", "lokr": "nothing"}
 READERS = {
     "ComfyUI": Reader("comfyanonymous: comfy/lora.py, comfy/weight_adapter/", "either", "either", FROZEN),
     "Forge": Reader("lllyasviel: backend/patcher/lora.py, packages_3rdparty/", "either", "either", FROZEN),
     "A1111": Reader("AUTOMATIC1111: extensions-builtin/Lora/network*.py", "either", "original", PER_INPUT),
     "InvokeAI": Reader("invokeai 6.14: backend/patches/", "diffusers", "either", PER_INPUT),
-    "LyCORIS": Reader("lycoris_lora 4.1: kohya.py, modules/", "diffusers", "original", SQUARED),
+    "LyCORIS": Reader("lycoris_lora 4.1: kohya.py, modules/", "diffusers", "original"),
     "sd-scripts": Reader("kohya-ss: networks/lora.py", "diffusers", "original", NO_LYCORIS),
 }
 
@@ -4497,6 +4497,13 @@ def table_row(key: str, definition: Json) -> str:
 def test_the_readme_table_is_the_schema() -> None:
     table = README.partition("<!-- parameters -->")[2].partition("<!-- /parameters -->")[0].strip().splitlines()
     assert table[2:] == [table_row(key, definition) for key, definition in SCHEMA["definitions"].items()]
+
+
+def test_the_readme_says_who_draws_a_dora_otherwise() -> None:
+    match = re.search(r"LyCORIS: (.+) draw slightly other pictures, (.+?) wrong ones", README)
+    assert match
+    for name, reader in READERS.items():
+        assert (name in match[1], name in match[2]) == (reader.misread == FROZEN, reader.misread == PER_INPUT)
 
 
 def test_the_readme_has_its_headings_and_stays_short() -> None:
