@@ -486,6 +486,8 @@ def train(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
         made.finish()
     elif made.state.step > made.stop.saved.step:
         made.save()
+    if made.final_path.exists() and made.config.save_format == "kohya":
+        check_for_readers(shapes_of(made.final_path))
     made.folder._lock.close()  # type: ignore[union-attr]
     return made
 
@@ -517,6 +519,10 @@ def tensors_of(path: Path) -> dict[str, Any]:
     import safetensors.torch
 
     return dict(safetensors.torch.load_file(path))
+
+
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    return {key: shape for key, (_, shape) in trainer.tensor_headers(path).items()}
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
@@ -3803,6 +3809,8 @@ def write_as(made: trainer.LoRATrainer, style: str, path: Path) -> None:
     made.config = dataclasses.replace(made.config, save_format=style)
     made.plan = dataclasses.replace(made.plan, config=made.config)
     made.write_lora(path)
+    if style == "kohya":
+        check_for_readers(shapes_of(path))
 
 
 def apply_by_formula(made: trainer.LoRATrainer, path: Path, components: Json) -> None:
@@ -3990,50 +3998,239 @@ def test_alpha_scales_the_effect_as_alpha_over_rank(tmp_path: Path, images: Path
         torch.testing.assert_close(effect, alpha / 4 * inputs @ down.T @ up.T, atol=1e-6, rtol=1e-4)
 
 
+Layers = dict[str, tuple[int, ...]]  # a layer's name in a kohya file -> the shape of its weight
+
+
+@dataclasses.dataclass(frozen=True)
+class FullSize:
+    """A family's real model, as its authors' config describes it."""
+
+    widths: tuple[int, ...]  # of the UNet's levels
+    depths: tuple[int, ...]  # transformer blocks at each level
+    middle: int  # and between the two halves
+    context: int  # width of the text
+    encoders: dict[str, tuple[int, int]]  # prefix of the keys -> layers, width
+    counts: tuple[int, ...]  # the UNet's layers for the targets transformer and all; then each text encoder's
+    linear: bool = True  # the ends of a transformer; else convolutions
+    original: bool = False  # keys number the UNet's blocks through, input_blocks_4_1_...
+
+
+SD_TEXT, XL_TEXT = {"lora_te": (12, 768)}, {"lora_te1": (12, 768), "lora_te2": (32, 1280)}
+FULL_SIZE = {  # CompVis v1-inference.yaml, Stability-AI v2-inference.yaml and sd_xl_base.yaml
+    "sd15": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768, SD_TEXT, (192, 278, 72), linear=False),
+    "sd21": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 1024, {"lora_te": (23, 1024)}, (192, 278, 138)),
+    "sdxl": FullSize((320, 640, 1280), (0, 2, 10), 10, 2048, XL_TEXT, (722, 788, 72, 192), original=True),
+}
+
+
+def unet_layers(size: FullSize) -> Layers:
+    """Every layer of the UNet that a LoRA may hold, in the order in which data flows through them."""
+    layers: Layers = {}
+    now, skips, last = size.widths[0], [size.widths[0]], len(size.widths) - 1
+
+    def name(diffusers_name: str, original_name: str) -> str:
+        return f"lora_unet_{original_name if size.original else diffusers_name}"
+
+    def resnet(place: str, inputs: int, width: int) -> None:
+        names = ["in_layers_2", "out_layers_3", "emb_layers_1", "skip_connection"]
+        names = names if size.original else ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
+        shapes: list[tuple[int, ...]] = [(width, inputs, 3, 3), (width, width, 3, 3), (width, 4 * size.widths[0])]
+        shapes += [(width, inputs, 1, 1)] if inputs != width else []
+        layers.update({f"{place}_{part}": shape for part, shape in zip(names, shapes, strict=False)})
+
+    def transformer(place: str, width: int, depth: int) -> None:
+        square, kernel = (width, width), () if size.linear else (1, 1)
+        layers.update({f"{place}_proj_{end}": (*square, *kernel) for end in ("in", "out") if depth})
+        for block in (f"{place}_transformer_blocks_{number}" for number in range(depth)):
+            layers.update({f"{block}_attn1_to_{part}": square for part in ("q", "k", "v", "out_0")})
+            layers.update({f"{block}_attn2_to_{part}": square for part in ("q", "out_0")})
+            layers.update({f"{block}_attn2_to_{part}": (width, size.context) for part in ("k", "v")})
+            layers.update({f"{block}_ff_net_0_proj": (8 * width, width), f"{block}_ff_net_2": (width, 4 * width)})
+
+    for level, (width, depth) in enumerate(zip(size.widths, size.depths, strict=True)):
+        for layer in range(2):
+            number = 3 * level + layer + 1
+            resnet(name(f"down_blocks_{level}_resnets_{layer}", f"input_blocks_{number}_0"), now, width)
+            transformer(name(f"down_blocks_{level}_attentions_{layer}", f"input_blocks_{number}_1"), width, depth)
+            skips.append(now := width)
+        if level < last:
+            place = name(f"down_blocks_{level}_downsamplers_0_conv", f"input_blocks_{3 * level + 3}_0_op")
+            layers[place] = (now, now, 3, 3)
+            skips.append(now)
+    for layer in range(2):
+        resnet(name(f"mid_block_resnets_{layer}", f"middle_block_{2 * layer}"), now, now)
+    transformer(name("mid_block_attentions_0", "middle_block_1"), now, size.middle)
+    for level, (width, depth) in enumerate(zip(size.widths[::-1], size.depths[::-1], strict=True)):
+        for layer in range(3):
+            number = 3 * level + layer
+            resnet(name(f"up_blocks_{level}_resnets_{layer}", f"output_blocks_{number}_0"), now + skips.pop(), width)
+            transformer(name(f"up_blocks_{level}_attentions_{layer}", f"output_blocks_{number}_1"), width, depth)
+            now = width
+        if level < last:
+            behind = f"output_blocks_{3 * level + 2}_{1 + bool(depth)}_conv"
+            layers[name(f"up_blocks_{level}_upsamplers_0_conv", behind)] = (now, now, 3, 3)
+    return layers
+
+
+def text_layers(prefix: str, count: int, width: int) -> Layers:
+    shapes: Layers = {f"self_attn_{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+    shapes |= {"mlp_fc1": (4 * width, width), "mlp_fc2": (width, 4 * width)}
+    every = itertools.product(range(count), shapes.items())
+    return {f"{prefix}_text_model_encoder_layers_{number}_{part}": shape for number, (part, shape) in every}
+
+
+def every_layer(size: FullSize) -> list[Layers]:
+    """The layers of the UNet and of each text encoder."""
+    return [unet_layers(size), *(text_layers(prefix, *encoder) for prefix, encoder in size.encoders.items())]
+
+
+def unnumbered(layer: str) -> str:
+    """A layer's name for a model of any depth."""
+    return re.sub(r"(blocks|attentions|resnets|encoder_layers)_\d+", r"\1_n", layer)
+
+
+KNOWN = {name: {unnumbered(layer) for part in every_layer(size) for layer in part} for name, size in FULL_SIZE.items()}
+
+# What readers take, as their sources show it; facts, none of their code. A layer's tensors, beside its alpha, by kind
+# of adapter: a letter is one size, wherever it stands.
+LINEAR = {"lora_down.weight": "r i", "lora_up.weight": "o r"}
+CONVOLUTION = {"lora_down.weight": "r i k k", "lora_up.weight": "o r 1 1"}
+FORMS: dict[str, list[dict[str, str]]] = {
+    "lora": [LINEAR, CONVOLUTION],
+    "dora": [LINEAR | {"dora_scale": "o 1"}, CONVOLUTION | {"dora_scale": "o 1 1 1"}],
+    "lokr": [{"lokr_w1": "a b", "lokr_w2": "c d"}, {"lokr_w1": "a b", "lokr_w2": "c d k k"}],
+}
+FORMS["lokr"].append({"lokr_w1": "a b", "lokr_w2_a": "c r", "lokr_w2_b": "r d"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Which names of a UNet's layers a program takes, and which kinds of adapter it reads wrongly."""
+
+    source: str
+    sd: str
+    sdxl: str
+    misread: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+FROZEN, PER_INPUT = {"dora": "held against the frozen weight's norm"}, {"dora": "one magnitude per input"}
+NO_LYCORIS = {"dora": "no magnitudes", "lokr": "nothing"}
+READERS = {
+    "ComfyUI": Reader("comfyanonymous: comfy/lora.py, comfy/weight_adapter/", "either", "either", FROZEN),
+    "Forge": Reader("lllyasviel: backend/patcher/lora.py, packages_3rdparty/", "either", "either", FROZEN),
+    "A1111": Reader("AUTOMATIC1111: extensions-builtin/Lora/network*.py", "either", "original", PER_INPUT),
+    "InvokeAI": Reader("invokeai 6.14: backend/patches/", "diffusers", "either", PER_INPUT),
+    "LyCORIS": Reader("lycoris_lora 4.1: kohya.py, modules/", "diffusers", "original"),
+    "sd-scripts": Reader("kohya-ss: networks/lora.py", "diffusers", "original", NO_LYCORIS),
+}
+
+
+def layer_shape(kind: str, parts: Json) -> tuple[int, ...]:
+    """Hold a layer's tensors against the forms of its kind; the shape of its weight, of a LoKr as a matrix."""
+    for form in FORMS[kind]:
+        letters = {part: named.split() for part, named in (form | {"alpha": ""}).items()}
+        if {part: len(shape) for part, shape in parts.items()} == {part: len(named) for part, named in letters.items()}:
+            pairs = [("1", 1), *(pair for part in parts for pair in zip(letters[part], parts[part], strict=True))]
+            sizes = dict(pairs)
+            assert all(sizes[letter] == size for letter, size in pairs), parts
+            kernel = [sizes["k"]] * 2 if "k" in sizes else []
+            if kind == "lokr":
+                return (sizes["a"] * sizes["c"], math.prod([sizes["b"], sizes["d"], *kernel]))
+            return (sizes["o"], sizes["i"], *kernel)
+    raise AssertionError(f"no reader takes {parts}")
+
+
+def check_for_readers(shapes: Json) -> Layers:
+    """Hold a kohya file's tensors against what every reader takes; the layers that are in it."""
+    layers: dict[str, Json] = {}
+    for key, shape in shapes.items():
+        layer, _, part = key.partition(".")
+        layers.setdefault(layer, {})[part] = shape
+    xl = any(re.match("lora_unet_(input|middle|output)_", name) for name in layers)
+    unknown = {name for name in layers if unnumbered(name) not in KNOWN["sdxl" if xl else "sd15"]}
+    layouts = ("original", "either") if xl else ("diffusers", "either")
+    assert not unknown and all((reader.sdxl if xl else reader.sd) in layouts for reader in READERS.values())
+    every = {part for parts in layers.values() for part in parts}
+    kind = "lokr" if "lokr_w1" in every else "dora" if "dora_scale" in every else "lora"
+    return {name: layer_shape(kind, parts) for name, parts in layers.items()}
+
+
+def invokeai_base(shapes: Json) -> str | None:
+    """The family as InvokeAI tells it (model_manager/configs/lora.py, util/model_util.py): by the first width it finds.
+
+    Of LoKr it knows only what has two full matrices: something from rank 16 on, below only SDXL is told, by its depth.
+    """
+    for key, shape in sorted(shapes.items()):
+        layer, _, part = key.partition(".")
+        full = [shapes.get(f"{layer}.{name}", (0, 0))[1] for name in ("lokr_w1", "lokr_w2")]
+        width = shape[1] if part == "lora_down.weight" else math.prod(full)
+        if width and re.match(r"lora_te_.*_self_attn_|lora_unet_.*(_attn2_to_[kv]|time_emb_proj)$", layer):
+            return {768: "sd15", 1024: "sd21", 1280: "sdxl", 2048: "sdxl"}.get(width)
+    return "sdxl" if any(re.search(r"_transformer_blocks_([2-9]|\d\d)_", key) for key in shapes) else None
+
+
 @needs_torch
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_full_size_key_names_are_those_of_kohya(name: str) -> None:
-    family = next(family for family in trainer.FAMILIES if family.name == name)
-    unet = full_size_unet(family)
-    source = trainer.ModelSource("m", family, unet.config, {}, {}, "epsilon")
-    pattern = re.compile(trainer.TARGETS["all"][0])
-    modules = [key for key, _ in unet.named_modules() if pattern.fullmatch(key)]
-    keys = {trainer.file_prefix("kohya", f"unet.{module}", source) for module in modules}
-    assert len(keys) == len(modules)
-    blocks = {re.sub(r"_(transformer_blocks|proj_(in|out)$).*", "", key).removeprefix("lora_unet_") for key in keys}
-    if name == "sd15":
-        expected = {f"down_blocks_{block}_attentions_{layer}" for block in range(3) for layer in range(2)}
-        expected |= {f"up_blocks_{block}_attentions_{layer}" for block in (1, 2, 3) for layer in range(3)}
-        expected |= {"mid_block_attentions_0", "down_blocks_0_downsamplers_0_conv", "up_blocks_2_upsamplers_0_conv"}
-        expected |= {"mid_block_resnets_1_conv2", "down_blocks_1_resnets_0_conv_shortcut"}
-        assert len(blocks) == 16 + 86
-    else:  # as in generative-models' configs and in every SDXL checkpoint
-        expected = {f"input_blocks_{number}_1" for number in (4, 5, 7, 8)} | {"middle_block_1"}
-        expected |= {f"output_blocks_{number}_1" for number in range(6)}
-        expected |= {f"input_blocks_{number}_0_op" for number in (3, 6)}
-        expected |= {f"output_blocks_{number}_2_conv" for number in (2, 5)}
-        numbers = [f"input_blocks_{number}_0" for number in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
-        numbers += [f"output_blocks_{number}_0" for number in range(9)]
-        expected |= {f"{place}_{part}" for place in numbers for part in ("in_layers_2", "out_layers_3", "emb_layers_1")}
-        skips = [f"input_blocks_{number}_0" for number in (4, 7)] + [f"output_blocks_{number}_0" for number in range(9)]
-        expected |= {f"{place}_skip_connection" for place in skips}
-        assert blocks == expected
-    assert expected <= blocks
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(FULL_SIZE, FORMS)])
+def test_full_size_files_have_every_layer_that_readers_know_and_no_other(
+    tmp_path: Path, images: Path, name: str, kind: str
+) -> None:
+    family, size = next(family for family in trainer.FAMILIES if family.name == name), FULL_SIZE[name]
+    settings: Json = {"lora_type": kind, "lora_rank": 16 if kind == "lokr" else 2, "train_text_encoder": True}
+    config = parse(tmp_path, small(images, tmp_path, tmp_path / "out", lora_targets="all", **settings))
+    components = {row.folder: full_size_encoder(row) for row in family.text_encoders} | {"unet": full_size_unet(family)}
+    source = trainer.ModelSource("m", family, components["unet"].config, {}, {}, "epsilon")
+    weights: Json = {}
+    for part, pattern in trainer.trained_parts(config, family).items():
+        weights |= trainer.add_adapter(part, components[part], config, pattern)
+    for targets, with_text in itertools.product(("transformer", "all"), (False, True)):
+        config = dataclasses.replace(config, lora_targets=targets, train_text_encoder=with_text)
+        wanted = "|".join(rf"{part}\.{pattern}/.+" for part, pattern in trainer.trained_parts(config, family).items())
+        chosen = {key: torch.zeros(weight.shape) for key, weight in weights.items() if re.fullmatch(wanted, key)}
+        shapes = {key: tuple(tensor.shape) for key, tensor in trainer.file_tensors(chosen, config, source).items()}
+        found = check_for_readers(shapes)
+        kept = re.compile("" if targets == "all" else "_transformer_blocks_|_proj_(in|out)$")
+        groups = every_layer(size)[: None if with_text else 1]
+        groups[0] = {layer: shape for layer, shape in groups[0].items() if kept.search(layer)}
+        expected = {layer: shape for group in groups for layer, shape in group.items()}
+        missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+        counts = [len(group.keys() & found.keys()) for group in groups]
+        print(f"{name} {kind} {targets}: {counts}, {len(missing)} missing, {len(unexpected)} unexpected")
+        assert not missing and not unexpected
+        assert counts == [size.counts[targets == "all"], *(size.counts[2:] if with_text else ())]
+        lokr = {layer: (shape[0], math.prod(shape[1:])) for layer, shape in expected.items()}
+        assert found == (lokr if kind == "lokr" else expected)
+        assert invokeai_base(shapes) == name
+
+
+def a1111_version(header: dict[str, str]) -> str:
+    """The family that A1111 shows and filters by (extensions-builtin/Lora/network.py)."""
+    if header.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    return "SD2" if header.get("ss_v2") == "True" else "SD1" if header else "Unknown"
+
+
+def forge_version(header: dict[str, str]) -> str:
+    """Forge's (extensions-builtin/sd_forge_lora/network.py): by the architecture too, else it is unknown."""
+    architecture = header.get("modelspec.architecture")
+    told = "SDXL" if architecture == "stable-diffusion-xl-v1-base/lora" else a1111_version(header)
+    return told if told in ("SDXL", "SD2") or architecture == "stable-diffusion-v1/lora" else "Unknown"
 
 
 @needs_torch
 def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path, images: Path, models: Path) -> None:
     expected = {
-        "sd15": ("stable-diffusion-v1/lora", "sd_v1", "False"),
-        "sd21v": ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
-        "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+        "sd15": ("stable-diffusion-v1/lora", "sd_v1", "False", "SD1"),
+        "sd21": ("stable-diffusion-v2-512/lora", "sd_v2", "True", "SD2"),
+        "sd21v": ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True", "SD2"),
+        "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False", "SDXL"),
     }
-    for kind, (architecture, version, is_v2) in expected.items():
+    for kind, (architecture, version, is_v2, shown) in expected.items():
         extra = {"metadata": {"title": "Zorb", "author": "me"}, "save_dtype": "fp16", "steps": 1}
         made = train(tmp_path, small(images, models / kind, tmp_path / kind, **extra))
         header = trainer.read_header(made.final_path)
         assert header["modelspec.architecture"] == architecture
         assert (header["ss_base_model_version"], header["ss_v2"]) == (version, is_v2)
+        assert (a1111_version(header), forge_version(header)) == (shown, shown)
         assert header["modelspec.title"] == "Zorb"
         assert header["modelspec.trigger_phrase"] == "zorb"
         assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")
@@ -5341,6 +5538,13 @@ def table_row(key: str, definition: Json) -> str:
 def test_the_readme_table_is_the_schema() -> None:
     table = README.partition("<!-- parameters -->")[2].partition("<!-- /parameters -->")[0].strip().splitlines()
     assert table[2:] == [table_row(key, definition) for key, definition in SCHEMA["definitions"].items()]
+
+
+def test_the_readme_says_who_draws_a_dora_otherwise() -> None:
+    match = re.search(r"LyCORIS: (.+) draw slightly other pictures, (.+?) wrong ones", README)
+    assert match
+    for name, reader in READERS.items():
+        assert (name in match[1], name in match[2]) == (reader.misread == FROZEN, reader.misread == PER_INPUT)
 
 
 def test_the_readme_has_its_headings_and_stays_short() -> None:

@@ -1292,6 +1292,7 @@ FAMILIES = (
 )
 
 COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
 FEW = COUNT | {"maximum": 200}  # layers: a module each
 NAMES = {"type": "array", "items": {"type": "string"}}
 COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
@@ -1301,8 +1302,8 @@ UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 MODEL_KEYS: dict[str, JSON] = {
     "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
     "unet/config.json": {
-        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim", "addition_time_embed_dim"), COUNT),
-        "projection_class_embeddings_input_dim": {"anyOf": [COUNT, {"type": "null"}]},
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
+        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
         "layers_per_block": FEW,
         "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
         "block_out_channels": COUNTS,
@@ -3832,8 +3833,8 @@ def is_full_lokr(weights: Mapping[str, Tensor], module: str) -> bool:
 
 
 def file_alpha(config: TrainingConfig) -> float:
-    """Give the alpha that makes alpha / rank the scale that was trained, rsLoRA's too."""
-    return config.lora_rank * adapter_scale(config)
+    """Give the alpha that makes alpha / rank the scale that was trained, rsLoRA's too; of a LoKr lokr_w1 holds it."""
+    return config.lora_rank * (1 if config.lora_type == "lokr" else adapter_scale(config))
 
 
 def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> dict[str, Tensor]:
@@ -3847,14 +3848,13 @@ def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
     for key, weight in weights.items():
         module, _, part = key.rpartition("/")
         prefix, value = file_prefix(style, module, source), weight.detach().cpu()
-        full = is_full_lokr(weights, module)
-        if part == "lokr_w1" and full:
+        if part == "lokr_w1":  # no reader scales two full matrices, and LyCORIS's merge scales others twice
             value = value * scale
         if part == "lora_magnitude_vector" and style == "kohya":  # [out], or [1, out, 1, 1]
             value = value.reshape(-1, *[1] * (weights[f"{module}/lora_A"].dim() - 1))
         tensors[f"{prefix}.{FILE_PARTS[style].get(part, part)}"] = value.to(dtype).contiguous()
         if style == "kohya":  # fp32: half precision would round it
-            tensors[f"{prefix}.alpha"] = torch.tensor(float(config.lora_rank) if full else file_alpha(config))
+            tensors[f"{prefix}.alpha"] = torch.tensor(float(file_alpha(config)))
     if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
         raise TrainerError("loss_not_finite", message)
