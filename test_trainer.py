@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import hashlib
 import http.server
+import importlib
 import importlib.util
 import io
 import itertools
@@ -3868,6 +3869,35 @@ def test_a_file_that_is_read_back_has_the_trained_effect(
         reader = "diffusers" if diffusers_reads else "formula"
         print(f"{kind}, {adapter}, {style} format, read by {reader}: {difference:.1e} of the effect at most")
         assert difference < 1e-4
+
+
+@needs_torch
+@needs("lycoris")
+@pytest.mark.parametrize(("kind", "adapter"), [*itertools.product(["sd15", "sd21"], ["lora", "dora", "lokr"])])
+def test_lycoris_makes_the_trained_model_of_a_file(
+    tmp_path: Path, images: Path, models: Path, kind: str, adapter: str
+) -> None:
+    """Another public loader, on every layer of the UNet and the text encoder."""
+    lycoris: Any = importlib.import_module("lycoris.modules")
+    changes: Json = {"lora_type": adapter, "lora_alpha": 3, "learning_rate": 3e-2, "train_text_encoder": True}
+    made = train(tmp_path, small(images, models / kind, tmp_path / "out", steps=3, lora_targets="all", **changes))
+    tensors, pipeline = tensors_of(made.final_path), load_pipeline(models / kind)
+    plain = {part: getattr(pipeline, part) for part in ("unet", "text_encoder")}
+    named = {f"lora_unet_{name.replace('.', '_')}": layer for name, layer in plain["unet"].named_modules()}
+    for name, layer in plain["text_encoder"].named_modules():
+        named[f"lora_te_text_model_{name.removeprefix('text_model.').replace('.', '_')}"] = layer
+    for name in {key.partition(".")[0] for key in tensors}:
+        algorithm, parts = lycoris.get_module(tensors, name)
+        lycoris.make_module(algorithm, parts, name, named[name]).merge_to(1.0)
+    batch, tokens = made.collate(0), torch.arange(77)[None] + 5
+    with torch.no_grad(), made.evaluating():
+        inputs = (batch.mean, torch.tensor([500] * len(batch.mean)), batch.context.detach())
+        for part, values in {"unet": inputs, "text_encoder": (tokens,)}.items():
+            ours, theirs = made.components[part](*values)[0], plain[part](*values)[0]
+            before = getattr(load_pipeline(models / kind), part)(*values)[0]
+            difference = float((ours - theirs).abs().max() / (ours - before).abs().max())
+            print(f"{kind}, {adapter}, {part}, read by LyCORIS: {difference:.1e} of the effect at most")
+            assert difference < 1e-3  # a text encoder's effect is near float32's last bits
 
 
 FORMATS: list[tuple[str, Json]] = [
