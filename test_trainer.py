@@ -280,12 +280,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wide_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models as folders, and the same as single files in the original layout."""
+    import safetensors.torch
+
     folder = tmp_path_factory.mktemp("wide")
     for kind, said in {"sd15": "epsilon", "sd21v": "v", "sdxl": "epsilon"}.items():
         build_model(folder / kind, kind, wide=True)
-        to_single_file(
-            folder / kind, folder / f"{kind}.safetensors", torch.float32, {"modelspec.prediction_type": said}
-        )
+        dtype = torch.float16 if kind == "sdxl" else torch.float32
+        for path in (folder / kind).glob("*/*.safetensors"):  # so that a file in half precision holds the same values
+            values = {key: value.to(dtype).float() for key, value in tensors_of(path).items()}
+            safetensors.torch.save_file(values, path, {"format": "pt"})
+        to_single_file(folder / kind, folder / f"{kind}.safetensors", dtype, {"modelspec.prediction_type": said})
     shutil.copytree(folder / "sd15/tokenizer", folder / "clip_tokenizer")
     return folder
 

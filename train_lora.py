@@ -1849,23 +1849,25 @@ def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) ->
     if source.tokenizers and not config.tokenizer_path:
         return source
     wish = Path(config.tokenizer_path) if config.tokenizer_path else beside / "clip_tokenizer"
-    for folder in (wish, wish / "tokenizer"):
-        if all((folder / name).is_file() for name in VOCABULARY):
-            break
-    else:
-        if config.tokenizer_path:
-            message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
-            raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
-        folder = hub_tokenizer(source, wish)
+    here = (path for path in (wish, wish / "tokenizer") if all((path / name).is_file() for name in VOCABULARY))
+    folder = next(here, None)
+    if config.tokenizer_path and not folder:
+        message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
+        raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
+    folder = folder or hub_tokenizer(source, wish)
+    if not folder:
+        return source
     return dataclasses.replace(source, tokenizers=[folder] * len(source.family.text_encoders), shared_tokenizer=True)
 
 
-def hub_tokenizer(source: ModelSource, instead: Path) -> Path:
-    """Get the CLIP tokenizer from the Hub's cache, else from the Hub."""
+def hub_tokenizer(source: ModelSource, instead: Path) -> Path | None:
+    """Get the CLIP tokenizer from the Hub's cache, else from the Hub; None where not even torch is installed."""
     home, inside = next(iter(CLIP_HOMES.items()))
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
+    except ImportError:
+        return None
+    try:
         for repo, folder in CLIP_HOMES.items():
             cached = [try_to_load_from_cache(repo, folder + name) for name in VOCABULARY]
             if all(isinstance(path, str) for path in cached):
