@@ -2332,12 +2332,15 @@ def test_training_from_a_single_file_equals_training_from_its_folder(
     tmp_path: Path, images: Path, wide_models: Path, kind: str
 ) -> None:
     changes: Json = {"resolution": 64, "train_text_encoder": kind != "sdxl", "lora_targets": "all"}
+    changes |= {"validation_steps": 4}
     runs = [
         train(tmp_path, small(images, base, tmp_path / name, **changes))
         for name, base in {"folder": wide_models / kind, "file": wide_models / f"{kind}.safetensors"}.items()
     ]
     assert_same_tensors(*(made.final_path for made in runs))
     assert runs[0].state.losses == runs[1].state.losses
+    samples = [Image.open(made.folder.samples / "step_4_0.png").tobytes() for made in runs]
+    assert samples[0] == samples[1]
     header = trainer.read_header(runs[1].final_path)
     assert header["ss_sd_model_name"] == f"{kind}.safetensors"
     assert header["modelspec.prediction_type"] == ("v" if kind == "sd21v" else "epsilon")
