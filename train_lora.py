@@ -1948,10 +1948,10 @@ def folder_parts(
 
 def folder_part(folder: Path, variant: str | None, files: Sequence[str]) -> Part:
     shapes: dict[str, list[int]] = {}
-    for name in files:
-        path = folder.parent / name
+    names = [PurePosixPath(file).name for file in files]
+    for path in (folder / name for name in names):
         shapes |= float_shapes(path, read_tensor_headers(path))
-    return Part(folder, shapes, files, variant)
+    return Part(folder, shapes, names, variant)
 
 
 def local_folder(folder: Path) -> Path:
@@ -3728,7 +3728,7 @@ def part_digest(part: Part) -> str:
         with safe_open(part.path, framework="pt") as file:
             for key in sorted({*part.keys.values()}):
                 digest.update(content_hash({key: file.get_tensor(key)}, "").encode())
-    return digest.hexdigest() + folder_digest(part.path, [Path(name).name for name in part.files])
+    return digest.hexdigest() + folder_digest(part.path, part.files)
 
 
 @blame("model_corrupt")
