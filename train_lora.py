@@ -1792,8 +1792,8 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
     wish = None if config.prediction_type == "auto" else config.prediction_type
     prediction = str(wish or told or source.family.usually)
     if prediction not in source.family.architecture:
-        message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
-        raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
+        message = f"By its scheduler or header the model predicts {prediction!r}, which this trainer does not know."
+        raise TrainerError("model_unsupported", message, "If that is wrong, set prediction_type.")
     zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
     return dataclasses.replace(
         source,
