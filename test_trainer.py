@@ -4290,6 +4290,9 @@ MISTAKES: dict[str, Callable[[Json], Json]] = {  # what a bug in the writer migh
         k.replace("lora_up", "x").replace("lora_down", "lora_up").replace("x", "lora_down"): v
         for k, v in tensors.items()
     },
+    "alpha a quarter too large": lambda tensors: {
+        k: v * 1.25 if k.endswith("alpha") else v for k, v in tensors.items()
+    },
     "a layer left out": lambda tensors: {k: v for k, v in tensors.items() if "mid_block" not in k},
     "zeros": lambda tensors: {k: v if k.endswith("alpha") else v * 0 for k, v in tensors.items()},
     "another prefix": lambda tensors: {k.replace("lora_unet", "lora_net"): v for k, v in tensors.items()},
@@ -4317,10 +4320,12 @@ def test_a_final_file_that_does_not_do_what_was_trained_is_an_error_and_costs_no
     assert made.final_path.exists()
 
 
+FP16_FILE = {"save_dtype": "fp16"}
 READ_BACK: list[tuple[str, Json]] = [
     ("sd15", {"train_text_encoder": True, "save_dtype": "bf16", "lora_type": "dora"}),
     ("sd15", {"mixed_precision": "bf16", "save_dtype": "fp16", "learning_rate": 1e-7}),  # next to no effect
     ("sd15", {"save_format": "diffusers", "use_rslora": True, "lora_alpha": 2, "ema_decay": 0.5}),
+    ("sd15", {"lora_type": "lokr", "lora_alpha": 3, "mixed_precision": "bf16", "learning_rate": 1e-4, **FP16_FILE}),
     ("sdxl", {"lora_type": "lokr", "lora_targets": "all", "save_dtype": "fp16", "lora_dropout": 0}),
 ]
 

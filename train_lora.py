@@ -5030,16 +5030,19 @@ class LoRATrainer:
     def effect_error(self, weights: Mapping[str, Tensor]) -> float:
         """Compare what weights add to one prediction with what was trained: the difference as a share of that.
 
-        What was trained is rounded as the file is, and both are made strong: rounding in the compute dtype is as large
-        as a young LoRA's effect.
+        What was trained is rounded as the file is, and both are made strong, until half of a prediction is theirs:
+        rounding in the compute dtype is larger than a young LoRA's effect.
         """
 
         def effect(weights: Mapping[str, Tensor], strength: float) -> Tensor:
             factors = {key: strength if key.rpartition("/")[2] in START_AT_ZERO else 1.0 for key in weights}
             return self.answer({key: weight.to(self.device) * factors[key] for key, weight in weights.items()}) - plain
 
-        dtype = getattr(torch, SAVE_DTYPES[self.config.save_dtype])
-        rounded = {key: weight.to(dtype).float() for key, weight in self.evaluation_weights().items()}
+        def as_in_file(key: str, weight: Tensor) -> Tensor:
+            scale = adapter_scale(self.config) if key.endswith("lokr_w1") else 1
+            return (weight * scale).to(getattr(torch, SAVE_DTYPES[self.config.save_dtype])).float() * (1 / scale)
+
+        rounded = {key: as_in_file(key, weight) for key, weight in self.evaluation_weights().items()}
         layers = [part for component in self.components.values() for part in component.modules()]
         layers = [part for part in layers if isinstance(part, peft.tuners.tuners_utils.BaseTunerLayer)]
         for layer in layers:
@@ -5047,8 +5050,10 @@ class LoRATrainer:
         plain = self.answer(rounded)
         for layer in layers:
             layer.enable_adapters(True)
-        share = float(effect(rounded, 1.0).norm() / plain.norm())
-        strength = min(max(0.5 / share, 1.0), 1e4) if share else 1.0
+        strength = 1.0
+        for _ in range(3):  # what the first round measures may be rounding alone
+            share = float(effect(rounded, strength).norm() / plain.norm())
+            strength = max(1.0, strength * 0.5 / max(share, 1e-3))  # 1 where the share is not finite
         ours, theirs = effect(rounded, strength), effect(weights, strength)
         difference = float((ours - theirs).norm())
         return difference / float(ours.norm()) if difference else 0.0
