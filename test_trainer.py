@@ -2354,7 +2354,8 @@ def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(
     vae = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
     safetensors.torch.save_file(vae, tmp_path / "original.safetensors")
     own = folder / "vae/diffusion_pytorch_model.safetensors"
-    tried = (folder / "vae", folder, tmp_path / "original.safetensors", wide_models / "sd15.safetensors", own)
+    renamed = copy_model(folder / "vae", tmp_path / "vae-fp16-fix")
+    tried = (folder / "vae", folder, renamed, tmp_path / "original.safetensors", wide_models / "sd15.safetensors", own)
     options = {"tokenizer_path": str(wide_models / "clip_tokenizer"), "resolution": 64}
     expected = view_of(prepare(tmp_path, small(images, folder, tmp_path / "folder", **options)), 0)
     for number, path in enumerate(tried):

@@ -1810,12 +1810,11 @@ def with_vae(source: ModelSource, path: Path) -> ModelSource:
         hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
         return TrainerError(code, f"vae_path {message}.", hint, [problem("vae_path", message)])
 
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise refuse("model_unsafe", f"{path.name} holds pickled weights")
     if path.is_dir():
         folder = path / "vae" if (path / "vae/config.json").is_file() else path
-        variant, files = choose_weights([f"vae/{file.name}" for file in folder.iterdir()], "vae", None, half=False)
-        part = folder_part(folder, variant, files)
+        part = folder_part(folder, "vae", None, half=False)
         vae = read_model_json(folder, "config.json", "vae/config.json")
     elif path.is_file():
         shapes = float_shapes(path, read_tensor_headers(path))
@@ -1933,31 +1932,33 @@ def folder_parts(
     folder: Path, family: ModelFamily, variant: str | None, *, half: bool, needed: bool
 ) -> dict[str, Part]:
     """Read the headers of each component's chosen weights; {} where they are not here and not needed."""
-    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     parts: dict[str, Part] = {}
     with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
         for name in family.parameters:
-            chosen, files = choose_weights(names, name, variant, half)
-            parts[name] = folder_part(folder / name, chosen, files)
+            parts[name] = folder_part(folder / name, name, variant, half)
             if name.startswith("text"):
                 read_model_json(folder, f"{name}/config.json", "text_encoder/config.json")
     return parts if len(parts) == len(family.parameters) else {}
 
 
-def folder_part(folder: Path, variant: str | None, files: Sequence[str]) -> Part:
+def folder_part(folder: Path, part: str, variant: str | None, half: bool) -> Part:
+    """Choose a component's weights in its folder, whatever that is called, and read their headers."""
+    inside = [f"{part}/{path.name}" for path in folder.glob("*")]
+    chosen, files = choose_weights(inside, part, variant, half)
+    names = [file.partition("/")[2] for file in files]
     shapes: dict[str, list[int]] = {}
-    for name in files:
-        path = folder.parent / name
-        shapes |= float_shapes(path, read_tensor_headers(path))
-    return Part(folder, shapes, files, variant)
+    for name in names:
+        shapes |= float_shapes(folder / name, read_tensor_headers(folder / name))
+    return Part(folder, shapes, names, chosen)
 
 
 def local_folder(folder: Path) -> Path:
     if folder.is_dir() and (folder / "model_index.json").is_file():
         return folder
-    if folder.suffix in PICKLES:
+    if folder.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
-    what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "does not exist"
+    found = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
+    what = found if folder.exists() else "does not exist"
     raise TrainerError("model_not_found", f"base_model {folder} {what}.")
 
 
@@ -3726,7 +3727,7 @@ def part_digest(part: Part) -> str:
         with safe_open(part.path, framework="pt") as file:
             for key in sorted({*part.keys.values()}):
                 digest.update(content_hash({key: file.get_tensor(key)}, "").encode())
-    return digest.hexdigest() + folder_digest(part.path, [Path(name).name for name in part.files])
+    return digest.hexdigest() + folder_digest(part.path, part.files)
 
 
 @blame("model_corrupt")
