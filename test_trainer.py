@@ -4272,6 +4272,8 @@ def test_a_thumbnail_is_the_newest_sample_and_only_where_it_is_wanted(
     import base64
 
     for wanted in (False, True):
+        (tmp_path / str(wanted) / "samples").mkdir(parents=True)
+        (tmp_path / str(wanted) / "samples/step_best_0.png").touch()  # a user's, and no picture
         changes: Json = {"validation_steps": 1, "steps": 2, "metadata": {"thumbnail": "sample"} if wanted else {}}
         config = small(images, models / "sd15", tmp_path / str(wanted), **changes)
         header = trainer.read_header(train(tmp_path, config).final_path)

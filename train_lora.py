@@ -4080,10 +4080,10 @@ def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
     return document
 
 
-def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
-    """List `{stem}_{step}.safetensors` files of a folder as (step, path), newest first."""
-    pattern = re.compile(re.escape(stem) + r"_(\d+)\.safetensors")
-    found = [(int(match[1]), path) for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))]
+def numbered(folder: Path, stem: str, end: str = ".safetensors") -> list[tuple[int, Path]]:
+    """List `{stem}_{step}{end}` files of a folder as (step, path), newest first."""
+    pattern = re.compile(rf"{re.escape(stem)}_(\d+){re.escape(end)}")
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
@@ -4974,9 +4974,9 @@ class LoRATrainer:
     def thumbnail(self) -> str | None:
         """Give the newest sample of this run, small, as a data URL; None where none is wanted or there."""
         wanted = self.config.metadata.get("thumbnail") == "sample"
-        steps = {int(path.name.split("_")[1]): path for path in self.folder.samples.glob("step_*_0.png") if wanted}
-        ours = (path for _, path in sorted(steps.items(), reverse=True) if written_by(path) == self.run_id)
-        if (path := next(ours, None)) is None:
+        samples = numbered(self.folder.samples, "step", "_0.png") if wanted else []
+        path = next((path for _, path in samples if written_by(path) == self.run_id), None)
+        if path is None:
             return None
         with Image.open(path, formats=["PNG"]) as image:
             image.thumbnail((256, 256))
