@@ -2017,6 +2017,10 @@ def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, image
     assert result.last["model"]["family"] == "sdxl"
     assert result.last["model"]["guessed"] is True
     assert "model_guessed" in [event["code"] for event in result.of("warning")]
+    result = run("--config", config, "--validate-only", "--set", "base_model=sd21", env=environment)
+    model = result.last["model"]
+    assert (model["prediction_type"], model["prediction_told"]) == ("v_prediction", False), "what it usually is"
+    assert model["native_resolution"] == 768
 
 
 @pytest.mark.parametrize(

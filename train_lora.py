@@ -1969,8 +1969,8 @@ def guess_model(config: TrainingConfig) -> ModelSource:
     family = next(iter(by_type + by_name), None)
     if family is None:
         raise hub_unreachable(config)
-    prediction = "epsilon" if config.prediction_type == "auto" else config.prediction_type
-    return ModelSource(config.base_model, family, family.unet, {}, {}, prediction, guessed=True)
+    source = ModelSource(config.base_model, family, family.unet, {}, {}, family.usually, guessed=True)
+    return with_prediction(source, config)
 
 
 def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
