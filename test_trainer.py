@@ -1562,20 +1562,22 @@ def test_pickled_weights_are_never_an_alternative() -> None:
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("break_it", "code"),
+    ("name", "make", "code", "words"),
     [
-        (lambda model: None, "model_not_found"),
-        (lambda model: (model.mkdir(), (model / "readme.txt").touch()), "model_not_found"),
-        (lambda model: model.with_suffix(".ckpt").touch(), "model_not_found"),
+        ("model", lambda model: None, "model_not_found", "does not exist"),
+        ("model", lambda model: model.mkdir(), "model_not_found", "has no model_index.json"),
+        ("model", lambda model: model.with_suffix(".ckpt").touch(), "model_not_found", "does not exist"),
+        ("model.CKPT", lambda model: model.touch(), "model_unsafe", "holds pickled weights"),
+        ("model.gguf", lambda model: model.touch(), "model_not_found", "is no .safetensors file"),
     ],
 )
 def test_a_missing_model_is_an_error_before_anything_is_made(
-    tmp_path: Path, images: Path, break_it: Any, code: str
+    tmp_path: Path, images: Path, name: str, make: Any, code: str, words: str
 ) -> None:
-    model = tmp_path / "model"
-    break_it(model)
-    result = run("--config", write_config(tmp_path, **small(images, model, tmp_path / "out")))
+    make(tmp_path / name)
+    result = run("--config", write_config(tmp_path, **small(images, tmp_path / name, tmp_path / "out")))
     assert (result.code, result.last["code"]) == (1, code)
+    assert words in result.last["message"]
     assert not (tmp_path / "out").exists()
 
 

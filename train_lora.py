@@ -142,7 +142,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "dependency_missing": "Install the requirements: pip install -r requirements.txt",
     "dataset_empty": "Put images there, each with a caption file beside it.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
-    "model_not_found": "Give a whole diffusers folder (the one with model_index.json) or a Hub id such as sd15.",
+    "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
     "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
