@@ -2445,6 +2445,32 @@ def test_what_nobody_told_is_measured_and_stays_on_a_resume(
     assert "prediction_type_suspect" in warning_codes(suspect)
 
 
+@needs_torch
+def test_what_a_measured_prediction_changes_is_said(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "silent.safetensors"
+    to_single_file(wide_models / "sd21v", base, torch.float32)
+    options = {"tokenizer_path": str(wide_models / "clip_tokenizer")}
+    row = trainer.FAMILIES[1]
+    native = {"epsilon": 64, "v_prediction": 96}  # for 512 and 768
+    monkeypatch.setattr(trainer, "FAMILIES", (trainer.dataclasses.replace(row, native_resolution=native),))
+    real = trainer.LoRATrainer.predict
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, t, *rest: x + 1e-3 * real(self, x, t, *rest))
+    made = prepare(tmp_path, small(images, base, tmp_path / "size", **options))
+    assert (made.plan.source.prediction_type, made.plan.resolution) == ("epsilon", 96)
+    assert "resolution_suspect" in warning_codes(made)
+    assert "resolution_suspect" not in warning_codes(
+        prepare(tmp_path, small(images, base, tmp_path / "same", **options, resolution=96))
+    )
+    with pytest.raises(trainer.TrainerError, match="zero_terminal_snr must not be true"):
+        prepare(tmp_path, small(images, base, tmp_path / "zero", **options, zero_terminal_snr=True))
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, *rest: x * math.nan)
+    broken = prepare(tmp_path, small(images, base, tmp_path / "nan", **options))
+    assert broken.plan.source.prediction_type == "v_prediction", "nothing was measured: as it usually is"
+    assert not any("measured, as" in event["message"] for event in emitted(broken, "info"))
+
+
 def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data

@@ -3132,8 +3132,8 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
     return [[example.name for example in same] for same in copies if len(same) > 1]
 
 
-def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
-    """Find settings that cannot work with this model."""
+def check_settings(config: TrainingConfig, source: ModelSource) -> None:
+    """Raise `config_invalid` where settings cannot work with this model."""
     count = int(source.scheduler.get("num_train_timesteps", 1000))
     penultimate = any(row.penultimate for row in source.family.text_encoders)
     undefined = config.zero_terminal_snr is True and source.prediction_type == "epsilon"
@@ -3146,7 +3146,9 @@ def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str
     problems = [problem(path, message) for broken, path, message in rules if broken]
     if config.init_lora_path and source.parts:
         problems += init_problems(config, source)
-    return problems
+    if problems:
+        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
+        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
 
 
 def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
@@ -3213,9 +3215,7 @@ def make_plan(
     config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
 ) -> Plan:
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
-    if problems := model_problems(config, source):
-        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
-        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
+    check_settings(config, source)
     resolution = config.resolution or source.native_resolution
     square = [(resolution, resolution)]
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
@@ -4527,11 +4527,18 @@ class LoRATrainer:
             output = self.predict(noise, timesteps, context, conditions).float()
         likeness = float(torch.nn.functional.cosine_similarity(output.flatten(), noise.flatten(), dim=0))
         measured = "epsilon" if likeness > 0.5 else "v_prediction"
+        if not math.isfinite(likeness):  # it answers nothing: the first steps will say so
+            return
         if not source.prediction_told:
             why = "measured, as neither the model nor the config says it"
             self.events.info(f"The model predicts {measured} ({why}).")
             self.predict_as(measured)
-        elif math.isfinite(likeness) and measured != source.prediction_type:
+            check_settings(self.config, self.plan.source)
+            native = self.plan.source.native_resolution
+            if self.config.resolution is None and native != side:
+                message = f"The run trains at {side}, but what predicts {measured} was made for {native}."
+                self.events.warning("resolution_suspect", message, f"Set resolution to {native}, and use --fresh.")
+        elif measured != source.prediction_type:
             message = f"The run takes the model for {source.prediction_type}, but it answers pure noise as "
             hint = "If samples are noise or grey, set prediction_type to the other one."
             self.events.warning("prediction_type_suspect", f"{message}{measured} models do.", hint)
