@@ -4317,6 +4317,9 @@ def test_a_thumbnail_is_the_newest_sample_and_only_where_it_is_wanted(
     again = make_trainer(tmp_path, config)
     assert again.setup() is True, "a thumbnail does not make it unfinished"
     again.folder._lock.close()  # type: ignore[union-attr]
+    credited = config | {"metadata": {"author": "A"}}
+    assert trainer.read_header(train(tmp_path, credited).final_path)["modelspec.author"] == "A"
+    assert prepare(tmp_path, config).is_finished(2) is False, "its header names an author that the config does not"
 
 
 MISTAKES: dict[str, Callable[[Json], Json]] = {  # what a bug in the writer might do to a file's tensors

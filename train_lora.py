@@ -4405,8 +4405,9 @@ class LoRATrainer:
         digest = tensor_bytes_hash(self.final_path.read_bytes())
         wanted = lora_header(self.plan, step, self.run_id) | {"modelspec.hash_sha256": f"0x{digest}"}
         keys = ["ss_steps", "train_lora.save_dtype", "train_lora.save_format"]
-        keys += [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
-        return all(header.get(key) == wanted[key] for key in keys)
+        loose = ("modelspec.date", "modelspec.thumbnail")
+        keys += [key for key in header | wanted if key.startswith("modelspec.") and key not in loose]
+        return all(header.get(key) == wanted.get(key) for key in keys)
 
     def cache(self) -> None:
         """Encode what the cache lacks of texts and images; let the encoders go. Needs self.plan."""
