@@ -1568,8 +1568,9 @@ def read_single_file(
     family = single_file_family(path, {key: shape for key, (_, shape) in headers.items()})
     shapes = float_shapes(path, headers)
     try:
-        parts = {"unet": unet_part(path, family, shapes)}
-        parts |= {row.folder: text_part(path, row, shapes) for row in family.text_encoders}
+        parts = {row.folder: text_part(path, row, shapes) for row in family.text_encoders}
+        pooled = dict(parts[family.text_encoders[-1].folder].config or {})["projection_dim"]
+        parts["unet"] = unet_part(path, family, shapes, pooled)
         if any(key.startswith(VAE_PREFIX) for key in shapes):
             parts["vae"] = vae_part(path, family, shapes, VAE_PREFIX)
     except (KeyError, IndexError, ValueError) as error:
@@ -1600,8 +1601,11 @@ def make_part(
     return Part(path, ours, keys=keys)
 
 
-def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int]]) -> Part:
-    """Find the UNet of a single file, and its config by its shapes. Raises KeyError, IndexError: built otherwise."""
+def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int]], pooled: int) -> Part:
+    """Find the UNet of a single file, and its config by its shapes. Raises KeyError, IndexError: built otherwise.
+
+    `pooled` is the width of the pooled text, where it takes one.
+    """
     inside = {key.removeprefix(UNET_PREFIX): shape for key, shape in shapes.items() if key.startswith(UNET_PREFIX)}
     samplers = [int(key.split(".")[1]) for key in inside if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key)]
     step = min(samplers, default=0)  # the resnets of a level, and its sampler
@@ -1621,7 +1625,6 @@ def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int
     }
     if family.time_ids:  # pooled text and six sizes
         width = inside["label_emb.0.0.weight"][1]
-        pooled = shapes[f"{family.text_encoders[-1].original}text_projection"][1]
         config |= {"projection_class_embeddings_input_dim": width, "addition_time_embed_dim": (width - pooled) // 6}
     back = {theirs: ours for ours, theirs in original_names(config).items()}
     part = make_part(path, UNET_PREFIX, shapes, lambda key: [renamed(key, back) or key])
@@ -3431,7 +3434,7 @@ def load_from_file(part: Part, owner: Any, dtype: torch.dtype, device: torch.dev
             value, stacked = file.get_tensor(part.keys[ours]), re.search(r"\.([qkv])_proj\.", ours)
             if stacked and ".in_proj_" in part.keys[ours]:
                 value = value.chunk(3)["qkv".index(stacked[1])]
-            if ours == "text_projection.weight":
+            if part.keys[ours].endswith("text_projection"):  # as a Linear's weight, in `.weight`, it is turned already
                 value = value.T
             values[name] = value.reshape(weight.shape).to(device, dtype)
     module.load_state_dict(values, assign=True)
