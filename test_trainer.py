@@ -2464,7 +2464,7 @@ def test_what_a_measured_prediction_changes_is_said(
     options = {"tokenizer_path": str(wide_models / "clip_tokenizer")}
     row = trainer.FAMILIES[1]
     native = {"epsilon": 64, "v_prediction": 96}  # for 512 and 768
-    monkeypatch.setattr(trainer, "FAMILIES", (trainer.dataclasses.replace(row, native_resolution=native),))
+    monkeypatch.setattr(trainer, "FAMILIES", (dataclasses.replace(row, native_resolution=native),))
     real = trainer.LoRATrainer.predict
     monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, t, *rest: x + 1e-3 * real(self, x, t, *rest))
     made = prepare(tmp_path, small(images, base, tmp_path / "size", **options))

@@ -4489,6 +4489,7 @@ class LoRATrainer:
         self.events.info("Loading the UNet.", phase="loading")
         weights = self.plan.source.parts["unet"]
         self.unet = load_component(weights, diffusers.UNet2DConditionModel, self.dtype, self.device)
+        self.alpha_bar = noise_schedule(self.plan.source.scheduler)
         self.measure_prediction()
         source = self.plan.source
         self.components = {row.folder: encoder for row, _, encoder in self.encoder.parts} if self.encoder else {}
@@ -4514,7 +4515,6 @@ class LoRATrainer:
         ]
         self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.alpha_bar = noise_schedule(source.scheduler)
         self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
         count = sum(weight.numel() for weight in self.live.values())
         modules = {key.rpartition("/")[0] for key in self.live}
@@ -4527,7 +4527,7 @@ class LoRATrainer:
         noise = torch.randn(shape, generator=generator("what the model predicts")).to(self.device)
         with torch.no_grad():
             context, conditions = self.conditions([""], torch.tensor([[side, side, 0, 0, side, side]]).float())
-            timesteps = torch.tensor([len(noise_schedule(source.scheduler)) - 1], device=self.device)
+            timesteps = torch.tensor([len(self.alpha_bar) - 1], device=self.device)
             output = self.predict(noise, timesteps, context, conditions).float()
         likeness = float(torch.nn.functional.cosine_similarity(output.flatten(), noise.flatten(), dim=0))
         measured = "epsilon" if likeness > 0.5 else "v_prediction"
