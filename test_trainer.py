@@ -3510,8 +3510,8 @@ def test_text_encoders_are_gone_after_caching_unless_they_train(
     loaded: list[Any] = []
     real = trainer.load_component
 
-    def load(part: trainer.Part, *rest: Any) -> Any:
-        loaded.append((part.path.name, weakref.ref(component := real(part, *rest))))
+    def load(source: trainer.ModelSource, name: str, *rest: Any) -> Any:
+        loaded.append((name, weakref.ref(component := real(source, name, *rest))))
         return component
 
     monkeypatch.setattr(trainer, "load_component", load)

@@ -1355,10 +1355,9 @@ def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]
     return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
 
 
-def module_name(part: str, module: str) -> str:
-    """Name a layer alike whether transformers has a `text_model` in its module names, as its files do, or not."""
-    missing = part != "unet" and not module.startswith("text_model.")
-    return f"{part}.{'text_model.' if missing else ''}{module}"
+def saved_name(name: str) -> str:
+    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
+    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
 
 
 RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
@@ -1376,11 +1375,8 @@ def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
     """
     layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
     ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
-    pairs, resnets = (
-        dict(UNET_NAMES),
-        {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"},
-    )
-    pairs["mid_block.attentions.0"] = "middle_block.1"
+    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
         for level, kind in enumerate(kinds):
             attends = kind.startswith("CrossAttn")
@@ -1825,9 +1821,8 @@ def with_vae(source: ModelSource, path: Path) -> ModelSource:
         try:
             part = vae_part(path, source.family, shapes, prefix)
         except (KeyError, IndexError, ValueError) as error:
-            raise refuse(
-                "model_unsupported", f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
-            ) from error
+            message = f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
+            raise refuse("model_unsupported", message) from error
         vae = dict(part.config or {})
     else:
         raise refuse("model_not_found", f"{path} does not exist")
@@ -1880,9 +1875,8 @@ def hub_tokenizer(source: ModelSource, instead: Path) -> Path:
         names = " and ".join(VOCABULARY)
         message = f"{source.name} brings no tokenizer, none is in the Hub's cache, and the Hub was not reached."
         hint = f"Download {names} from https://huggingface.co/{home}/tree/main and put them into {instead}, "
-        raise TrainerError(
-            "model_not_found", message, hint + "or into a folder that you name as tokenizer_path."
-        ) from error
+        hint += "or into a folder that you name as tokenizer_path."
+        raise TrainerError("model_not_found", message, hint) from error
 
 
 def open_single_file(path: Path) -> ModelSource:
@@ -2159,7 +2153,7 @@ def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
     """Give each targeted layer's shape, as unet.mid_block.….to_q -> [out, in, …]; {} without the files' headers."""
     return {
-        module_name(part, name.removesuffix(".weight")): shape
+        f"{part}.{saved_name(name.removesuffix('.weight'))}": shape
         for part, pattern in trained_parts(config, source.family).items()
         for name, shape in (source.parts[part].shapes if source.parts else {}).items()
         if re.fullmatch(pattern + r"\.weight", name)
@@ -3399,8 +3393,20 @@ class Batch:
     mask: Tensor | None
 
 
-def load_component(part: Part, owner: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def component_class(family: ModelFamily, name: str) -> Any:
+    """Give the class that a component is built by."""
+    classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    rows = {row.folder: row for row in family.text_encoders}
+    return classes.get(name) or getattr(transformers, rows[name].class_name)
+
+
+def model_corrupt(folder: Path, reason: str) -> TrainerError:
+    return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
+
+
+def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a component to the device, frozen, from safetensors only. Raises `model_corrupt`, also for lost weights."""
+    part, owner = source.parts[name], component_class(source.family, name)
     try:
         module = load_folder(part, owner, dtype) if part.config is None else load_from_file(part, owner, dtype, device)
     except Exception as error:  # the loaders raise whatever their file formats do
@@ -3408,9 +3414,8 @@ def load_component(part: Part, owner: Any, dtype: torch.dtype, device: torch.dev
             raise
         raise model_corrupt(part.path, f"{type(error).__name__}: {error}") from error
     module.requires_grad_(False).eval().to(device)
-    if (
-        device.type == "cpu"
-    ):  # else they lie in the mapped file: what replaces it, and where a weight lies in it, counts
+    if device.type == "cpu":
+        # Else they lie in the mapped file: what is written over it counts, and where in it a weight lies.
         for weight in module.parameters():
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     return module
@@ -3449,11 +3454,6 @@ def skeleton(part: Part, owner: Any) -> Any:
         return owner(transformers.CLIPTextConfig(**part.config or {}))
 
 
-def saved_name(name: str) -> str:
-    """Name a weight as files do, whether this transformers has a `text_model` in its module names or not."""
-    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
-
-
 def check_single_file(source: ModelSource) -> None:
     """Hold a single file's names and shapes against the components that they shall make. Raises `model_unsupported`."""
     for name, part in source.parts.items():
@@ -3467,17 +3467,6 @@ def check_single_file(source: ModelSource) -> None:
         if odd := sorted({*wrong, *unknown}):
             message = f"{part.path.name} is not built as {source.family.title} is: {len(odd)} weights of its {name}"
             raise TrainerError("model_unsupported", f"{message} are missing, odd or unknown, such as {odd[0]}.", ADVICE)
-
-
-def component_class(family: ModelFamily, name: str) -> Any:
-    """Give the class that a component is built by."""
-    classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    rows = {row.folder: row for row in family.text_encoders}
-    return classes.get(name) or getattr(transformers, rows[name].class_name)
-
-
-def model_corrupt(folder: Path, reason: str) -> TrainerError:
-    return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
 
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
@@ -3543,9 +3532,7 @@ class PromptEncoder:
     ) -> None:
         self.parts = []
         for row, tokenizer in zip(source.family.text_encoders, tokenizers, strict=True):
-            encoder = load_component(
-                source.parts[row.folder], component_class(source.family, row.folder), dtype, device
-            )
+            encoder = load_component(source, row.folder, dtype, device)
             if len(tokenizer) > encoder.config.vocab_size:
                 raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
@@ -3667,7 +3654,7 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
     for name, weight in sorted(component.named_parameters()):
         if not (match := ADAPTER_WEIGHT.fullmatch(name)):
             continue
-        key = f"{module_name(part, match['module'])}/{match['part']}"
+        key = f"{part}.{saved_name(match['module'])}/{match['part']}"
         if match["part"] == "lora_magnitude_vector":  # PEFT's own is rounded to the compute dtype
             frozen = component.get_submodule(match["module"]).get_base_layer().weight
             values = frozen.float().flatten(1).norm(dim=1).reshape(weight.shape)
@@ -4450,7 +4437,7 @@ class LoRATrainer:
         if not (missing or self.config.validation_steps or self.config.sample_at_start):
             return  # nobody needs the VAE
         self.events.info("Loading the VAE.", phase="loading")
-        self.vae = load_component(source.parts["vae"], diffusers.AutoencoderKL, self.vae_dtype, self.device)
+        self.vae = load_component(source, "vae", self.vae_dtype, self.device)
         pictures = map_ahead(lambda group: [view.load() for view in group], missing)
         for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
             self.keep(group, encode_images(self.vae, loaded))
@@ -4487,8 +4474,7 @@ class LoRATrainer:
         """Load the UNet, put the adapters on what trains, make the optimizer. Needs self.plan and self.encoder."""
         config = self.config
         self.events.info("Loading the UNet.", phase="loading")
-        weights = self.plan.source.parts["unet"]
-        self.unet = load_component(weights, diffusers.UNet2DConditionModel, self.dtype, self.device)
+        self.unet = load_component(self.plan.source, "unet", self.dtype, self.device)
         self.alpha_bar = noise_schedule(self.plan.source.scheduler)
         self.measure_prediction()
         source = self.plan.source
