@@ -1202,6 +1202,7 @@ VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
 HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
 QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
 SGM = "conditioner.embedders"
+PREDICTIONS = ("epsilon", "v_prediction")
 
 FAMILIES = (
     ModelFamily(
@@ -1209,7 +1210,7 @@ FAMILIES = (
         title="Stable Diffusion 1.x",
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd15"],
-        native_resolution=dict.fromkeys(("epsilon", "v_prediction"), 512),
+        native_resolution=dict.fromkeys(PREDICTIONS, 512),
         text_encoders=(
             TextEncoder(
                 *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
@@ -1217,7 +1218,7 @@ FAMILIES = (
                 config=QUICK,
             ),
         ),
-        architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
@@ -1259,7 +1260,7 @@ FAMILIES = (
         title="Stable Diffusion XL",
         pipeline="StableDiffusionXLPipeline",
         source=SHORT_NAMES["sdxl"],
-        native_resolution=dict.fromkeys(("epsilon", "v_prediction"), 1024),
+        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
         text_encoders=(
             TextEncoder(
                 *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
@@ -1280,8 +1281,8 @@ FAMILIES = (
         time_ids=True,
         linear_projection=True,
         original_block_names=True,
-        architecture=dict.fromkeys(("epsilon", "v_prediction"), "stable-diffusion-xl-v1-base/lora"),
-        base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
+        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
         hub_pattern=r"xl|pony|illustrious|noob",
         parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
         lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
@@ -1790,7 +1791,7 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
     told = source.scheduler.get("prediction_type") or ("v_prediction" if zero else None)
     wish = None if config.prediction_type == "auto" else config.prediction_type
     prediction = str(wish or told or source.family.usually)
-    if prediction not in source.family.architecture:
+    if prediction not in PREDICTIONS:
         message = f"The model's scheduler predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "Set prediction_type if the scheduler's config is wrong.")
     zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
@@ -5032,29 +5033,23 @@ class LoRATrainer:
         rounding in the compute dtype is larger than a young LoRA's effect.
         """
 
-        def effect(weights: Mapping[str, Tensor], strength: float) -> Tensor:
+        def answer(weights: Mapping[str, Tensor], strength: float) -> Tensor:
             factors = {key: strength if key.rpartition("/")[2] in START_AT_ZERO else 1.0 for key in weights}
-            return self.answer({key: weight.to(self.device) * factors[key] for key, weight in weights.items()}) - plain
+            return self.answer({key: weight.to(self.device) * factors[key] for key, weight in weights.items()})
 
         def as_in_file(key: str, weight: Tensor) -> Tensor:
             scale = adapter_scale(self.config) if key.endswith("lokr_w1") else 1
             return (weight * scale).to(getattr(torch, SAVE_DTYPES[self.config.save_dtype])).float() * (1 / scale)
 
         rounded = {key: as_in_file(key, weight) for key, weight in self.evaluation_weights().items()}
-        layers = [part for component in self.components.values() for part in component.modules()]
-        layers = [part for part in layers if isinstance(part, peft.tuners.tuners_utils.BaseTunerLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        plain = self.answer(rounded)
-        for layer in layers:
-            layer.enable_adapters(True)
+        plain = answer(rounded, 0.0)
         strength = 1.0
         for _ in range(3):  # what the first round measures may be rounding alone
-            share = float(effect(rounded, strength).norm() / plain.norm())
+            share = float((answer(rounded, strength) - plain).norm() / plain.norm())
             strength = max(1.0, strength * 0.5 / max(share, 1e-3))  # 1 where the share is not finite
-        ours, theirs = effect(rounded, strength), effect(weights, strength)
-        difference = float((ours - theirs).norm())
-        return difference / float(ours.norm()) if difference else 0.0
+        trained = answer(rounded, strength)
+        difference = float((answer(weights, strength) - trained).norm())
+        return difference / float((trained - plain).norm()) if difference else 0.0
 
     def answer(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Give the model's prediction for one image of the run with these weights."""
