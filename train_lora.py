@@ -3063,7 +3063,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from config_warnings(plan.config)
     yield from dataset_warnings(plan)
     source = plan.source
-    told = source.scheduler.get("prediction_type", source.prediction_type)
+    told = source.scheduler.get("prediction_type") or source.prediction_type
     if source.prediction_type != told:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {told}."
         yield "prediction_type_suspect", message, "Samples of noise mean that the scheduler is right: set it to auto."
