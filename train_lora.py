@@ -1539,6 +1539,9 @@ def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> Model
     raise TrainerError("model_unsupported", f"{path.name} is {has}.", ADVICE)
 
 
+# The same for all three families (v1-inference.yaml, v2-inference-v.yaml, sd_xl_base.yaml).
+SCHEDULE: JSON = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE |= {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False}
 OF_SD2 = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # modelspec.architecture
 
 
@@ -1577,11 +1580,6 @@ def read_single_file(
         kind = "text_encoder" if name.startswith("text") else name
         check_model_config(part.config, f"{kind}/config.json", f"{path.name} ({name})")
     return family, parts, SCHEDULE | told_prediction(shapes, header)
-
-
-# The same for all three families (v1-inference.yaml, v2-inference-v.yaml, sd_xl_base.yaml).
-SCHEDULE: JSON = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
-SCHEDULE |= {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False}
 
 
 def make_part(
