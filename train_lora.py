@@ -3738,7 +3738,7 @@ def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str 
         texts_by = [part_digest(source.parts[row.folder]) for row in source.family.text_encoders]
         reader = " ".join([*texts_by, *map(folder_digest, source.tokenizers)])
         viewer = part_digest(source.parts["vae"])
-    shape = (plan.config.max_caption_tokens, plan.config.clip_skip)
+    shape = (plan.config.max_caption_tokens, plan.config.clip_skip, source.shared_tokenizer)
     texts = () if plan.config.train_text_encoder else (*plan.captions, *plan.prompts)
     keys: dict[str | View, str] = {text: entry_key("text", reader, device, dtype, *shape, text) for text in texts}
     return keys | {view: entry_key("image", viewer, device, vae_dtype, *view.identity()) for view in plan.views()}
