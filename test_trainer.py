@@ -1567,20 +1567,22 @@ def test_pickled_weights_are_never_an_alternative() -> None:
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("break_it", "code"),
+    ("name", "make", "code", "words"),
     [
-        (lambda model: None, "model_not_found"),
-        (lambda model: (model.mkdir(), (model / "readme.txt").touch()), "model_not_found"),
-        (lambda model: model.with_suffix(".ckpt").touch(), "model_not_found"),
+        ("model", lambda model: None, "model_not_found", "does not exist"),
+        ("model", lambda model: model.mkdir(), "model_not_found", "has no model_index.json"),
+        ("model", lambda model: model.with_suffix(".ckpt").touch(), "model_not_found", "does not exist"),
+        ("model.CKPT", lambda model: model.touch(), "model_unsafe", "holds pickled weights"),
+        ("model.gguf", lambda model: model.touch(), "model_not_found", "is no .safetensors file"),
     ],
 )
 def test_a_missing_model_is_an_error_before_anything_is_made(
-    tmp_path: Path, images: Path, break_it: Any, code: str
+    tmp_path: Path, images: Path, name: str, make: Any, code: str, words: str
 ) -> None:
-    model = tmp_path / "model"
-    break_it(model)
-    result = run("--config", write_config(tmp_path, **small(images, model, tmp_path / "out")))
+    make(tmp_path / name)
+    result = run("--config", write_config(tmp_path, **small(images, tmp_path / name, tmp_path / "out")))
     assert (result.code, result.last["code"]) == (1, code)
+    assert words in result.last["message"]
     assert not (tmp_path / "out").exists()
 
 
@@ -2022,6 +2024,10 @@ def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, image
     assert result.last["model"]["family"] == "sdxl"
     assert result.last["model"]["guessed"] is True
     assert "model_guessed" in [event["code"] for event in result.of("warning")]
+    result = run("--config", config, "--validate-only", "--set", "base_model=sd21", env=environment)
+    model = result.last["model"]
+    assert (model["prediction_type"], model["prediction_told"]) == ("v_prediction", False), "what it usually is"
+    assert model["native_resolution"] == 768
 
 
 @pytest.mark.parametrize(
@@ -2331,6 +2337,8 @@ def test_a_full_size_checkpoint_has_every_weight_and_no_other(name: str, count: 
 def test_training_from_a_single_file_equals_training_from_its_folder(
     tmp_path: Path, images: Path, wide_models: Path, kind: str
 ) -> None:
+    import safetensors.torch
+
     changes: Json = {"resolution": 64, "train_text_encoder": kind != "sdxl", "lora_targets": "all"}
     changes |= {"validation_steps": 4}
     runs = [
@@ -2341,6 +2349,14 @@ def test_training_from_a_single_file_equals_training_from_its_folder(
     assert runs[0].state.losses == runs[1].state.losses
     samples = [Image.open(made.folder.samples / "step_4_0.png").tobytes() for made in runs]
     assert samples[0] == samples[1]
+    if kind == "sdxl":  # as diffusers' converter wrote files for some time, and Playground's are
+        tensors = tensors_of(wide_models / "sdxl.safetensors")
+        projection = tensors.pop("conditioner.embedders.1.model.text_projection").T.contiguous()
+        tensors |= {"conditioner.embedders.1.model.text_projection.weight": projection}
+        safetensors.torch.save_file(tensors, tmp_path / "linear.safetensors", {"modelspec.prediction_type": "epsilon"})
+        options = {**changes, "tokenizer_path": str(wide_models / "clip_tokenizer")}
+        linear = train(tmp_path, small(images, tmp_path / "linear.safetensors", tmp_path / "linear", **options))
+        assert linear.state.losses == runs[0].state.losses
     header = trainer.read_header(runs[1].final_path)
     assert header["ss_sd_model_name"] == f"{kind}.safetensors"
     assert header["modelspec.prediction_type"] == ("v" if kind == "sd21v" else "epsilon")
@@ -2362,8 +2378,8 @@ def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(
     vae = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
     safetensors.torch.save_file(vae, tmp_path / "original.safetensors")
     own = folder / "vae/diffusion_pytorch_model.safetensors"
-    renamed = shutil.copytree(folder / "vae", tmp_path / "my-vae")
-    tried = (folder / "vae", renamed, folder, tmp_path / "original.safetensors", wide_models / "sd15.safetensors", own)
+    renamed = copy_model(folder / "vae", tmp_path / "vae-fp16-fix")
+    tried = (folder / "vae", folder, renamed, tmp_path / "original.safetensors", wide_models / "sd15.safetensors", own)
     options = {"tokenizer_path": str(wide_models / "clip_tokenizer"), "resolution": 64}
     expected = view_of(prepare(tmp_path, small(images, folder, tmp_path / "folder", **options)), 0)
     for number, path in enumerate(tried):
@@ -2445,6 +2461,32 @@ def test_what_nobody_told_is_measured_and_stays_on_a_resume(
     suspect = prepare(tmp_path, small(images, base, tmp_path / "told", **options, **told))
     assert suspect.plan.source.prediction_type == "v_prediction"
     assert "prediction_type_suspect" in warning_codes(suspect)
+
+
+@needs_torch
+def test_what_a_measured_prediction_changes_is_said(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "silent.safetensors"
+    to_single_file(wide_models / "sd21v", base, torch.float32)
+    options = {"tokenizer_path": str(wide_models / "clip_tokenizer")}
+    row = trainer.FAMILIES[1]
+    native = {"epsilon": 64, "v_prediction": 96}  # for 512 and 768
+    monkeypatch.setattr(trainer, "FAMILIES", (dataclasses.replace(row, native_resolution=native),))
+    real = trainer.LoRATrainer.predict
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, t, *rest: x + 1e-3 * real(self, x, t, *rest))
+    made = prepare(tmp_path, small(images, base, tmp_path / "size", **options))
+    assert (made.plan.source.prediction_type, made.plan.resolution) == ("epsilon", 96)
+    assert "resolution_suspect" in warning_codes(made)
+    assert "resolution_suspect" not in warning_codes(
+        prepare(tmp_path, small(images, base, tmp_path / "same", **options, resolution=96))
+    )
+    with pytest.raises(trainer.TrainerError, match="zero_terminal_snr must not be true"):
+        prepare(tmp_path, small(images, base, tmp_path / "zero", **options, zero_terminal_snr=True))
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, *rest: x * math.nan)
+    broken = prepare(tmp_path, small(images, base, tmp_path / "nan", **options))
+    assert broken.plan.source.prediction_type == "v_prediction", "nothing was measured: as it usually is"
+    assert not any("measured, as" in event["message"] for event in emitted(broken, "info"))
 
 
 def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -3476,8 +3518,8 @@ def test_text_encoders_are_gone_after_caching_unless_they_train(
     loaded: list[Any] = []
     real = trainer.load_component
 
-    def load(part: trainer.Part, *rest: Any) -> Any:
-        loaded.append((part.path.name, weakref.ref(component := real(part, *rest))))
+    def load(source: trainer.ModelSource, name: str, *rest: Any) -> Any:
+        loaded.append((name, weakref.ref(component := real(source, name, *rest))))
         return component
 
     monkeypatch.setattr(trainer, "load_component", load)
@@ -4309,6 +4351,8 @@ def test_a_thumbnail_is_the_newest_sample_and_only_where_it_is_wanted(
     import base64
 
     for wanted in (False, True):
+        (tmp_path / str(wanted) / "samples").mkdir(parents=True)
+        (tmp_path / str(wanted) / "samples/step_best_0.png").touch()  # a user's, and no picture
         changes: Json = {"validation_steps": 1, "steps": 2, "metadata": {"thumbnail": "sample"} if wanted else {}}
         config = small(images, models / "sd15", tmp_path / str(wanted), **changes)
         header = trainer.read_header(train(tmp_path, config).final_path)
@@ -4320,6 +4364,9 @@ def test_a_thumbnail_is_the_newest_sample_and_only_where_it_is_wanted(
     again = make_trainer(tmp_path, config)
     assert again.setup() is True, "a thumbnail does not make it unfinished"
     again.folder._lock.close()  # type: ignore[union-attr]
+    credited = config | {"metadata": {"author": "A"}}
+    assert trainer.read_header(train(tmp_path, credited).final_path)["modelspec.author"] == "A"
+    assert prepare(tmp_path, config).is_finished(2) is False, "its header names an author that the config does not"
 
 
 MISTAKES: dict[str, Callable[[Json], Json]] = {  # what a bug in the writer might do to a file's tensors
@@ -4327,6 +4374,9 @@ MISTAKES: dict[str, Callable[[Json], Json]] = {  # what a bug in the writer migh
     "up and down swapped": lambda tensors: {
         k.replace("lora_up", "x").replace("lora_down", "lora_up").replace("x", "lora_down"): v
         for k, v in tensors.items()
+    },
+    "alpha a quarter too large": lambda tensors: {
+        k: v * 1.25 if k.endswith("alpha") else v for k, v in tensors.items()
     },
     "a layer left out": lambda tensors: {k: v for k, v in tensors.items() if "mid_block" not in k},
     "zeros": lambda tensors: {k: v if k.endswith("alpha") else v * 0 for k, v in tensors.items()},
@@ -4355,10 +4405,12 @@ def test_a_final_file_that_does_not_do_what_was_trained_is_an_error_and_costs_no
     assert made.final_path.exists()
 
 
+FP16_FILE = {"save_dtype": "fp16"}
 READ_BACK: list[tuple[str, Json]] = [
     ("sd15", {"train_text_encoder": True, "save_dtype": "bf16", "lora_type": "dora"}),
     ("sd15", {"mixed_precision": "bf16", "save_dtype": "fp16", "learning_rate": 1e-7}),  # next to no effect
     ("sd15", {"save_format": "diffusers", "use_rslora": True, "lora_alpha": 2, "ema_decay": 0.5}),
+    ("sd15", {"lora_type": "lokr", "lora_alpha": 3, "mixed_precision": "bf16", "learning_rate": 1e-4, **FP16_FILE}),
     ("sdxl", {"lora_type": "lokr", "lora_targets": "all", "save_dtype": "fp16", "lora_dropout": 0}),
 ]
 

@@ -142,7 +142,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "dependency_missing": "Install the requirements: pip install -r requirements.txt",
     "dataset_empty": "Put images there, each with a caption file beside it.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
-    "model_not_found": "Give a whole diffusers folder (the one with model_index.json) or a Hub id such as sd15.",
+    "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
     "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
@@ -1202,6 +1202,7 @@ VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
 HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
 QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
 SGM = "conditioner.embedders"
+PREDICTIONS = ("epsilon", "v_prediction")
 
 FAMILIES = (
     ModelFamily(
@@ -1209,7 +1210,7 @@ FAMILIES = (
         title="Stable Diffusion 1.x",
         pipeline="StableDiffusionPipeline",
         source=SHORT_NAMES["sd15"],
-        native_resolution=dict.fromkeys(("epsilon", "v_prediction"), 512),
+        native_resolution=dict.fromkeys(PREDICTIONS, 512),
         text_encoders=(
             TextEncoder(
                 *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
@@ -1217,7 +1218,7 @@ FAMILIES = (
                 config=QUICK,
             ),
         ),
-        architecture={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
@@ -1259,7 +1260,7 @@ FAMILIES = (
         title="Stable Diffusion XL",
         pipeline="StableDiffusionXLPipeline",
         source=SHORT_NAMES["sdxl"],
-        native_resolution=dict.fromkeys(("epsilon", "v_prediction"), 1024),
+        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
         text_encoders=(
             TextEncoder(
                 *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
@@ -1280,8 +1281,8 @@ FAMILIES = (
         time_ids=True,
         linear_projection=True,
         original_block_names=True,
-        architecture=dict.fromkeys(("epsilon", "v_prediction"), "stable-diffusion-xl-v1-base/lora"),
-        base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
+        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
         hub_pattern=r"xl|pony|illustrious|noob",
         parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
         lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
@@ -1355,10 +1356,9 @@ def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]
     return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
 
 
-def module_name(part: str, module: str) -> str:
-    """Name a layer alike whether transformers has a `text_model` in its module names, as its files do, or not."""
-    missing = part != "unet" and not module.startswith("text_model.")
-    return f"{part}.{'text_model.' if missing else ''}{module}"
+def saved_name(name: str) -> str:
+    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
+    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
 
 
 RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
@@ -1376,11 +1376,8 @@ def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
     """
     layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
     ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
-    pairs, resnets = (
-        dict(UNET_NAMES),
-        {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"},
-    )
-    pairs["mid_block.attentions.0"] = "middle_block.1"
+    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
         for level, kind in enumerate(kinds):
             attends = kind.startswith("CrossAttn")
@@ -1542,6 +1539,9 @@ def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> Model
     raise TrainerError("model_unsupported", f"{path.name} is {has}.", ADVICE)
 
 
+# The same for all three families (v1-inference.yaml, v2-inference-v.yaml, sd_xl_base.yaml).
+SCHEDULE: JSON = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE |= {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False}
 OF_SD2 = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # modelspec.architecture
 
 
@@ -1568,8 +1568,9 @@ def read_single_file(
     family = single_file_family(path, {key: shape for key, (_, shape) in headers.items()})
     shapes = float_shapes(path, headers)
     try:
-        parts = {"unet": unet_part(path, family, shapes)}
-        parts |= {row.folder: text_part(path, row, shapes) for row in family.text_encoders}
+        parts = {row.folder: text_part(path, row, shapes) for row in family.text_encoders}
+        pooled = dict(parts[family.text_encoders[-1].folder].config or {})["projection_dim"]
+        parts["unet"] = unet_part(path, family, shapes, pooled)
         if any(key.startswith(VAE_PREFIX) for key in shapes):
             parts["vae"] = vae_part(path, family, shapes, VAE_PREFIX)
     except (KeyError, IndexError, ValueError) as error:
@@ -1579,11 +1580,6 @@ def read_single_file(
         kind = "text_encoder" if name.startswith("text") else name
         check_model_config(part.config, f"{kind}/config.json", f"{path.name} ({name})")
     return family, parts, SCHEDULE | told_prediction(shapes, header)
-
-
-# The same for all three families (v1-inference.yaml, v2-inference-v.yaml, sd_xl_base.yaml).
-SCHEDULE: JSON = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
-SCHEDULE |= {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False}
 
 
 def make_part(
@@ -1600,8 +1596,11 @@ def make_part(
     return Part(path, ours, keys=keys)
 
 
-def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int]]) -> Part:
-    """Find the UNet of a single file, and its config by its shapes. Raises KeyError, IndexError: built otherwise."""
+def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int]], pooled: int) -> Part:
+    """Find the UNet of a single file, and its config by its shapes. Raises KeyError, IndexError: built otherwise.
+
+    `pooled` is the width of the pooled text, where it takes one.
+    """
     inside = {key.removeprefix(UNET_PREFIX): shape for key, shape in shapes.items() if key.startswith(UNET_PREFIX)}
     samplers = [int(key.split(".")[1]) for key in inside if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key)]
     step = min(samplers, default=0)  # the resnets of a level, and its sampler
@@ -1621,7 +1620,6 @@ def unet_part(path: Path, family: ModelFamily, shapes: Mapping[str, Sequence[int
     }
     if family.time_ids:  # pooled text and six sizes
         width = inside["label_emb.0.0.weight"][1]
-        pooled = shapes[f"{family.text_encoders[-1].original}text_projection"][1]
         config |= {"projection_class_embeddings_input_dim": width, "addition_time_embed_dim": (width - pooled) // 6}
     back = {theirs: ours for ours, theirs in original_names(config).items()}
     part = make_part(path, UNET_PREFIX, shapes, lambda key: [renamed(key, back) or key])
@@ -1791,7 +1789,7 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
     told = source.scheduler.get("prediction_type") or ("v_prediction" if zero else None)
     wish = None if config.prediction_type == "auto" else config.prediction_type
     prediction = str(wish or told or source.family.usually)
-    if prediction not in source.family.architecture:
+    if prediction not in PREDICTIONS:
         message = f"By its scheduler or header the model predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "If that is wrong, set prediction_type.")
     zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
@@ -1810,12 +1808,11 @@ def with_vae(source: ModelSource, path: Path) -> ModelSource:
         hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
         return TrainerError(code, f"vae_path {message}.", hint, [problem("vae_path", message)])
 
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise refuse("model_unsafe", f"{path.name} holds pickled weights")
     if path.is_dir():
         folder = path / "vae" if (path / "vae/config.json").is_file() else path
-        variant, files = choose_weights([f"vae/{file.name}" for file in folder.iterdir()], "vae", None, half=False)
-        part = folder_part(folder, variant, files)
+        part = folder_part(folder, "vae", None, half=False)
         vae = read_model_json(folder, "config.json", "vae/config.json")
     elif path.is_file():
         shapes = float_shapes(path, read_tensor_headers(path))
@@ -1823,9 +1820,8 @@ def with_vae(source: ModelSource, path: Path) -> ModelSource:
         try:
             part = vae_part(path, source.family, shapes, prefix)
         except (KeyError, IndexError, ValueError) as error:
-            raise refuse(
-                "model_unsupported", f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
-            ) from error
+            message = f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
+            raise refuse("model_unsupported", message) from error
         vae = dict(part.config or {})
     else:
         raise refuse("model_not_found", f"{path} does not exist")
@@ -1880,9 +1876,8 @@ def hub_tokenizer(source: ModelSource, instead: Path) -> Path | None:
         names = " and ".join(VOCABULARY)
         message = f"{source.name} brings no tokenizer, none is in the Hub's cache, and the Hub was not reached."
         hint = f"Download {names} from https://huggingface.co/{home}/tree/main and put them into {instead}, "
-        raise TrainerError(
-            "model_not_found", message, hint + "or into a folder that you name as tokenizer_path."
-        ) from error
+        hint += "or into a folder that you name as tokenizer_path."
+        raise TrainerError("model_not_found", message, hint) from error
 
 
 def open_single_file(path: Path) -> ModelSource:
@@ -1935,31 +1930,33 @@ def folder_parts(
     folder: Path, family: ModelFamily, variant: str | None, *, half: bool, needed: bool
 ) -> dict[str, Part]:
     """Read the headers of each component's chosen weights; {} where they are not here and not needed."""
-    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     parts: dict[str, Part] = {}
     with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
         for name in family.parameters:
-            chosen, files = choose_weights(names, name, variant, half)
-            parts[name] = folder_part(folder / name, chosen, files)
+            parts[name] = folder_part(folder / name, name, variant, half)
             if name.startswith("text"):
                 read_model_json(folder, f"{name}/config.json", "text_encoder/config.json")
     return parts if len(parts) == len(family.parameters) else {}
 
 
-def folder_part(folder: Path, variant: str | None, files: Sequence[str]) -> Part:
+def folder_part(folder: Path, part: str, variant: str | None, half: bool) -> Part:
+    """Choose a component's weights in its folder, whatever that is called, and read their headers."""
+    inside = [f"{part}/{path.name}" for path in folder.glob("*")]
+    chosen, files = choose_weights(inside, part, variant, half)
+    names = [file.partition("/")[2] for file in files]
     shapes: dict[str, list[int]] = {}
-    names = [PurePosixPath(file).name for file in files]
-    for path in (folder / name for name in names):
-        shapes |= float_shapes(path, read_tensor_headers(path))
-    return Part(folder, shapes, names, variant)
+    for name in names:
+        shapes |= float_shapes(folder / name, read_tensor_headers(folder / name))
+    return Part(folder, shapes, names, chosen)
 
 
 def local_folder(folder: Path) -> Path:
     if folder.is_dir() and (folder / "model_index.json").is_file():
         return folder
-    if folder.suffix in PICKLES:
+    if folder.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
-    what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "does not exist"
+    found = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
+    what = found if folder.exists() else "does not exist"
     raise TrainerError("model_not_found", f"base_model {folder} {what}.")
 
 
@@ -1970,8 +1967,8 @@ def guess_model(config: TrainingConfig) -> ModelSource:
     family = next(iter(by_type + by_name), None)
     if family is None:
         raise hub_unreachable(config)
-    prediction = "epsilon" if config.prediction_type == "auto" else config.prediction_type
-    return ModelSource(config.base_model, family, family.unet, {}, {}, prediction, guessed=True)
+    source = ModelSource(config.base_model, family, family.unet, {}, {}, family.usually, guessed=True)
+    return with_prediction(source, config)
 
 
 def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
@@ -2157,7 +2154,7 @@ def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
     """Give each targeted layer's shape, as unet.mid_block.….to_q -> [out, in, …]; {} without the files' headers."""
     return {
-        module_name(part, name.removesuffix(".weight")): shape
+        f"{part}.{saved_name(name.removesuffix('.weight'))}": shape
         for part, pattern in trained_parts(config, source.family).items()
         for name, shape in (source.parts[part].shapes if source.parts else {}).items()
         if re.fullmatch(pattern + r"\.weight", name)
@@ -3066,7 +3063,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from config_warnings(plan.config)
     yield from dataset_warnings(plan)
     source = plan.source
-    told = source.scheduler.get("prediction_type", source.prediction_type)
+    told = source.scheduler.get("prediction_type") or source.prediction_type
     if source.prediction_type != told:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {told}."
         yield "prediction_type_suspect", message, "Samples of noise mean that the scheduler is right: set it to auto."
@@ -3133,8 +3130,8 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
     return [[example.name for example in same] for same in copies if len(same) > 1]
 
 
-def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
-    """Find settings that cannot work with this model."""
+def check_settings(config: TrainingConfig, source: ModelSource) -> None:
+    """Raise `config_invalid` where settings cannot work with this model."""
     count = int(source.scheduler.get("num_train_timesteps", 1000))
     penultimate = any(row.penultimate for row in source.family.text_encoders)
     undefined = config.zero_terminal_snr is True and source.prediction_type == "epsilon"
@@ -3147,7 +3144,9 @@ def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str
     problems = [problem(path, message) for broken, path, message in rules if broken]
     if config.init_lora_path and source.parts:
         problems += init_problems(config, source)
-    return problems
+    if problems:
+        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
+        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
 
 
 def init_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
@@ -3214,9 +3213,7 @@ def make_plan(
     config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
 ) -> Plan:
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
-    if problems := model_problems(config, source):
-        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
-        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
+    check_settings(config, source)
     resolution = config.resolution or source.native_resolution
     square = [(resolution, resolution)]
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
@@ -3397,8 +3394,20 @@ class Batch:
     mask: Tensor | None
 
 
-def load_component(part: Part, owner: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def component_class(family: ModelFamily, name: str) -> Any:
+    """Give the class that a component is built by."""
+    classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    rows = {row.folder: row for row in family.text_encoders}
+    return classes.get(name) or getattr(transformers, rows[name].class_name)
+
+
+def model_corrupt(folder: Path, reason: str) -> TrainerError:
+    return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
+
+
+def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a component to the device, frozen, from safetensors only. Raises `model_corrupt`, also for lost weights."""
+    part, owner = source.parts[name], component_class(source.family, name)
     try:
         module = load_folder(part, owner, dtype) if part.config is None else load_from_file(part, owner, dtype, device)
     except Exception as error:  # the loaders raise whatever their file formats do
@@ -3406,9 +3415,8 @@ def load_component(part: Part, owner: Any, dtype: torch.dtype, device: torch.dev
             raise
         raise model_corrupt(part.path, f"{type(error).__name__}: {error}") from error
     module.requires_grad_(False).eval().to(device)
-    if (
-        device.type == "cpu"
-    ):  # else they lie in the mapped file: what replaces it, and where a weight lies in it, counts
+    if device.type == "cpu":
+        # Else they lie in the mapped file: what is written over it counts, and where in it a weight lies.
         for weight in module.parameters():
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     return module
@@ -3432,7 +3440,7 @@ def load_from_file(part: Part, owner: Any, dtype: torch.dtype, device: torch.dev
             value, stacked = file.get_tensor(part.keys[ours]), re.search(r"\.([qkv])_proj\.", ours)
             if stacked and ".in_proj_" in part.keys[ours]:
                 value = value.chunk(3)["qkv".index(stacked[1])]
-            if ours == "text_projection.weight":
+            if part.keys[ours].endswith("text_projection"):  # as a Linear's weight, in `.weight`, it is turned already
                 value = value.T
             values[name] = value.reshape(weight.shape).to(device, dtype)
     module.load_state_dict(values, assign=True)
@@ -3445,11 +3453,6 @@ def skeleton(part: Part, owner: Any) -> Any:
         if hasattr(owner, "from_config"):
             return owner.from_config(part.config)
         return owner(transformers.CLIPTextConfig(**part.config or {}))
-
-
-def saved_name(name: str) -> str:
-    """Name a weight as files do, whether this transformers has a `text_model` in its module names or not."""
-    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
 
 
 def check_single_file(source: ModelSource) -> None:
@@ -3465,17 +3468,6 @@ def check_single_file(source: ModelSource) -> None:
         if odd := sorted({*wrong, *unknown}):
             message = f"{part.path.name} is not built as {source.family.title} is: {len(odd)} weights of its {name}"
             raise TrainerError("model_unsupported", f"{message} are missing, odd or unknown, such as {odd[0]}.", ADVICE)
-
-
-def component_class(family: ModelFamily, name: str) -> Any:
-    """Give the class that a component is built by."""
-    classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    rows = {row.folder: row for row in family.text_encoders}
-    return classes.get(name) or getattr(transformers, rows[name].class_name)
-
-
-def model_corrupt(folder: Path, reason: str) -> TrainerError:
-    return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
 
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
@@ -3541,9 +3533,7 @@ class PromptEncoder:
     ) -> None:
         self.parts = []
         for row, tokenizer in zip(source.family.text_encoders, tokenizers, strict=True):
-            encoder = load_component(
-                source.parts[row.folder], component_class(source.family, row.folder), dtype, device
-            )
+            encoder = load_component(source, row.folder, dtype, device)
             if len(tokenizer) > encoder.config.vocab_size:
                 raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
@@ -3665,7 +3655,7 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
     for name, weight in sorted(component.named_parameters()):
         if not (match := ADAPTER_WEIGHT.fullmatch(name)):
             continue
-        key = f"{module_name(part, match['module'])}/{match['part']}"
+        key = f"{part}.{saved_name(match['module'])}/{match['part']}"
         if match["part"] == "lora_magnitude_vector":  # PEFT's own is rounded to the compute dtype
             frozen = component.get_submodule(match["module"]).get_base_layer().weight
             values = frozen.float().flatten(1).norm(dim=1).reshape(weight.shape)
@@ -3750,7 +3740,7 @@ def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str 
         texts_by = [part_digest(source.parts[row.folder]) for row in source.family.text_encoders]
         reader = " ".join([*texts_by, *map(folder_digest, source.tokenizers)])
         viewer = part_digest(source.parts["vae"])
-    shape = (plan.config.max_caption_tokens, plan.config.clip_skip)
+    shape = (plan.config.max_caption_tokens, plan.config.clip_skip, source.shared_tokenizer)
     texts = () if plan.config.train_text_encoder else (*plan.captions, *plan.prompts)
     keys: dict[str | View, str] = {text: entry_key("text", reader, device, dtype, *shape, text) for text in texts}
     return keys | {view: entry_key("image", viewer, device, vae_dtype, *view.identity()) for view in plan.views()}
@@ -4081,10 +4071,10 @@ def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
     return document
 
 
-def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
-    """List `{stem}_{step}.safetensors` files of a folder as (step, path), newest first."""
-    pattern = re.compile(re.escape(stem) + r"_(\d+)\.safetensors")
-    found = [(int(match[1]), path) for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))]
+def numbered(folder: Path, stem: str, end: str = ".safetensors") -> list[tuple[int, Path]]:
+    """List `{stem}_{step}{end}` files of a folder as (step, path), newest first."""
+    pattern = re.compile(rf"{re.escape(stem)}_(\d+){re.escape(end)}")
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
@@ -4406,8 +4396,9 @@ class LoRATrainer:
         digest = tensor_bytes_hash(self.final_path.read_bytes())
         wanted = lora_header(self.plan, step, self.run_id) | {"modelspec.hash_sha256": f"0x{digest}"}
         keys = ["ss_steps", "train_lora.save_dtype", "train_lora.save_format"]
-        keys += [key for key in wanted if key.startswith("modelspec.") and key != "modelspec.date"]
-        return all(header.get(key) == wanted[key] for key in keys)
+        loose = ("modelspec.date", "modelspec.thumbnail")
+        keys += [key for key in header | wanted if key.startswith("modelspec.") and key not in loose]
+        return all(header.get(key) == wanted.get(key) for key in keys)
 
     def cache(self) -> None:
         """Encode what the cache lacks of texts and images; let the encoders go. Needs self.plan."""
@@ -4447,7 +4438,7 @@ class LoRATrainer:
         if not (missing or self.config.validation_steps or self.config.sample_at_start):
             return  # nobody needs the VAE
         self.events.info("Loading the VAE.", phase="loading")
-        self.vae = load_component(source.parts["vae"], diffusers.AutoencoderKL, self.vae_dtype, self.device)
+        self.vae = load_component(source, "vae", self.vae_dtype, self.device)
         pictures = map_ahead(lambda group: [view.load() for view in group], missing)
         for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
             self.keep(group, encode_images(self.vae, loaded))
@@ -4484,8 +4475,8 @@ class LoRATrainer:
         """Load the UNet, put the adapters on what trains, make the optimizer. Needs self.plan and self.encoder."""
         config = self.config
         self.events.info("Loading the UNet.", phase="loading")
-        weights = self.plan.source.parts["unet"]
-        self.unet = load_component(weights, diffusers.UNet2DConditionModel, self.dtype, self.device)
+        self.unet = load_component(self.plan.source, "unet", self.dtype, self.device)
+        self.alpha_bar = noise_schedule(self.plan.source.scheduler)
         self.measure_prediction()
         source = self.plan.source
         self.components = {row.folder: encoder for row, _, encoder in self.encoder.parts} if self.encoder else {}
@@ -4511,7 +4502,6 @@ class LoRATrainer:
         ]
         self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.alpha_bar = noise_schedule(source.scheduler)
         self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
         count = sum(weight.numel() for weight in self.live.values())
         modules = {key.rpartition("/")[0] for key in self.live}
@@ -4524,15 +4514,22 @@ class LoRATrainer:
         noise = torch.randn(shape, generator=generator("what the model predicts")).to(self.device)
         with torch.no_grad():
             context, conditions = self.conditions([""], torch.tensor([[side, side, 0, 0, side, side]]).float())
-            timesteps = torch.tensor([len(noise_schedule(source.scheduler)) - 1], device=self.device)
+            timesteps = torch.tensor([len(self.alpha_bar) - 1], device=self.device)
             output = self.predict(noise, timesteps, context, conditions).float()
         likeness = float(torch.nn.functional.cosine_similarity(output.flatten(), noise.flatten(), dim=0))
         measured = "epsilon" if likeness > 0.5 else "v_prediction"
+        if not math.isfinite(likeness):  # it answers nothing: the first steps will say so
+            return
         if not source.prediction_told:
             why = "measured, as neither the model nor the config says it"
             self.events.info(f"The model predicts {measured} ({why}).")
             self.predict_as(measured)
-        elif math.isfinite(likeness) and measured != source.prediction_type:
+            check_settings(self.config, self.plan.source)
+            native = self.plan.source.native_resolution
+            if self.config.resolution is None and native != side:
+                message = f"The run trains at {side}, but what predicts {measured} was made for {native}."
+                self.events.warning("resolution_suspect", message, f"Set resolution to {native}, and use --fresh.")
+        elif measured != source.prediction_type:
             message = f"The run takes the model for {source.prediction_type}, but it answers pure noise as "
             hint = "If samples are noise or grey, set prediction_type to the other one."
             self.events.warning("prediction_type_suspect", f"{message}{measured} models do.", hint)
@@ -4975,9 +4972,9 @@ class LoRATrainer:
     def thumbnail(self) -> str | None:
         """Give the newest sample of this run, small, as a data URL; None where none is wanted or there."""
         wanted = self.config.metadata.get("thumbnail") == "sample"
-        steps = {int(path.name.split("_")[1]): path for path in self.folder.samples.glob("step_*_0.png") if wanted}
-        ours = (path for _, path in sorted(steps.items(), reverse=True) if written_by(path) == self.run_id)
-        if (path := next(ours, None)) is None:
+        samples = numbered(self.folder.samples, "step", "_0.png") if wanted else []
+        path = next((path for _, path in samples if written_by(path) == self.run_id), None)
+        if path is None:
             return None
         with Image.open(path, formats=["PNG"]) as image:
             image.thumbnail((256, 256))
@@ -5032,28 +5029,27 @@ class LoRATrainer:
     def effect_error(self, weights: Mapping[str, Tensor]) -> float:
         """Compare what weights add to one prediction with what was trained: the difference as a share of that.
 
-        What was trained is rounded as the file is, and both are made strong: rounding in the compute dtype is as large
-        as a young LoRA's effect.
+        What was trained is rounded as the file is, and both are made strong, until half of a prediction is theirs:
+        rounding in the compute dtype is larger than a young LoRA's effect.
         """
 
-        def effect(weights: Mapping[str, Tensor], strength: float) -> Tensor:
+        def answer(weights: Mapping[str, Tensor], strength: float) -> Tensor:
             factors = {key: strength if key.rpartition("/")[2] in START_AT_ZERO else 1.0 for key in weights}
-            return self.answer({key: weight.to(self.device) * factors[key] for key, weight in weights.items()}) - plain
+            return self.answer({key: weight.to(self.device) * factors[key] for key, weight in weights.items()})
 
-        dtype = getattr(torch, SAVE_DTYPES[self.config.save_dtype])
-        rounded = {key: weight.to(dtype).float() for key, weight in self.evaluation_weights().items()}
-        layers = [part for component in self.components.values() for part in component.modules()]
-        layers = [part for part in layers if isinstance(part, peft.tuners.tuners_utils.BaseTunerLayer)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        plain = self.answer(rounded)
-        for layer in layers:
-            layer.enable_adapters(True)
-        share = float(effect(rounded, 1.0).norm() / plain.norm())
-        strength = min(max(0.5 / share, 1.0), 1e4) if share else 1.0
-        ours, theirs = effect(rounded, strength), effect(weights, strength)
-        difference = float((ours - theirs).norm())
-        return difference / float(ours.norm()) if difference else 0.0
+        def as_in_file(key: str, weight: Tensor) -> Tensor:
+            scale = adapter_scale(self.config) if key.endswith("lokr_w1") else 1
+            return (weight * scale).to(getattr(torch, SAVE_DTYPES[self.config.save_dtype])).float() * (1 / scale)
+
+        rounded = {key: as_in_file(key, weight) for key, weight in self.evaluation_weights().items()}
+        plain = answer(rounded, 0.0)
+        strength = 1.0
+        for _ in range(3):  # what the first round measures may be rounding alone
+            share = float((answer(rounded, strength) - plain).norm() / plain.norm())
+            strength = max(1.0, strength * 0.5 / max(share, 1e-3))  # 1 where the share is not finite
+        trained = answer(rounded, strength)
+        difference = float((answer(weights, strength) - trained).norm())
+        return difference / float((trained - plain).norm()) if difference else 0.0
 
     def answer(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Give the model's prediction for one image of the run with these weights."""
