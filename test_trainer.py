@@ -2187,6 +2187,7 @@ CHECKPOINTS: dict[str, tuple[Shapes, dict[str, str], tuple[str, str | None, bool
     "SD 2.1 base": (SD2_FILE, spec(architecture="stable-diffusion-v2-512"), ("sd21", "epsilon", False)),
     "SD 2.1 768-v": (SD2_FILE, spec(architecture="stable-diffusion-v2-768-v"), ("sd21", "v_prediction", False)),
     "SD 2.1 by OneTrainer": (SD2_FILE, spec(architecture="stable-diffusion-v2"), ("sd21", None, False)),
+    "SDXL with a stray tensor": (changed(SDXL_FILE, text_model__x__weight=[1]), {}, ("sdxl", None, False)),
     "SDXL base": (SDXL_FILE, spec(architecture=XL_ARCHITECTURE, prediction_type="epsilon"), ("sdxl", "epsilon", False)),
     "SDXL merge": (SDXL_FILE, {}, ("sdxl", None, False)),
     "SDXL v, zero terminal SNR (NoobAI)": (SDXL_FILE | MARKS, {}, ("sdxl", "v_prediction", True)),
@@ -4871,6 +4872,21 @@ def test_a_model_that_was_replaced_does_not_resume(tmp_path: Path, images: Path,
     with pytest.raises(trainer.TrainerError) as caught:
         prepare(tmp_path, config)
     assert [item["path"] for item in caught.value.problems] == ["scheduler"]
+
+
+@needs_torch
+def test_a_base_with_other_weights_of_the_same_shapes_is_told(tmp_path: Path, images: Path, models: Path) -> None:
+    import safetensors.torch
+
+    model = copy_model(models / "sd15", tmp_path / "model")
+    train(tmp_path, small(images, model, tmp_path / "out", steps=2))
+    same = prepare(tmp_path, small(images, model, tmp_path / "out", steps=3))
+    same.folder._lock.close()  # type: ignore[union-attr]
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file({key: value * 1.5 for key, value in tensors_of(path).items()}, path)
+    other = prepare(tmp_path, small(images, model, tmp_path / "out", steps=3))
+    told = ["base_model_changed" in warning_codes(made) for made in (same, other)]
+    assert told == [False, True]
 
 
 @needs_torch

@@ -1505,11 +1505,13 @@ OTHER_KINDS = {
     "an unCLIP model": r"^embedder\.model\.",
     "an upscaler": r"^label_emb\.weight$",
     "an EDM model (Playground, CosXL)": r"^edm_(mean|vpred\.)",
+    "the SDXL refiner (or SD Turbo)": r"^conditioner\.embedders\.0\.model\.",
+}
+LONE_PARTS = {  # where there is no UNet: a whole checkpoint may hold a stray tensor of such a name
     "a UNet in diffusers' layout": r"^(unet\.)?(down_blocks|mid_block|up_blocks)\.",
     "a CLIP vision model": r"^vision_model\.",
     "a text encoder": r"^(text_model|encoder\.block)\.",
-    "a VAE": r"^(encoder|decoder)\.conv_in\.",
-    "the SDXL refiner (or SD Turbo)": r"^conditioner\.embedders\.0\.model\.",
+    "a VAE": r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
 }
 OTHER_CHANNELS = {
     5: "a depth model",
@@ -1524,8 +1526,9 @@ ADVICE = "Use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL."
 def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> ModelFamily:
     """Recognise the family of a checkpoint by the names and shapes in its header. Raises `model_unsupported`."""
     names = "\n".join(key.removeprefix(UNET_PREFIX) for key in shapes)
-    kind = next((kind for kind, sign in OTHER_KINDS.items() if re.search(sign, names, re.MULTILINE)), "")
     channels = [*shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", ()), 0, 0][1]
+    signs = OTHER_KINDS if channels else OTHER_KINDS | LONE_PARTS
+    kind = next((kind for kind, sign in signs.items() if re.search(sign, names, re.MULTILINE)), "")
     output = [*shapes.get(f"{UNET_PREFIX}out.2.weight", ()), 0][0]
     if not kind and channels != output:
         kind = OTHER_CHANNELS.get(channels, f"a model that takes {channels} channels")
@@ -1534,8 +1537,7 @@ def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> Model
     found = [family for family in FAMILIES if all(f"\n{row.original}" in f"\n{names}" for row in family.text_encoders)]
     if found and channels:
         return found[0]
-    alone = "a VAE" if names.startswith(VAE_PREFIX) else "no checkpoint that this trainer knows"
-    has = "a UNet without text encoders" if channels else alone
+    has = "a UNet without text encoders" if channels else "no checkpoint that this trainer knows"
     raise TrainerError("model_unsupported", f"{path.name} is {has}.", ADVICE)
 
 
@@ -1776,7 +1778,12 @@ def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, 
         hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
         raise TrainerError("model_unsupported", message, hint)
     if config.vae_path:
-        source = with_vae(source, Path(config.vae_path))
+        try:
+            source = with_vae(source, Path(config.vae_path))
+        except TrainerError as error:
+            hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
+            problems = [problem("vae_path", error.message)]
+            raise TrainerError(error.code, f"vae_path: {error.message}", hint, problems) from error
     if source.parts and "vae" not in source.parts:
         hint = "Set vae_path to one: a diffusers VAE folder, or its .safetensors file."
         raise TrainerError("model_not_found", f"{source.name} has no VAE.", hint)
@@ -1803,13 +1810,8 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
 
 def with_vae(source: ModelSource, path: Path) -> ModelSource:
     """Take another VAE: a diffusers folder (of a VAE, or a model's), or a file in either layout."""
-
-    def refuse(code: str, message: str) -> TrainerError:
-        hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
-        return TrainerError(code, f"vae_path {message}.", hint, [problem("vae_path", message)])
-
     if path.suffix.lower() in PICKLES:
-        raise refuse("model_unsafe", f"{path.name} holds pickled weights")
+        raise TrainerError("model_unsafe", f"{path.name} holds pickled weights.")
     if path.is_dir():
         folder = path / "vae" if (path / "vae/config.json").is_file() else path
         part = folder_part(folder, "vae", None, half=False)
@@ -1820,13 +1822,14 @@ def with_vae(source: ModelSource, path: Path) -> ModelSource:
         try:
             part = vae_part(path, source.family, shapes, prefix)
         except (KeyError, IndexError, ValueError) as error:
-            message = f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
-            raise refuse("model_unsupported", message) from error
+            message = f"{path.name} is no VAE of Stable Diffusion: it has no {error}."
+            raise TrainerError("model_unsupported", message) from error
         vae = dict(part.config or {})
     else:
-        raise refuse("model_not_found", f"{path} does not exist")
+        raise TrainerError("model_not_found", f"{path} does not exist.")
     if vae.get("latent_channels", 4) != source.unet.get("in_channels", 4):
-        raise refuse("model_unsupported", f"{path.name} has {vae['latent_channels']} channels: another family's")
+        message = f"{path.name} has {vae['latent_channels']} channels: another family's."
+        raise TrainerError("model_unsupported", message)
     return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
 
 
@@ -1948,6 +1951,20 @@ def folder_part(folder: Path, part: str, variant: str | None, half: bool) -> Par
     for name in names:
         shapes |= float_shapes(folder / name, read_tensor_headers(folder / name))
     return Part(folder, shapes, names, chosen)
+
+
+@blame("model_corrupt")
+def weights_fingerprint(source: ModelSource) -> str:
+    """Hash a MiB of each weight file, from all over it: that tells an exchanged model, and takes no time."""
+    digest = hashlib.sha256()
+    for part in source.parts.values():
+        for path in [part.path / name for name in part.files] or [part.path]:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for place in range(0, size, size // 16 + 1):
+                    file.seek(place)
+                    digest.update(file.read(1 << 16))
+    return digest.hexdigest()
 
 
 def local_folder(folder: Path) -> Path:
@@ -4318,6 +4335,7 @@ class LoRATrainer:
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
         source = locate_model(self.config, self.events, weights=True, half=self.half)
         check_single_file(source)
+        self.base = weights_fingerprint(source)
         self.events.info("Planning the run.", phase="planning")
         self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
         self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
@@ -4330,7 +4348,7 @@ class LoRATrainer:
             self.events.warning(*warning)
         point = self.find_point()
         if point and not source.prediction_told:
-            self.predict_as(point.record["prediction_type"])
+            self.predict_as(point.record.get("prediction_type", source.prediction_type))  # older states lack it
         if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
             self.state = point.state
             return True
@@ -4563,6 +4581,9 @@ class LoRATrainer:
         if point.record["scaler"]:  # {}: the run had no loss scaler until now
             self.scaler.load_state_dict(point.record["scaler"])
         self.state = point.state
+        if point.record.get("base", self.base) != self.base:
+            message = "The base model's weights are not those that this run began with."
+            self.events.warning("base_model_changed", message, "Put them back, or start over with --fresh.")
         now = self.environment()
         if changed := [key for key, value in point.record["environment"].items() if now[key] != value]:
             message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
@@ -4918,7 +4939,7 @@ class LoRATrainer:
             for name, weights in {"adapter": self.live, "ema": self.ema}.items():
                 tensors |= {f"{name}/{key}": weight for key, weight in weights.items()}
             record = {"run_id": self.run_id, "identity": self.identity, "environment": self.environment()}
-            record |= {"prediction_type": self.plan.source.prediction_type}
+            record |= {"prediction_type": self.plan.source.prediction_type, "base": self.base}
             record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
             record |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
             write_file(state_path, encode_state(tensors, record))
