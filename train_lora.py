@@ -28,6 +28,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     output folder            one run per folder, every file whole or not at all
     model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     single files             checkpoints in the original layout, known by their header
+    the Hub                  which files of a model a run needs, and how they come
     base models              folders, single files and Hub models, down to their weights' shapes
     hardware and memory      device, dtype, the VRAM estimate
     images                   pictures that strangers supply: decoding, masks, fitting to a size
@@ -1707,297 +1708,14 @@ def text_part(path: Path, row: TextEncoder, shapes: Mapping[str, Sequence[int]])
 
 
 # ======================================================================================
-# base models
+# the Hub
 # ======================================================================================
 
-CONFIGS = re.compile(r"model_index\.json|(?:unet|vae|scheduler|text_encoder\w*|tokenizer\w*)/[^/]+\.(?:json|txt)")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>[\w-]+))?\.safetensors"
 )
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A base model, known by its configs; no weight has been read yet."""
-
-    name: str  # Hub id, folder's or file's name, never a path: it goes into the LoRA file's header
-    family: ModelFamily
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    prediction_type: str
-    prediction_told: bool = True  # by the model or the config; else the UNet itself is asked
-    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)  # by folder; {}: the weights are not here
-    tokenizers: Sequence[Path] = ()  # of the text encoders
-    shared_tokenizer: bool = False  # not the model's own: it lacks what each encoder pads with
-    guessed: bool = False  # from the id alone
-
-    @property
-    def vae_factor(self) -> int:
-        """Pixels per latent, along one side."""
-        return int(2 ** (len(self.vae.get("block_out_channels", (1, 2, 3, 4))) - 1))
-
-    @property
-    def native_resolution(self) -> int:
-        size = self.unet.get("sample_size")
-        return size * self.vae_factor if isinstance(size, int) else self.family.native_resolution[self.prediction_type]
-
-
-def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
-    """Recognise a family by structure, not by widths: distilled variants pass. Raises `model_unsupported`."""
-    pipeline = str(model_index.get("_class_name", "an unnamed pipeline"))
-    time_ids = unet.get("addition_embed_type") == "text_time"
-    linear = bool(unet.get("use_linear_projection", False))
-    channels = unet.get("in_channels", 4)
-    found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
-    if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise TrainerError("model_unsupported", f"The base model is {pipeline}, which this trainer does not know.")
-    if channels != unet.get("out_channels", 4):
-        message = f"The base model's UNet takes {channels} channels: an inpainting or editing model."
-        raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
-    return found[0]
-
-
-@blame("model_not_found")
-def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, half: bool) -> ModelSource:
-    """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
-
-    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`, `disk_full`.
-    """
-    path = Path(config.base_model)
-    if path.is_absolute() and path.suffix.lower() == ".safetensors" and not path.is_dir():
-        source = open_single_file(path)
-    elif folder := local_folder(path) if path.is_absolute() else fetch(config, events, weights=weights, half=half):
-        source = open_folder(folder, config, half=half, needed=weights or path.is_absolute())
-    else:
-        return guess_model(config)
-    family = source.family
-    if config.model_type not in ("auto", family.name):
-        message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
-        hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
-        raise TrainerError("model_unsupported", message, hint)
-    if config.vae_path:
-        try:
-            source = with_vae(source, Path(config.vae_path))
-        except TrainerError as error:
-            hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
-            problems = [problem("vae_path", error.message)]
-            raise TrainerError(error.code, f"vae_path: {error.message}", hint, problems) from error
-    if source.parts and "vae" not in source.parts:
-        hint = "Set vae_path to one: a diffusers VAE folder, or its .safetensors file."
-        raise TrainerError("model_not_found", f"{source.name} has no VAE.", hint)
-    return with_tokenizer(with_prediction(source, config), config, path.parent)
-
-
-def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
-    """Decide what the model predicts: as the config says, as the model says, as its family usually does."""
-    zero = bool(source.scheduler.get("rescale_betas_zero_snr"))  # in pure noise only v is defined
-    told = source.scheduler.get("prediction_type") or ("v_prediction" if zero else None)
-    wish = None if config.prediction_type == "auto" else config.prediction_type
-    prediction = str(wish or told or source.family.usually)
-    if prediction not in PREDICTIONS:
-        message = f"By its scheduler or header the model predicts {prediction!r}, which this trainer does not know."
-        raise TrainerError("model_unsupported", message, "If that is wrong, set prediction_type.")
-    zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
-    return dataclasses.replace(
-        source,
-        prediction_type=prediction,
-        prediction_told=bool(wish or told),
-        scheduler={**source.scheduler, "rescale_betas_zero_snr": zero},
-    )
-
-
-def with_vae(source: ModelSource, path: Path) -> ModelSource:
-    """Take another VAE: a diffusers folder (of a VAE, or a model's), or a file in either layout."""
-    if path.suffix.lower() in PICKLES:
-        raise TrainerError("model_unsafe", f"{path.name} holds pickled weights.")
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae/config.json").is_file() else path
-        part = folder_part(folder, "vae", None, half=False)
-        vae = read_model_json(folder, "config.json", "vae/config.json")
-    elif path.is_file():
-        shapes = float_shapes(path, read_tensor_headers(path))
-        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
-        try:
-            part = vae_part(path, source.family, shapes, prefix)
-        except (KeyError, IndexError, ValueError) as error:
-            message = f"{path.name} is no VAE of Stable Diffusion: it has no {error}."
-            raise TrainerError("model_unsupported", message) from error
-        vae = dict(part.config or {})
-    else:
-        raise TrainerError("model_not_found", f"{path} does not exist.")
-    if vae.get("latent_channels", 4) != source.unet.get("in_channels", 4):
-        message = f"{path.name} has {vae['latent_channels']} channels: another family's."
-        raise TrainerError("model_unsupported", message)
-    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
-
-
-VOCABULARY = ("vocab.json", "merges.txt")
-CLIP_HOMES = {  # repositories with the CLIP tokenizer, which is the same for all families, and where they keep it
-    "openai/clip-vit-large-patch14": "",
-    **{family.source: "tokenizer/" for family in FAMILIES},
-}
-
-
-def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) -> ModelSource:
-    """Find the tokenizer that a single file lacks, or take tokenizer_path's. Raises `model_not_found`.
-
-    Looks at tokenizer_path, else beside the file, in the Hub's cache (of any family), on the Hub.
-    """
-    if source.tokenizers and not config.tokenizer_path:
-        return source
-    wish = Path(config.tokenizer_path) if config.tokenizer_path else beside / "clip_tokenizer"
-    here = (path for path in (wish, wish / "tokenizer") if all((path / name).is_file() for name in VOCABULARY))
-    folder = next(here, None)
-    if config.tokenizer_path and not folder:
-        message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
-        raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
-    folder = folder or hub_tokenizer(source, wish)
-    if not folder:
-        return source
-    return dataclasses.replace(source, tokenizers=[folder] * len(source.family.text_encoders), shared_tokenizer=True)
-
-
-def hub_tokenizer(source: ModelSource, instead: Path) -> Path | None:
-    """Get the CLIP tokenizer from the Hub's cache, else from the Hub; None where not even torch is installed."""
-    home, inside = next(iter(CLIP_HOMES.items()))
-    try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    except ImportError:
-        return None
-    try:
-        for repo, folder in CLIP_HOMES.items():
-            cached = [try_to_load_from_cache(repo, folder + name) for name in VOCABULARY]
-            if all(isinstance(path, str) for path in cached):
-                return Path(str(cached[0])).parent
-        files = [hf_hub_download(home, inside + name, etag_timeout=10) for name in VOCABULARY]
-        return Path(files[0]).parent
-    except Exception as error:  # no network: the HTTP client's errors come in many classes
-        if as_trainer_error(error, "").code == "disk_full":
-            raise
-        names = " and ".join(VOCABULARY)
-        message = f"{source.name} brings no tokenizer, none is in the Hub's cache, and the Hub was not reached."
-        hint = f"Download {names} from https://huggingface.co/{home}/tree/main and put them into {instead}, "
-        hint += "or into a folder that you name as tokenizer_path."
-        raise TrainerError("model_not_found", message, hint) from error
-
-
-def open_single_file(path: Path) -> ModelSource:
-    """Read what a checkpoint in the original layout is from its header."""
-    if not path.is_file():
-        raise TrainerError("model_not_found", f"base_model {path} does not exist, or is no file.")
-    family, parts, scheduler = read_single_file(path, read_tensor_headers(path), read_header(path))
-    unet, vae = (parts[name].config or {} if name in parts else {} for name in ("unet", "vae"))
-    return ModelSource(path.name, family, unet, vae, scheduler, family.usually, parts=parts)
-
-
-def open_folder(folder: Path, config: TrainingConfig, *, half: bool, needed: bool) -> ModelSource:
-    """Read what a diffusers folder is; its weights' headers too, where they are here or `needed`."""
-    refuse_links_out(folder)
-    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_KEYS)
-    family = detect_family(model_index, unet)
-    refuse_custom_code(model_index, family)
-    name = folder.name if Path(config.base_model).is_absolute() else config.base_model
-    parts = folder_parts(folder, family, config.variant, half=half, needed=needed)
-    tokenizers = [folder / row.tokenizer for row in family.text_encoders]
-    return ModelSource(name, family, unet, vae, scheduler, family.usually, parts=parts, tokenizers=tokenizers)
-
-
-def refuse_custom_code(model_index: Mapping[str, Any], family: ModelFamily) -> None:
-    """Refuse a model that names classes of its own: we would neither run its code nor know what it computes."""
-    known = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    known |= {row.folder: row.class_name for row in family.text_encoders}
-    for part, class_name in known.items():
-        library, named = [*(model_index.get(part) or ()), None, None][:2]
-        if library not in (None, "diffusers", "transformers"):
-            raise TrainerError("model_unsafe", f"The base model's {part} comes with code of its own ({library}).")
-        if named not in (None, class_name):
-            message = f"The base model's {part} is a {named}, which this trainer does not know."
-            raise TrainerError("model_unsupported", message)
-
-
-def refuse_links_out(folder: Path) -> None:
-    """Refuse a model whose files lie elsewhere: a folder from a stranger must not reach out of itself."""
-    root = folder.resolve()
-    if root.parent.name == "snapshots":  # of the Hub's cache, which links to the blobs beside them
-        root = root.parent.parent
-    for path in (folder / "model_index.json", *folder.glob("*/*")):
-        if not path.resolve().is_relative_to(root):
-            name = path.relative_to(folder).as_posix()
-            hint = "Copy the file into the model's folder in the link's place."
-            raise TrainerError("model_unsafe", f"The base model's {name} is a link that leads out of its folder.", hint)
-
-
-def folder_parts(
-    folder: Path, family: ModelFamily, variant: str | None, *, half: bool, needed: bool
-) -> dict[str, Part]:
-    """Read the headers of each component's chosen weights; {} where they are not here and not needed."""
-    parts: dict[str, Part] = {}
-    with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
-        for name in family.parameters:
-            parts[name] = folder_part(folder / name, name, variant, half)
-            if name.startswith("text"):
-                read_model_json(folder, f"{name}/config.json", "text_encoder/config.json")
-    return parts if len(parts) == len(family.parameters) else {}
-
-
-def folder_part(folder: Path, part: str, variant: str | None, half: bool) -> Part:
-    """Choose a component's weights in its folder, whatever that is called, and read their headers."""
-    inside = [f"{part}/{path.name}" for path in folder.glob("*")]
-    chosen, files = choose_weights(inside, part, variant, half)
-    names = [file.partition("/")[2] for file in files]
-    shapes: dict[str, list[int]] = {}
-    for name in names:
-        shapes |= float_shapes(folder / name, read_tensor_headers(folder / name))
-    return Part(folder, shapes, names, chosen)
-
-
-@blame("model_corrupt")
-def weights_fingerprint(source: ModelSource) -> str:
-    """Hash a MiB of each weight file, from all over it: that tells an exchanged model, and takes no time."""
-    digest = hashlib.sha256()
-    for part in source.parts.values():
-        for path in [part.path / name for name in part.files] or [part.path]:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                for place in range(0, size, size // 16 + 1):
-                    file.seek(place)
-                    digest.update(file.read(1 << 16))
-    return digest.hexdigest()
-
-
-def local_folder(folder: Path) -> Path:
-    if folder.is_dir() and (folder / "model_index.json").is_file():
-        return folder
-    if folder.suffix.lower() in PICKLES:
-        raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
-    found = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
-    what = found if folder.exists() else "does not exist"
-    raise TrainerError("model_not_found", f"base_model {folder} {what}.")
-
-
-def guess_model(config: TrainingConfig) -> ModelSource:
-    """Tell the family from the id alone, when neither the Hub nor its cache can be asked."""
-    by_type = [family for family in FAMILIES if family.name == config.model_type]
-    by_name = [family for family in FAMILIES if re.search(family.hub_pattern, config.base_model.lower())]
-    family = next(iter(by_type + by_name), None)
-    if family is None:
-        raise hub_unreachable(config)
-    source = ModelSource(config.base_model, family, family.unet, {}, {}, family.usually, guessed=True)
-    return with_prediction(source, config)
-
-
-def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
-    """Read one of a model's configs and check what we rely on; `kind` is the name under which that is known."""
-    try:
-        if not (folder / name).is_file():
-            raise ValueError("there is no such file")
-        document = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
-    check_model_config(document, kind or name, name)
-    return dict(document)
+CONFIGS = re.compile(r"model_index\.json|(?:unet|vae|scheduler|text_encoder\w*|tokenizer\w*)/[^/]+\.(?:json|txt)")
 
 
 def choose_weights(names: Sequence[str], part: str, variant: str | None, half: bool) -> tuple[str | None, list[str]]:
@@ -2166,6 +1884,294 @@ def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[
     did = f"did not deliver ({reason})" if reason else "was not reached"
     message = f"{config.base_model!r} is {state}, and the Hub {did}."
     return TrainerError("model_not_found", message, hint)
+
+
+VOCABULARY = ("vocab.json", "merges.txt")
+CLIP_HOMES = {  # repositories with the CLIP tokenizer, which is the same for all families, and where they keep it
+    "openai/clip-vit-large-patch14": "",
+    **{family.source: "tokenizer/" for family in FAMILIES},
+}
+
+
+def hub_tokenizer(model: str, instead: Path) -> Path | None:
+    """Get the CLIP tokenizer from the Hub's cache, else from the Hub; None where not even torch is installed."""
+    home, inside = next(iter(CLIP_HOMES.items()))
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    except ImportError:
+        return None
+    try:
+        for repo, folder in CLIP_HOMES.items():
+            cached = [try_to_load_from_cache(repo, folder + name) for name in VOCABULARY]
+            if all(isinstance(path, str) for path in cached):
+                return Path(str(cached[0])).parent
+        files = [hf_hub_download(home, inside + name, etag_timeout=10) for name in VOCABULARY]
+        return Path(files[0]).parent
+    except Exception as error:  # no network: the HTTP client's errors come in many classes
+        if as_trainer_error(error, "").code == "disk_full":
+            raise
+        names = " and ".join(VOCABULARY)
+        message = f"{model} brings no tokenizer, none is in the Hub's cache, and the Hub was not reached."
+        hint = f"Download {names} from https://huggingface.co/{home}/tree/main and put them into {instead}, "
+        hint += "or into a folder that you name as tokenizer_path."
+        raise TrainerError("model_not_found", message, hint) from error
+
+
+# ======================================================================================
+# base models
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model, known by its configs; no weight has been read yet."""
+
+    name: str  # Hub id, folder's or file's name, never a path: it goes into the LoRA file's header
+    family: ModelFamily
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    prediction_type: str
+    prediction_told: bool = True  # by the model or the config; else the UNet itself is asked
+    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)  # by folder; {}: the weights are not here
+    tokenizers: Sequence[Path] = ()  # of the text encoders
+    shared_tokenizer: bool = False  # not the model's own: it lacks what each encoder pads with
+    guessed: bool = False  # from the id alone
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.vae.get("block_out_channels", (1, 2, 3, 4))) - 1))
+
+    @property
+    def native_resolution(self) -> int:
+        size = self.unet.get("sample_size")
+        return size * self.vae_factor if isinstance(size, int) else self.family.native_resolution[self.prediction_type]
+
+
+def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
+    """Recognise a family by structure, not by widths: distilled variants pass. Raises `model_unsupported`."""
+    pipeline = str(model_index.get("_class_name", "an unnamed pipeline"))
+    time_ids = unet.get("addition_embed_type") == "text_time"
+    linear = bool(unet.get("use_linear_projection", False))
+    channels = unet.get("in_channels", 4)
+    found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
+    if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise TrainerError("model_unsupported", f"The base model is {pipeline}, which this trainer does not know.")
+    if channels != unet.get("out_channels", 4):
+        message = f"The base model's UNet takes {channels} channels: an inpainting or editing model."
+        raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
+    return found[0]
+
+
+@blame("model_not_found")
+def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, half: bool) -> ModelSource:
+    """Find the base model and read its configs; with `weights`, make sure they are on disk and safe.
+
+    Raises `model_not_found`, `model_unsupported`, `model_unsafe`, `model_corrupt`, `disk_full`.
+    """
+    path = Path(config.base_model)
+    if path.is_absolute() and path.suffix.lower() == ".safetensors" and not path.is_dir():
+        source = open_single_file(path)
+    elif folder := local_folder(path) if path.is_absolute() else fetch(config, events, weights=weights, half=half):
+        source = open_folder(folder, config, half=half, needed=weights or path.is_absolute())
+    else:
+        return guess_model(config)
+    family = source.family
+    if config.model_type not in ("auto", family.name):
+        message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
+        hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
+        raise TrainerError("model_unsupported", message, hint)
+    if config.vae_path:
+        try:
+            source = with_vae(source, Path(config.vae_path))
+        except TrainerError as error:
+            hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
+            problems = [problem("vae_path", error.message)]
+            raise TrainerError(error.code, f"vae_path: {error.message}", hint, problems) from error
+    if source.parts and "vae" not in source.parts:
+        hint = "Set vae_path to one: a diffusers VAE folder, or its .safetensors file."
+        raise TrainerError("model_not_found", f"{source.name} has no VAE.", hint)
+    return with_tokenizer(with_prediction(source, config), config, path.parent)
+
+
+def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
+    """Decide what the model predicts: as the config says, as the model says, as its family usually does."""
+    zero = bool(source.scheduler.get("rescale_betas_zero_snr"))  # in pure noise only v is defined
+    told = source.scheduler.get("prediction_type") or ("v_prediction" if zero else None)
+    wish = None if config.prediction_type == "auto" else config.prediction_type
+    prediction = str(wish or told or source.family.usually)
+    if prediction not in PREDICTIONS:
+        message = f"By its scheduler or header the model predicts {prediction!r}, which this trainer does not know."
+        raise TrainerError("model_unsupported", message, "If that is wrong, set prediction_type.")
+    zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
+    return dataclasses.replace(
+        source,
+        prediction_type=prediction,
+        prediction_told=bool(wish or told),
+        scheduler={**source.scheduler, "rescale_betas_zero_snr": zero},
+    )
+
+
+def with_vae(source: ModelSource, path: Path) -> ModelSource:
+    """Take another VAE: a diffusers folder (of a VAE, or a model's), or a file in either layout."""
+    if path.suffix.lower() in PICKLES:
+        raise TrainerError("model_unsafe", f"{path.name} holds pickled weights.")
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae/config.json").is_file() else path
+        part = folder_part(folder, "vae", None, half=False)
+        vae = read_model_json(folder, "config.json", "vae/config.json")
+    elif path.is_file():
+        shapes = float_shapes(path, read_tensor_headers(path))
+        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
+        try:
+            part = vae_part(path, source.family, shapes, prefix)
+        except (KeyError, IndexError, ValueError) as error:
+            message = f"{path.name} is no VAE of Stable Diffusion: it has no {error}."
+            raise TrainerError("model_unsupported", message) from error
+        vae = dict(part.config or {})
+    else:
+        raise TrainerError("model_not_found", f"{path} does not exist.")
+    if vae.get("latent_channels", 4) != source.unet.get("in_channels", 4):
+        message = f"{path.name} has {vae['latent_channels']} channels: another family's."
+        raise TrainerError("model_unsupported", message)
+    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
+
+
+def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) -> ModelSource:
+    """Find the tokenizer that a single file lacks, or take tokenizer_path's. Raises `model_not_found`.
+
+    Looks at tokenizer_path, else beside the file, in the Hub's cache (of any family), on the Hub.
+    """
+    if source.tokenizers and not config.tokenizer_path:
+        return source
+    wish = Path(config.tokenizer_path) if config.tokenizer_path else beside / "clip_tokenizer"
+    here = (path for path in (wish, wish / "tokenizer") if all((path / name).is_file() for name in VOCABULARY))
+    folder = next(here, None)
+    if config.tokenizer_path and not folder:
+        message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
+        raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
+    folder = folder or hub_tokenizer(source.name, wish)
+    if not folder:
+        return source
+    return dataclasses.replace(source, tokenizers=[folder] * len(source.family.text_encoders), shared_tokenizer=True)
+
+
+def open_single_file(path: Path) -> ModelSource:
+    """Read what a checkpoint in the original layout is from its header."""
+    if not path.is_file():
+        raise TrainerError("model_not_found", f"base_model {path} does not exist, or is no file.")
+    family, parts, scheduler = read_single_file(path, read_tensor_headers(path), read_header(path))
+    unet, vae = (parts[name].config or {} if name in parts else {} for name in ("unet", "vae"))
+    return ModelSource(path.name, family, unet, vae, scheduler, family.usually, parts=parts)
+
+
+def open_folder(folder: Path, config: TrainingConfig, *, half: bool, needed: bool) -> ModelSource:
+    """Read what a diffusers folder is; its weights' headers too, where they are here or `needed`."""
+    refuse_links_out(folder)
+    model_index, unet, vae, scheduler = (read_model_json(folder, name) for name in MODEL_KEYS)
+    family = detect_family(model_index, unet)
+    refuse_custom_code(model_index, family)
+    name = folder.name if Path(config.base_model).is_absolute() else config.base_model
+    parts = folder_parts(folder, family, config.variant, half=half, needed=needed)
+    tokenizers = [folder / row.tokenizer for row in family.text_encoders]
+    return ModelSource(name, family, unet, vae, scheduler, family.usually, parts=parts, tokenizers=tokenizers)
+
+
+def refuse_custom_code(model_index: Mapping[str, Any], family: ModelFamily) -> None:
+    """Refuse a model that names classes of its own: we would neither run its code nor know what it computes."""
+    known = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    known |= {row.folder: row.class_name for row in family.text_encoders}
+    for part, class_name in known.items():
+        library, named = [*(model_index.get(part) or ()), None, None][:2]
+        if library not in (None, "diffusers", "transformers"):
+            raise TrainerError("model_unsafe", f"The base model's {part} comes with code of its own ({library}).")
+        if named not in (None, class_name):
+            message = f"The base model's {part} is a {named}, which this trainer does not know."
+            raise TrainerError("model_unsupported", message)
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a model whose files lie elsewhere: a folder from a stranger must not reach out of itself."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # of the Hub's cache, which links to the blobs beside them
+        root = root.parent.parent
+    for path in (folder / "model_index.json", *folder.glob("*/*")):
+        if not path.resolve().is_relative_to(root):
+            name = path.relative_to(folder).as_posix()
+            hint = "Copy the file into the model's folder in the link's place."
+            raise TrainerError("model_unsafe", f"The base model's {name} is a link that leads out of its folder.", hint)
+
+
+def folder_parts(
+    folder: Path, family: ModelFamily, variant: str | None, *, half: bool, needed: bool
+) -> dict[str, Part]:
+    """Read the headers of each component's chosen weights; {} where they are not here and not needed."""
+    parts: dict[str, Part] = {}
+    with contextlib.nullcontext() if needed else contextlib.suppress(TrainerError):
+        for name in family.parameters:
+            parts[name] = folder_part(folder / name, name, variant, half)
+            if name.startswith("text"):
+                read_model_json(folder, f"{name}/config.json", "text_encoder/config.json")
+    return parts if len(parts) == len(family.parameters) else {}
+
+
+def folder_part(folder: Path, part: str, variant: str | None, half: bool) -> Part:
+    """Choose a component's weights in its folder, whatever that is called, and read their headers."""
+    inside = [f"{part}/{path.name}" for path in folder.glob("*")]
+    chosen, files = choose_weights(inside, part, variant, half)
+    names = [file.partition("/")[2] for file in files]
+    shapes: dict[str, list[int]] = {}
+    for name in names:
+        shapes |= float_shapes(folder / name, read_tensor_headers(folder / name))
+    return Part(folder, shapes, names, chosen)
+
+
+@blame("model_corrupt")
+def weights_fingerprint(source: ModelSource) -> str:
+    """Hash a MiB of each weight file, from all over it: that tells an exchanged model, and takes no time."""
+    digest = hashlib.sha256()
+    for part in source.parts.values():
+        for path in [part.path / name for name in part.files] or [part.path]:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for place in range(0, size, size // 16 + 1):
+                    file.seek(place)
+                    digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def local_folder(folder: Path) -> Path:
+    if folder.is_dir() and (folder / "model_index.json").is_file():
+        return folder
+    if folder.suffix.lower() in PICKLES:
+        raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
+    found = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
+    what = found if folder.exists() else "does not exist"
+    raise TrainerError("model_not_found", f"base_model {folder} {what}.")
+
+
+def guess_model(config: TrainingConfig) -> ModelSource:
+    """Tell the family from the id alone, when neither the Hub nor its cache can be asked."""
+    by_type = [family for family in FAMILIES if family.name == config.model_type]
+    by_name = [family for family in FAMILIES if re.search(family.hub_pattern, config.base_model.lower())]
+    family = next(iter(by_type + by_name), None)
+    if family is None:
+        raise hub_unreachable(config)
+    source = ModelSource(config.base_model, family, family.unet, {}, {}, family.usually, guessed=True)
+    return with_prediction(source, config)
+
+
+def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
+    """Read one of a model's configs and check what we rely on; `kind` is the name under which that is known."""
+    try:
+        if not (folder / name).is_file():
+            raise ValueError("there is no such file")
+        document = json.loads((folder / name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
+    check_model_config(document, kind or name, name)
+    return dict(document)
 
 
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
