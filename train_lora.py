@@ -142,7 +142,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "dependency_missing": "Install the requirements: pip install -r requirements.txt",
     "dataset_empty": "Put images there, each with a caption file beside it.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
-    "model_not_found": "Give a whole diffusers folder (the one with model_index.json) or a Hub id such as sd15.",
+    "model_not_found": "Give a .safetensors file, a diffusers folder (with model_index.json) or a Hub id such as sd15.",
     "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
@@ -476,7 +476,7 @@ def show(value: Any) -> str:
 
 def names_a_path(value: str, base: Path) -> bool:
     """Tell a path from a Hub id (`owner/name`) or a short name."""
-    looks = value.startswith((".", "/", "~")) or value.endswith(".safetensors") or re.match(r"[A-Za-z]:", value)
+    looks = value.startswith((".", "/", "~")) or value.lower().endswith(".safetensors") or re.match(r"[A-Za-z]:", value)
     return bool(looks) or os.path.exists(base / value)  # noqa: PTH110  # Path's raises for a name that is too long
 
 
@@ -1781,7 +1781,8 @@ def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, 
         source = with_vae(source, Path(config.vae_path))
     if source.parts and "vae" not in source.parts:
         hint = "Set vae_path to one: a diffusers VAE folder, or its .safetensors file."
-        raise TrainerError("model_not_found", f"{source.name} has no VAE.", hint)
+        message = f"{source.name} has no VAE"
+        raise TrainerError("model_not_found", f"{message}.", hint, [problem("vae_path", message)])
     return with_tokenizer(with_prediction(source, config), config, path.parent)
 
 
@@ -1805,33 +1806,43 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
 
 def with_vae(source: ModelSource, path: Path) -> ModelSource:
     """Take another VAE: a diffusers folder (of a VAE, or a model's), or a file in either layout."""
-
-    def refuse(code: str, message: str) -> TrainerError:
+    try:
+        part, vae = read_vae(path, source.family)
+        if (channels := part.shapes["decoder.conv_in.weight"][1]) != source.unet.get("in_channels", 4):
+            raise TrainerError("model_unsupported", f"It has {channels} channels: another family's.")
+        scale, ours = vae.get("scaling_factor"), source.family.vae_config["scaling_factor"]
+        if scale in {family.vae_config["scaling_factor"] for family in FAMILIES} - {ours}:
+            message = f"Its latents are scaled by {scale} and {source.family.title}'s by {ours}: another family's."
+            raise TrainerError("model_unsupported", message)
+    except TrainerError as error:
+        message = f"vae_path {path} cannot be used. {error.message}"
         hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
-        return TrainerError(code, f"vae_path {message}.", hint, [problem("vae_path", message)])
+        raise TrainerError(error.code, message, hint, [problem("vae_path", message)]) from error
+    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
 
-    if path.suffix in PICKLES:
-        raise refuse("model_unsafe", f"{path.name} holds pickled weights")
+
+def read_vae(path: Path, family: ModelFamily) -> tuple[Part, JSON]:
+    """Read the headers and the config of a VAE that stands alone, or in a model."""
+    if path.suffix.lower() in PICKLES:
+        raise TrainerError("model_unsafe", f"{path.name} holds pickled weights.")
     if path.is_dir():
         folder = path / "vae" if (path / "vae/config.json").is_file() else path
         variant, files = choose_weights([f"vae/{file.name}" for file in folder.iterdir()], "vae", None, half=False)
         part = folder_part(folder, variant, files)
         vae = read_model_json(folder, "config.json", "vae/config.json")
-    elif path.is_file():
-        shapes = float_shapes(path, read_tensor_headers(path))
-        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
-        try:
-            part = vae_part(path, source.family, shapes, prefix)
-        except (KeyError, IndexError, ValueError) as error:
-            raise refuse(
-                "model_unsupported", f"{path.name} is no VAE of Stable Diffusion (it has no {error})"
-            ) from error
-        vae = dict(part.config or {})
-    else:
-        raise refuse("model_not_found", f"{path} does not exist")
-    if vae.get("latent_channels", 4) != source.unet.get("in_channels", 4):
-        raise refuse("model_unsupported", f"{path.name} has {vae['latent_channels']} channels: another family's")
-    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
+        shape = part.shapes.get("decoder.conv_in.weight", ())
+        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or len(shape) != 4:
+            raise TrainerError("model_unsupported", f"{folder.name} holds no AutoencoderKL.")
+        return part, vae
+    if not path.is_file():
+        raise TrainerError("model_not_found", "It does not exist.")
+    shapes = float_shapes(path, read_tensor_headers(path))
+    try:
+        part = vae_part(path, family, shapes, VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else "")
+    except (KeyError, IndexError, ValueError) as error:
+        raise TrainerError("model_unsupported", f"It is no VAE of Stable Diffusion ({error}).") from error
+    check_model_config(part.config, "vae/config.json", path.name)
+    return part, dict(part.config or {})
 
 
 VOCABULARY = ("vocab.json", "merges.txt")
@@ -1853,7 +1864,8 @@ def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) ->
     folder = next(here, None)
     if config.tokenizer_path and not folder:
         message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
-        raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
+        hint = "Give the folder that holds both, such as a diffusers model's tokenizer folder."
+        raise TrainerError("model_not_found", f"{message}.", hint, [problem("tokenizer_path", message)])
     folder = folder or hub_tokenizer(source, wish)
     if not folder:
         return source
@@ -1957,9 +1969,11 @@ def folder_part(folder: Path, variant: str | None, files: Sequence[str]) -> Part
 def local_folder(folder: Path) -> Path:
     if folder.is_dir() and (folder / "model_index.json").is_file():
         return folder
-    if folder.suffix in PICKLES:
+    if folder.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
-    what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "does not exist"
+    what = "does not exist"
+    if folder.exists():
+        what = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
     raise TrainerError("model_not_found", f"base_model {folder} {what}.")
 
 
@@ -3133,6 +3147,13 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
     return [[example.name for example in same] for same in copies if len(same) > 1]
 
 
+def check_fit(config: TrainingConfig, source: ModelSource) -> None:
+    """Raise `config_invalid` with every setting that cannot work with this model."""
+    if problems := model_problems(config, source):
+        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
+        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
+
+
 def model_problems(config: TrainingConfig, source: ModelSource) -> list[dict[str, str]]:
     """Find settings that cannot work with this model."""
     count = int(source.scheduler.get("num_train_timesteps", 1000))
@@ -3214,9 +3235,7 @@ def make_plan(
     config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
 ) -> Plan:
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
-    if problems := model_problems(config, source):
-        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
-        raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
+    check_fit(config, source)
     resolution = config.resolution or source.native_resolution
     square = [(resolution, resolution)]
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
@@ -3457,7 +3476,12 @@ def check_single_file(source: ModelSource) -> None:
     for name, part in source.parts.items():
         if part.config is None:
             continue
-        module = skeleton(part, component_class(source.family, name))
+        try:
+            with torch.device("meta"):  # no size that a header claims takes memory
+                module = skeleton(part, component_class(source.family, name))
+        except Exception as error:  # sizes that do not go together, whatever class says so
+            message = f"{part.path.name} is not built as {source.family.title} is: its {name} cannot be made ({error})."
+            raise TrainerError("model_unsupported", message, ADVICE) from error
         wanted = {saved_name(key): squeezed(weight.shape) for key, weight in module.named_parameters()}
         found = {key: squeezed(shape) for key, shape in part.shapes.items()}
         unknown = found.keys() - wanted.keys() if name == "unet" else ()
@@ -3479,14 +3503,23 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
 
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
-    """Load the tokenizer of each text encoder. Raises `model_corrupt`."""
+    """Load the tokenizer of each text encoder. Raises `model_corrupt`, also where it does not go with the encoder."""
     tokenizers = []
     for row, folder in zip(source.family.text_encoders, source.tokenizers, strict=True):
         options: JSON = {"pad_token": row.pad_token} if source.shared_tokenizer else {}
+        shapes = source.parts[row.folder].shapes if source.parts else {}
+        known = next((shape[0] for name, shape in shapes.items() if name.endswith("token_embedding.weight")), math.inf)
         try:
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, **options))
+            tokenizers.append(tokenizer := transformers.CLIPTokenizer.from_pretrained(folder, **options))
+            token_ids(tokenizer, "a")  # what a vocabulary lacks shows here only
+            if (highest := max(tokenizer.get_vocab().values())) >= known:
+                raise ValueError(f"it has tokens up to {highest}, and the model's {row.folder} knows {known}")
         except Exception as error:  # a missing or broken vocabulary shows in many classes
-            raise model_corrupt(folder, str(error)) from error
+            if not source.shared_tokenizer:
+                raise model_corrupt(folder, str(error)) from error
+            message = f"The tokenizer in {folder} cannot be used: {error}"
+            hint = "Give the folder of the model's own tokenizer, nearly always CLIP's, as tokenizer_path."
+            raise TrainerError("model_corrupt", message, hint, [problem("tokenizer_path", message)]) from error
     return tokenizers
 
 
@@ -4532,6 +4565,11 @@ class LoRATrainer:
             why = "measured, as neither the model nor the config says it"
             self.events.info(f"The model predicts {measured} ({why}).")
             self.predict_as(measured)
+            check_fit(self.config, self.plan.source)
+            if not self.config.resolution and (own := self.plan.source.native_resolution) != self.plan.resolution:
+                message = f"The model's own resolution is {own}; the run took it for {self.plan.resolution}."
+                hint = f"Stop, set resolution to {own}, and start over with --fresh."
+                self.events.warning("resolution_guessed", message, hint)
         elif math.isfinite(likeness) and measured != source.prediction_type:
             message = f"The run takes the model for {source.prediction_type}, but it answers pure noise as "
             hint = "If samples are noise or grey, set prediction_type to the other one."
@@ -4975,14 +5013,16 @@ class LoRATrainer:
     def thumbnail(self) -> str | None:
         """Give the newest sample of this run, small, as a data URL; None where none is wanted or there."""
         wanted = self.config.metadata.get("thumbnail") == "sample"
-        steps = {int(path.name.split("_")[1]): path for path in self.folder.samples.glob("step_*_0.png") if wanted}
-        ours = (path for _, path in sorted(steps.items(), reverse=True) if written_by(path) == self.run_id)
-        if (path := next(ours, None)) is None:
-            return None
-        with Image.open(path, formats=["PNG"]) as image:
-            image.thumbnail((256, 256))
-            image.save(buffer := io.BytesIO(), "JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        named = ((re.fullmatch(r"step_(\d+)_0\.png", path.name), path) for path in self.folder.samples.glob("*.png"))
+        steps = {int(match[1]): path for match, path in named if match and wanted and path.is_file()}
+        for _, path in sorted(steps.items(), reverse=True):
+            with contextlib.suppress(Exception):  # foreign and broken files are passed over: no save fails for them
+                if written_by(path) == self.run_id:
+                    with Image.open(path, formats=["PNG"]) as image:
+                        image.thumbnail((256, 256))
+                        image.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=85)
+                    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return None
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
@@ -5008,8 +5048,12 @@ class LoRATrainer:
         if not self.is_saved(lora=False):
             self.save(lora=False)
         self.keep_folder()
-        self.write_lora(self.final_path)
-        self.check_file(self.final_path)
+        draft = self.final_path.with_name(f".{self.final_path.name}.unchecked.train_lora.tmp")
+        self.write_lora(draft)
+        self.check_file(draft)  # a stop or a kill in here leaves no file under the final name that was not checked
+        with blame("output_not_writable"):
+            replace_file(draft, self.final_path)
+            sync_folder(self.final_path.parent)
 
     def check_file(self, path: Path) -> None:
         """Read a LoRA back and apply it to the base: in one forward pass, its effect must be the trained one.
@@ -5024,7 +5068,7 @@ class LoRATrainer:
             if as_trainer_error(error, "").code == "out_of_memory":
                 raise
             remove(path)
-            message = f"{path.name} does not do what was trained, and was removed: {error}"
+            message = f"{self.final_path.name} does not do what was trained, and was not kept: {error}"
             hint = "The state is saved: start the same command again to write the file anew."
             raise TrainerError("checkpoint_corrupt", message, hint) from error
         self.events.info(f"The file was read back and applied: its effect differs by {off:.2%} from the trained one.")
@@ -5049,8 +5093,14 @@ class LoRATrainer:
         plain = self.answer(rounded)
         for layer in layers:
             layer.enable_adapters(True)
-        share = float(effect(rounded, 1.0).norm() / plain.norm())
-        strength = min(max(0.5 / share, 1.0), 1e4) if share else 1.0
+        strength = 1.0
+        while not math.isfinite(share := float(effect(rounded, strength).norm() / plain.norm())) and strength > 1e-6:
+            strength /= 100  # too strong for fp16: a weaker copy tells as well whether the file is right
+        if strength < 1:
+            message = f"With this LoRA at full strength the model's answer is not finite in {self.dtype}."
+            self.events.warning("lora_too_strong", message, "Start over with a lower learning_rate.")
+        elif share:
+            strength = min(max(0.5 / share, 1.0), 1e4)
         ours, theirs = effect(rounded, strength), effect(weights, strength)
         difference = float((ours - theirs).norm())
         return difference / float(ours.norm()) if difference else 0.0
