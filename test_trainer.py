@@ -2452,6 +2452,29 @@ def test_a_tokenizer_that_does_not_go_with_the_model_is_refused_by_validation_to
         assert [problem["path"] for problem in caught.value.problems] == ["tokenizer_path"]
 
 
+@needs_torch
+@posix
+def test_what_may_not_be_read_is_said_with_that_remedy(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, closed = Path.is_file, tmp_path / "closed"
+
+    def refuse(self: Path, **options: Any) -> bool:  # root, who runs the tests in a container, may read anything
+        if self.is_relative_to(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, **options)
+
+    closed.mkdir()
+    monkeypatch.setattr(Path, "is_file", refuse)
+    base = str(wide_models / "sd15.safetensors")
+    for changes in ({"base_model": str(closed / "m.safetensors")}, {"vae_path": str(closed)}):
+        with pytest.raises(trainer.TrainerError, match="Permission denied") as caught:
+            config = parse(tmp_path, REQUIRED | {"base_model": base} | changes)
+            trainer.locate_model(config, Recorder(), weights=True, half=False)
+        assert "the right to read it" in caught.value.hint
+        assert [problem["path"] for problem in caught.value.problems] in ([], ["vae_path"])
+
+
 def silent_sd21(tmp_path: Path, wide_models: Path) -> Path:
     """A single file of SD 2 that does not say what it predicts: it is taken for v until it is measured."""
     to_single_file(wide_models / "sd21v", tmp_path / "silent21.safetensors", torch.float32)
@@ -4335,6 +4358,19 @@ def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path,
         assert str(tmp_path) not in json.dumps(header)
         dtypes = {key.rpartition(".")[2]: tensor.dtype for key, tensor in tensors_of(made.final_path).items()}
         assert dtypes == {"weight": torch.float16, "alpha": torch.float32}
+
+
+@needs_torch
+def test_a_token_that_was_pasted_into_a_caption_or_title_is_in_no_lora_file(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    token = "hf_" + "a1B2" * 9
+    changes: Json = {"trigger_words": [f"zorb {token}"], "metadata": {"author": token}, "steps": 1}
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert token.encode() not in made.final_path.read_bytes()
+    again = make_trainer(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert again.setup() is True
+    again.folder._lock.close()  # type: ignore[union-attr]
 
 
 @needs_torch

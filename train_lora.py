@@ -157,6 +157,8 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "internal": "Run again with --debug for a traceback.",
 }
 
+UNREADABLE = "Give the user that runs this the right to read it."
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
 # the dynamic linker fails an import ("segment").
@@ -171,7 +173,8 @@ def blame(code: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise as_trainer_error(error, "") from error
-        raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.") from error
+        hint = UNREADABLE if isinstance(error, PermissionError) and code.startswith("model") else ""
+        raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.", hint) from error
 
 
 def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
@@ -1448,7 +1451,7 @@ def read_tensor_headers(path: Path) -> dict[str, tuple[str, list[int]]]:
         path.open("rb").close()  # safetensors says "no such file" where it may not read
         return tensor_headers(path)
     except Exception as error:  # SafetensorError stands directly below Exception
-        hint = "Give the user that runs this the right to read it." if isinstance(error, PermissionError) else ""
+        hint = UNREADABLE if isinstance(error, PermissionError) else ""
         if as_trainer_error(error, "").code == "out_of_memory":
             raise
         message = f"The base model's {path.parent.name}/{path.name} cannot be read: {error}"
@@ -1817,10 +1820,12 @@ def with_vae(source: ModelSource, path: Path) -> ModelSource:
     except TrainerError as error:
         message = f"vae_path {path} cannot be used. {error.message}"
         hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
+        hint = UNREADABLE if error.hint == UNREADABLE else hint
         raise TrainerError(error.code, message, hint, [problem("vae_path", message)]) from error
     return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
 
 
+@blame("model_not_found")
 def read_vae(path: Path, family: ModelFamily) -> tuple[Part, JSON]:
     """Read the headers and the config of a VAE that stands alone, or in a model."""
     if path.suffix.lower() in PICKLES:
@@ -1995,7 +2000,8 @@ def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
             raise ValueError("there is no such file")
         document = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
+        hint = UNREADABLE if isinstance(error, PermissionError) else ""
+        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
     check_model_config(document, kind or name, name)
     return dict(document)
 
@@ -4030,7 +4036,7 @@ def lora_header(plan: Plan, step: int, run_id: str, thumbnail: str | None = None
         {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
         {"train_lora.trigger_words": json.dumps(config.trigger_words)},
     ]
-    return dict(sorted((key, str(value)) for row in rows for key, value in row.items()))
+    return dict(sorted((key, hide_secrets(str(value))) for row in rows for key, value in row.items()))
 
 
 # ======================================================================================
