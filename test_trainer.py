@@ -2387,7 +2387,16 @@ def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(
         made = prepare(tmp_path, small(images, base, tmp_path / str(number), vae_path=str(path), **options))
         assert all(torch.equal(value, expected[key]) for key, value in view_of(made, 0).items())
     (tmp_path / "vae.pt").touch()
-    refused = {
+    (tmp_path / "vae.PT").touch()
+    tiny = shutil.copytree(folder / "vae", tmp_path / "tiny-vae")
+    write_json(
+        tiny / "config.json", json.loads((tiny / "config.json").read_text()) | {"_class_name": "AutoencoderTiny"}
+    )
+    refused: dict[Path, str] = {
+        tmp_path / "vae.PT": "model_unsafe",
+        tiny: "model_unsupported",
+        wide_models / "sdxl/vae": "model_unsupported",
+        wide_models / "sd15/unet": "model_unsupported",
         tmp_path / "vae.pt": "model_unsafe",
         tmp_path / "none.safetensors": "model_not_found",
         folder / "text_encoder/model.safetensors": "model_unsupported",
@@ -2438,6 +2447,69 @@ def test_a_single_files_tokenizer_is_looked_up_in_order(
     with pytest.raises(trainer.TrainerError) as caught:
         tokenizer(tokenizer_path=str(tmp_path / "nowhere"))
     assert [problem["path"] for problem in caught.value.problems] == ["tokenizer_path"]
+    assert "tokenizer folder" in caught.value.hint
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    "vocabulary", [{}, {"a": 0, "b": 1}, {"<|endoftext|>": 0, "<|startoftext|>": 1, "a</w>": 5000}]
+)
+def test_a_tokenizer_that_does_not_go_with_the_model_is_refused_by_validation_too(
+    tmp_path: Path, images: Path, wide_models: Path, vocabulary: Json
+) -> None:
+    folder = shutil.copytree(wide_models / "clip_tokenizer", tmp_path / "words")
+    write_json(folder / "vocab.json", vocabulary)
+    config = small(images, wide_models / "sd15.safetensors", tmp_path / "out", tokenizer_path=str(folder))
+    write_json(tmp_path / "config.json", config)
+    loaded = trainer.load_config(str(tmp_path / "config.json"))
+    for check in (lambda: trainer.validate(loaded, Recorder()), lambda: prepare(tmp_path, config)):
+        with pytest.raises(trainer.TrainerError) as caught:
+            check()
+        assert caught.value.code == "model_corrupt"
+        assert [problem["path"] for problem in caught.value.problems] == ["tokenizer_path"]
+
+
+@needs_torch
+@posix
+def test_what_may_not_be_read_is_said_with_that_remedy(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, closed = Path.is_file, tmp_path / "closed"
+
+    def refuse(self: Path, **options: Any) -> bool:  # root, who runs the tests in a container, may read anything
+        if self.is_relative_to(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, **options)
+
+    closed.mkdir()
+    monkeypatch.setattr(Path, "is_file", refuse)
+    base = str(wide_models / "sd15.safetensors")
+    for changes in ({"base_model": str(closed / "m.safetensors")}, {"vae_path": str(closed)}):
+        with pytest.raises(trainer.TrainerError, match="Permission denied") as caught:
+            config = parse(tmp_path, REQUIRED | {"base_model": base} | changes)
+            trainer.locate_model(config, Recorder(), weights=True, half=False)
+        assert "the right to read it" in caught.value.hint
+        assert [problem["path"] for problem in caught.value.problems] in ([], ["vae_path"])
+
+
+def silent_sd21(tmp_path: Path, wide_models: Path) -> Path:
+    """A single file of SD 2 that does not say what it predicts: it is taken for v until it is measured."""
+    to_single_file(wide_models / "sd21v", tmp_path / "silent21.safetensors", torch.float32)
+    return tmp_path / "silent21.safetensors"
+
+
+@needs_torch
+def test_a_resolution_that_was_guessed_with_the_prediction_is_told(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, silent_sd21(tmp_path, wide_models), tmp_path / "out")
+    config["tokenizer_path"] = str(wide_models / "clip_tokenizer")
+    monkeypatch.setattr(trainer.ModelFamily, "native_resolution", {"epsilon": 64, "v_prediction": 96}, raising=False)
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, *rest: x)
+    made = prepare(tmp_path, config | {"resolution": None})
+    assert made.plan.source.prediction_type == "epsilon"
+    assert "resolution_guessed" in warning_codes(made)
+    made.folder._lock.close()  # type: ignore[union-attr]
 
 
 @needs_torch
@@ -2458,6 +2530,10 @@ def test_what_nobody_told_is_measured_and_stays_on_a_resume(
     assert prepare(tmp_path, small(images, base, tmp_path / "e", **options)).plan.source.prediction_type == "epsilon"
     longer = prepare(tmp_path, small(images, base, tmp_path / "v", steps=6, **options))
     assert longer.plan.source.prediction_type == "v_prediction", "as the run began"
+    with pytest.raises(trainer.TrainerError, match="epsilon") as caught:
+        zero: Json = options | {"zero_terminal_snr": True}
+        prepare(tmp_path, small(images, silent_sd21(tmp_path, wide_models), tmp_path / "zero", **zero))
+    assert caught.value.code == "config_invalid"
     told = {"prediction_type": "v_prediction"}
     suspect = prepare(tmp_path, small(images, base, tmp_path / "told", **options, **told))
     assert suspect.plan.source.prediction_type == "v_prediction"
@@ -4328,6 +4404,19 @@ def test_the_header_tells_readers_what_it_is_and_nothing_private(tmp_path: Path,
 
 
 @needs_torch
+def test_a_token_that_was_pasted_into_a_caption_or_title_is_in_no_lora_file(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    token = "hf_" + "a1B2" * 9
+    changes: Json = {"trigger_words": [f"zorb {token}"], "metadata": {"author": token}, "steps": 1}
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert token.encode() not in made.final_path.read_bytes()
+    again = make_trainer(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert again.setup() is True
+    again.folder._lock.close()  # type: ignore[union-attr]
+
+
+@needs_torch
 def test_the_hashes_are_those_that_readers_compute_from_the_file(tmp_path: Path, images: Path, models: Path) -> None:
     import hashlib
 
@@ -4370,6 +4459,27 @@ def test_a_thumbnail_is_the_newest_sample_and_only_where_it_is_wanted(
     assert prepare(tmp_path, config).is_finished(2) is False, "its header names an author that the config does not"
 
 
+@needs_torch
+def test_foreign_and_broken_samples_are_no_thumbnail_and_stop_no_save(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    changes: Json = {"validation_steps": 1, "steps": 1, "metadata": {"thumbnail": "sample"}}
+    made = train(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    expected, good = made.thumbnail(), (made.folder.samples / "step_1_0.png").read_bytes()
+    assert expected
+    for name in ("step_abc_0", "step__0", "step_2_copy_0"):
+        (made.folder.samples / f"{name}.png").write_bytes(good)
+    (made.folder.samples / "step_7_0.png").write_bytes(b"no picture")
+    (made.folder.samples / "step_8_0.png").write_bytes(good[:-200])
+    (made.folder.samples / "step_9_0.png").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(made.folder.samples / "step_10_0.png")
+    assert made.thumbnail() == expected
+    palette = Image.new("P", (9, 9))
+    (made.folder.samples / "step_11_0.png").write_bytes(trainer.png_bytes(palette, {"run_id": made.run_id}))
+    assert made.thumbnail() not in (None, expected), "a user's palette picture serves too"
+
+
 MISTAKES: dict[str, Callable[[Json], Json]] = {  # what a bug in the writer might do to a file's tensors
     "alpha doubled": lambda tensors: {k: v * 2 if k.endswith("alpha") else v for k, v in tensors.items()},
     "up and down swapped": lambda tensors: {
@@ -4404,6 +4514,53 @@ def test_a_final_file_that_does_not_do_what_was_trained_is_an_error_and_costs_no
     monkeypatch.undo()
     train(tmp_path, config)
     assert made.final_path.exists()
+
+
+@needs_torch
+def test_a_lora_too_strong_for_fp16_is_read_back_all_the_same(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=2))
+    assert made.train()
+    real, alpha = trainer.LoRATrainer.answer, "alpha doubled"
+    layer = next(part for part in made.unet.modules() if hasattr(part, "lora_B"))
+
+    def strongest(weights: Json) -> float:
+        return max(float(weight.abs().max()) for key, weight in weights.items() if key.endswith("lora_B"))
+
+    def overflowing(self: Any, weights: Json) -> Any:
+        return real(self, weights) * (math.nan if strongest(weights) > limit and not layer.disable_adapters else 1)
+
+    limit = strongest(made.live) / 10
+    monkeypatch.setattr(trainer.LoRATrainer, "answer", overflowing)
+    made.finish()
+    assert made.final_path.exists() and "lora_too_strong" in warning_codes(made)
+    writer = trainer.file_tensors
+    monkeypatch.setattr(trainer, "file_tensors", lambda *rest: MISTAKES[alpha](writer(*rest)))
+    with pytest.raises(trainer.TrainerError, match="does not do what was trained"):
+        made.finish()
+    made.folder._lock.close()  # type: ignore[union-attr]
+
+
+@needs_torch
+def test_no_file_has_the_final_name_before_it_was_read_back(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=2)
+    made = prepare(tmp_path, config)
+    assert made.train()
+
+    def killed(self: Any, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.LoRATrainer, "check_file", killed)
+        made.finish()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    assert not made.final_path.exists()
+    again = train(tmp_path, config)
+    assert any("read back" in str(event.get("message")) for event in emitted(again, "info"))
+    assert again.final_path.exists() and not [*again.folder.path.glob("*.tmp"), *again.folder.path.glob(".*.tmp")]
 
 
 FP16_FILE = {"save_dtype": "fp16"}
@@ -4887,6 +5044,15 @@ def test_a_base_with_other_weights_of_the_same_shapes_is_told(tmp_path: Path, im
     other = prepare(tmp_path, small(images, model, tmp_path / "out", steps=3))
     told = ["base_model_changed" in warning_codes(made) for made in (same, other)]
     assert told == [False, True]
+    other.folder._lock.close()  # type: ignore[union-attr]
+    moved = copy_model(models / "sd15", tmp_path / "moved")
+    there = prepare(tmp_path, small(images, moved, tmp_path / "out", steps=3))
+    assert there.state.step == 2 and "base_model_changed" not in warning_codes(there)
+    there.folder._lock.close()  # type: ignore[union-attr]
+    elsewhere = copy_model(model, tmp_path / "elsewhere")
+    with pytest.raises(trainer.TrainerError, match="base_model") as caught:
+        prepare(tmp_path, small(images, elsewhere, tmp_path / "out", steps=3))
+    assert caught.value.code == "resume_mismatch"
 
 
 @needs_torch

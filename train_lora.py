@@ -158,6 +158,8 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "internal": "Run again with --debug for a traceback.",
 }
 
+UNREADABLE = "Give the user that runs this the right to read it."
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
 # the dynamic linker fails an import ("segment").
@@ -172,7 +174,8 @@ def blame(code: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise as_trainer_error(error, "") from error
-        raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.") from error
+        hint = UNREADABLE if isinstance(error, PermissionError) and code.startswith("model") else ""
+        raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.", hint) from error
 
 
 def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
@@ -477,7 +480,7 @@ def show(value: Any) -> str:
 
 def names_a_path(value: str, base: Path) -> bool:
     """Tell a path from a Hub id (`owner/name`) or a short name."""
-    looks = value.startswith((".", "/", "~")) or value.endswith(".safetensors") or re.match(r"[A-Za-z]:", value)
+    looks = value.startswith((".", "/", "~")) or value.lower().endswith(".safetensors") or re.match(r"[A-Za-z]:", value)
     return bool(looks) or os.path.exists(base / value)  # noqa: PTH110  # Path's raises for a name that is too long
 
 
@@ -1446,7 +1449,7 @@ def read_tensor_headers(path: Path) -> dict[str, tuple[str, list[int]]]:
         path.open("rb").close()  # safetensors says "no such file" where it may not read
         return tensor_headers(path)
     except Exception as error:  # SafetensorError stands directly below Exception
-        hint = "Give the user that runs this the right to read it." if isinstance(error, PermissionError) else ""
+        hint = UNREADABLE if isinstance(error, PermissionError) else ""
         if as_trainer_error(error, "").code == "out_of_memory":
             raise
         message = f"The base model's {path.parent.name}/{path.name} cannot be read: {error}"
@@ -1983,15 +1986,11 @@ def locate_model(config: TrainingConfig, events: EventStream, *, weights: bool, 
         hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
         raise TrainerError("model_unsupported", message, hint)
     if config.vae_path:
-        try:
-            source = with_vae(source, Path(config.vae_path))
-        except TrainerError as error:
-            hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
-            problems = [problem("vae_path", error.message)]
-            raise TrainerError(error.code, f"vae_path: {error.message}", hint, problems) from error
+        source = with_vae(source, Path(config.vae_path))
     if source.parts and "vae" not in source.parts:
         hint = "Set vae_path to one: a diffusers VAE folder, or its .safetensors file."
-        raise TrainerError("model_not_found", f"{source.name} has no VAE.", hint)
+        message = f"{source.name} has no VAE"
+        raise TrainerError("model_not_found", f"{message}.", hint, [problem("vae_path", message)])
     return with_tokenizer(with_prediction(source, config), config, path.parent)
 
 
@@ -2015,27 +2014,44 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
 
 def with_vae(source: ModelSource, path: Path) -> ModelSource:
     """Take another VAE: a diffusers folder (of a VAE, or a model's), or a file in either layout."""
+    try:
+        part, vae = read_vae(path, source.family)
+        if (channels := part.shapes["decoder.conv_in.weight"][1]) != source.unet.get("in_channels", 4):
+            raise TrainerError("model_unsupported", f"It has {channels} channels: another family's.")
+        scale, ours = vae.get("scaling_factor"), source.family.vae_config["scaling_factor"]
+        if scale in {family.vae_config["scaling_factor"] for family in FAMILIES} - {ours}:
+            message = f"Its latents are scaled by {scale} and {source.family.title}'s by {ours}: another family's."
+            raise TrainerError("model_unsupported", message)
+    except TrainerError as error:
+        message = f"vae_path {path} cannot be used. {error.message}"
+        hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
+        hint = UNREADABLE if error.hint == UNREADABLE else hint
+        raise TrainerError(error.code, message, hint, [problem("vae_path", message)]) from error
+    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
+
+
+@blame("model_not_found")
+def read_vae(path: Path, family: ModelFamily) -> tuple[Part, JSON]:
+    """Read the headers and the config of a VAE that stands alone, or in a model."""
     if path.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{path.name} holds pickled weights.")
     if path.is_dir():
         folder = path / "vae" if (path / "vae/config.json").is_file() else path
         part = folder_part(folder, "vae", None, half=False)
         vae = read_model_json(folder, "config.json", "vae/config.json")
-    elif path.is_file():
-        shapes = float_shapes(path, read_tensor_headers(path))
-        prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
-        try:
-            part = vae_part(path, source.family, shapes, prefix)
-        except (KeyError, IndexError, ValueError) as error:
-            message = f"{path.name} is no VAE of Stable Diffusion: it has no {error}."
-            raise TrainerError("model_unsupported", message) from error
-        vae = dict(part.config or {})
-    else:
-        raise TrainerError("model_not_found", f"{path} does not exist.")
-    if vae.get("latent_channels", 4) != source.unet.get("in_channels", 4):
-        message = f"{path.name} has {vae['latent_channels']} channels: another family's."
-        raise TrainerError("model_unsupported", message)
-    return dataclasses.replace(source, vae=vae, parts=source.parts and {**source.parts, "vae": part})
+        shape = part.shapes.get("decoder.conv_in.weight", ())
+        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or len(shape) != 4:
+            raise TrainerError("model_unsupported", f"{folder.name} holds no AutoencoderKL.")
+        return part, vae
+    if not path.is_file():
+        raise TrainerError("model_not_found", "It does not exist.")
+    shapes = float_shapes(path, read_tensor_headers(path))
+    try:
+        part = vae_part(path, family, shapes, VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else "")
+    except (KeyError, IndexError, ValueError) as error:
+        raise TrainerError("model_unsupported", f"It is no VAE of Stable Diffusion ({error}).") from error
+    check_model_config(part.config, "vae/config.json", path.name)
+    return part, dict(part.config or {})
 
 
 def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) -> ModelSource:
@@ -2050,7 +2066,8 @@ def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) ->
     folder = next(here, None)
     if config.tokenizer_path and not folder:
         message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
-        raise TrainerError("model_not_found", f"{message}.", problems=[problem("tokenizer_path", message)])
+        hint = "Give the folder that holds both, such as a diffusers model's tokenizer folder."
+        raise TrainerError("model_not_found", f"{message}.", hint, [problem("tokenizer_path", message)])
     folder = folder or hub_tokenizer(source.name, wish)
     if not folder:
         return source
@@ -2169,7 +2186,8 @@ def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
             raise ValueError("there is no such file")
         document = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}") from error
+        hint = UNREADABLE if isinstance(error, PermissionError) else ""
+        raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
     check_model_config(document, kind or name, name)
     return dict(document)
 
@@ -3483,7 +3501,12 @@ def check_single_file(source: ModelSource) -> None:
     for name, part in source.parts.items():
         if part.config is None:
             continue
-        module = skeleton(part, component_class(source.family, name))
+        try:
+            with torch.device("meta"):  # no size that a header claims takes memory
+                module = skeleton(part, component_class(source.family, name))
+        except Exception as error:  # sizes that do not go together, whatever class says so
+            message = f"{part.path.name} is not built as {source.family.title} is: its {name} cannot be made ({error})."
+            raise TrainerError("model_unsupported", message, ADVICE) from error
         wanted = {saved_name(key): squeezed(weight.shape) for key, weight in module.named_parameters()}
         found = {key: squeezed(shape) for key, shape in part.shapes.items()}
         unknown = found.keys() - wanted.keys() if name == "unet" else ()
@@ -3494,14 +3517,23 @@ def check_single_file(source: ModelSource) -> None:
 
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
-    """Load the tokenizer of each text encoder. Raises `model_corrupt`."""
+    """Load the tokenizer of each text encoder. Raises `model_corrupt`, also where it does not go with the encoder."""
     tokenizers = []
     for row, folder in zip(source.family.text_encoders, source.tokenizers, strict=True):
         options: JSON = {"pad_token": row.pad_token} if source.shared_tokenizer else {}
+        shapes = source.parts[row.folder].shapes if source.parts else {}
+        known = next((shape[0] for name, shape in shapes.items() if name.endswith("token_embedding.weight")), math.inf)
         try:
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, **options))
+            tokenizers.append(tokenizer := transformers.CLIPTokenizer.from_pretrained(folder, **options))
+            token_ids(tokenizer, "a")  # what a vocabulary lacks shows here only
+            if (highest := max(tokenizer.get_vocab().values())) >= known:
+                raise ValueError(f"it has tokens up to {highest}, and the model's {row.folder} knows {known}")
         except Exception as error:  # a missing or broken vocabulary shows in many classes
-            raise model_corrupt(folder, str(error)) from error
+            if not source.shared_tokenizer:
+                raise model_corrupt(folder, str(error)) from error
+            message = f"The tokenizer in {folder} cannot be used: {error}"
+            hint = "Give the folder of the model's own tokenizer, nearly always CLIP's, as tokenizer_path."
+            raise TrainerError("model_corrupt", message, hint, [problem("tokenizer_path", message)]) from error
     return tokenizers
 
 
@@ -4010,7 +4042,7 @@ def lora_header(plan: Plan, step: int, run_id: str, thumbnail: str | None = None
         {"train_lora.params": json.dumps({key: resolved[key] for key in keys_marked("x-public")})},
         {"train_lora.trigger_words": json.dumps(config.trigger_words)},
     ]
-    return dict(sorted((key, str(value)) for row in rows for key, value in row.items()))
+    return dict(sorted((key, hide_secrets(str(value))) for row in rows for key, value in row.items()))
 
 
 # ======================================================================================
@@ -4392,7 +4424,10 @@ class LoRATrainer:
         self.identity = run_identity(self.plan)
         self.run_id = point.record["run_id"] if point else known or uuid.uuid4().hex
         if point:
-            check_identity(self.identity, point.record["identity"], self.folder.path)
+            theirs = point.record["identity"]
+            if point.record.get("base") == self.base:  # the same weights, wherever they lie now
+                theirs = theirs | {key: self.identity[key] for key in ("base_model", "vae_path", "revision", "variant")}
+            check_identity(self.identity, theirs, self.folder.path)
             step, loras = point.state.step, self.ours(f"{self.config.output_name}_step")
             newest = next((str(path) for number, path in loras if number <= step), None)
             self.stop.saved = SavedFiles(step, newest, str(point.path))
@@ -4999,14 +5034,14 @@ class LoRATrainer:
     def thumbnail(self) -> str | None:
         """Give the newest sample of this run, small, as a data URL; None where none is wanted or there."""
         wanted = self.config.metadata.get("thumbnail") == "sample"
-        samples = numbered(self.folder.samples, "step", "_0.png") if wanted else []
-        path = next((path for _, path in samples if written_by(path) == self.run_id), None)
-        if path is None:
-            return None
-        with Image.open(path, formats=["PNG"]) as image:
-            image.thumbnail((256, 256))
-            image.save(buffer := io.BytesIO(), "JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        for _, path in numbered(self.folder.samples, "step", "_0.png") if wanted else ():
+            with contextlib.suppress(Exception):  # foreign and broken files are passed over: no save fails for them
+                if path.is_file() and written_by(path) == self.run_id:
+                    with Image.open(path, formats=["PNG"]) as image:
+                        image.thumbnail((256, 256))
+                        image.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=85)
+                    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return None
 
     def prune(self) -> None:
         """Remove what newer files replaced: states but two, LoRAs over the limit, all of the run before --fresh."""
@@ -5032,8 +5067,12 @@ class LoRATrainer:
         if not self.is_saved(lora=False):
             self.save(lora=False)
         self.keep_folder()
-        self.write_lora(self.final_path)
-        self.check_file(self.final_path)
+        draft = self.final_path.with_name(f".{self.final_path.name}.unchecked.train_lora.tmp")
+        self.write_lora(draft)
+        self.check_file(draft)  # a stop or a kill in here leaves no file under the final name that was not checked
+        with blame("output_not_writable"):
+            replace_file(draft, self.final_path)
+            sync_folder(self.final_path.parent)
 
     def check_file(self, path: Path) -> None:
         """Read a LoRA back and apply it to the base: in one forward pass, its effect must be the trained one.
@@ -5048,7 +5087,7 @@ class LoRATrainer:
             if as_trainer_error(error, "").code == "out_of_memory":
                 raise
             remove(path)
-            message = f"{path.name} does not do what was trained, and was removed: {error}"
+            message = f"{self.final_path.name} does not do what was trained, and was not kept: {error}"
             hint = "The state is saved: start the same command again to write the file anew."
             raise TrainerError("checkpoint_corrupt", message, hint) from error
         self.events.info(f"The file was read back and applied: its effect differs by {off:.2%} from the trained one.")
@@ -5068,12 +5107,19 @@ class LoRATrainer:
             scale = adapter_scale(self.config) if key.endswith("lokr_w1") else 1
             return (weight * scale).to(getattr(torch, SAVE_DTYPES[self.config.save_dtype])).float() * (1 / scale)
 
+        def share(strength: float) -> float:
+            return float((answer(rounded, strength) - plain).norm() / plain.norm())
+
         rounded = {key: as_in_file(key, weight) for key, weight in self.evaluation_weights().items()}
         plain = answer(rounded, 0.0)
         strength = 1.0
-        for _ in range(3):  # what the first round measures may be rounding alone
-            share = float((answer(rounded, strength) - plain).norm() / plain.norm())
-            strength = max(1.0, strength * 0.5 / max(share, 1e-3))  # 1 where the share is not finite
+        while not math.isfinite(share(strength)) and strength > 1e-6:
+            strength /= 100  # too strong for fp16: a weaker copy tells as well whether the file is right
+        if strength < 1:
+            message = f"With this LoRA at full strength the model's answer is not finite in {self.dtype}."
+            self.events.warning("lora_too_strong", message, "Start over with a lower learning_rate.")
+        for _ in range(3 * (strength == 1)):  # what the first round measures may be rounding alone
+            strength = max(1.0, strength * 0.5 / max(share(strength), 1e-3))  # 1 where the share is not finite
         trained = answer(rounded, strength)
         difference = float((answer(weights, strength) - trained).norm())
         return difference / float((trained - plain).norm()) if difference else 0.0
