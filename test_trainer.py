@@ -2364,6 +2364,23 @@ def test_training_from_a_single_file_equals_training_from_its_folder(
 
 
 @needs_torch
+def test_a_checkpoint_that_is_cut_under_the_run_is_one_error(
+    tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(wide_models / "sd15.safetensors", tmp_path / "m.safetensors"))
+    real = trainer.LoRATrainer.adapt
+
+    def adapt(made: trainer.LoRATrainer) -> None:
+        os.truncate(path, 200_000)
+        real(made)
+
+    monkeypatch.setattr(trainer.LoRATrainer, "adapt", adapt)
+    with pytest.raises(trainer.TrainerError, match="cut short") as caught:
+        prepare(tmp_path, small(images, path, tmp_path / "out", tokenizer_path=str(wide_models / "clip_tokenizer")))
+    assert caught.value.code == "model_corrupt"
+
+
+@needs_torch
 def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(
     tmp_path: Path, images: Path, wide_models: Path
 ) -> None:
@@ -2444,6 +2461,9 @@ def test_a_single_files_tokenizer_is_looked_up_in_order(
     shutil.copytree(wide_models / "clip_tokenizer", alone.parent / "clip_tokenizer")
     assert tokenizer() == alone.parent / "clip_tokenizer"
     assert tokenizer(tokenizer_path=str(wide_models / "sdxl")) == wide_models / "sdxl/tokenizer"
+    transformers.CLIPTokenizer.from_pretrained(wide_models / "clip_tokenizer").save_pretrained(tmp_path / "one_file")
+    assert not (tmp_path / "one_file/vocab.json").exists()
+    assert tokenizer(tokenizer_path=str(tmp_path / "one_file")) == tmp_path / "one_file"
     with pytest.raises(trainer.TrainerError) as caught:
         tokenizer(tokenizer_path=str(tmp_path / "nowhere"))
     assert [problem["path"] for problem in caught.value.problems] == ["tokenizer_path"]

@@ -1419,7 +1419,8 @@ LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magn
 # ======================================================================================
 
 
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names, torch's
+FLOATS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 @dataclass(frozen=True)
@@ -2054,6 +2055,11 @@ def read_vae(path: Path, family: ModelFamily) -> tuple[Part, JSON]:
     return part, dict(part.config or {})
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Tell whether a tokenizer's files are there: as OpenAI published it, or in one, as transformers 5 saves it."""
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in VOCABULARY)
+
+
 def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) -> ModelSource:
     """Find the tokenizer that a single file lacks, or take tokenizer_path's. Raises `model_not_found`.
 
@@ -2062,11 +2068,10 @@ def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) ->
     if source.tokenizers and not config.tokenizer_path:
         return source
     wish = Path(config.tokenizer_path) if config.tokenizer_path else beside / "clip_tokenizer"
-    here = (path for path in (wish, wish / "tokenizer") if all((path / name).is_file() for name in VOCABULARY))
-    folder = next(here, None)
+    folder = next(filter(holds_tokenizer, (wish, wish / "tokenizer")), None)
     if config.tokenizer_path and not folder:
-        message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)}"
-        hint = "Give the folder that holds both, such as a diffusers model's tokenizer folder."
+        message = f"tokenizer_path {wish} holds no {' and '.join(VOCABULARY)} (or tokenizer.json)"
+        hint = "Give the folder that holds them, such as a diffusers model's tokenizer folder."
         raise TrainerError("model_not_found", f"{message}.", hint, [problem("tokenizer_path", message)])
     folder = folder or hub_tokenizer(source.name, wish)
     if not folder:
@@ -3471,14 +3476,33 @@ def load_folder(part: Part, owner: Any, dtype: torch.dtype) -> Any:
     return module
 
 
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Read a safetensors file's tensors by name. Not mapped: a mapped file that is cut or lost kills the process."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))  # safetensors has checked it
+
+        def read(key: str) -> Tensor:
+            entry = header[key]
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            data = bytearray(end - begin)
+            if file.readinto(data) != len(data):
+                raise ValueError("it was cut short")
+            return torch.frombuffer(data, dtype=getattr(torch, FLOATS[entry["dtype"]])).reshape(entry["shape"])
+
+        yield read
+
+
 def load_from_file(part: Part, owner: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Build a component and read its weights out of a single file, one by one straight to the device."""
     module = skeleton(part, owner)
     values = {}
-    with safe_open(part.path, framework="pt") as file:
+    with open_tensors(part.path) as read:
         for name, weight in module.named_parameters():
             ours = saved_name(name)
-            value, stacked = file.get_tensor(part.keys[ours]), re.search(r"\.([qkv])_proj\.", ours)
+            value, stacked = read(part.keys[ours]), re.search(r"\.([qkv])_proj\.", ours)
             if stacked and ".in_proj_" in part.keys[ours]:
                 value = value.chunk(3)["qkv".index(stacked[1])]
             if part.keys[ours].endswith("text_projection"):  # as a Linear's weight, in `.weight`, it is turned already
@@ -3770,9 +3794,10 @@ def part_digest(part: Part) -> str:
     """Hash a component's weights and config. Reads them all: a second per GB."""
     digest = hashlib.sha256(json.dumps(part.config, sort_keys=True).encode())
     if part.config is not None:
-        with safe_open(part.path, framework="pt") as file:
-            for key in sorted({*part.keys.values()}):
-                digest.update(content_hash({key: file.get_tensor(key)}, "").encode())
+        keys = {key for name, key in part.keys.items() if name.endswith(("weight", "bias"))}
+        with open_tensors(part.path) as read:
+            for key in sorted(keys):
+                digest.update(content_hash({key: read(key)}, "").encode())
     return digest.hexdigest() + folder_digest(part.path, part.files)
 
 
@@ -5235,7 +5260,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
 
 def count_tokens(plan: Plan) -> JSON | None:
     """Give the token report, where the tokenizers are here: of a Hub model only its configs may be."""
-    if not plan.source.tokenizers or not all((path / "vocab.json").is_file() for path in plan.source.tokenizers):
+    if not plan.source.tokenizers or not all(map(holds_tokenizer, plan.source.tokenizers)):
         return None
     return token_report(plan, load_tokenizers(plan.source))
 
