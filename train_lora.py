@@ -3181,9 +3181,12 @@ def check_settings(config: TrainingConfig, source: ModelSource) -> None:
     count = int(source.scheduler.get("num_train_timesteps", 1000))
     penultimate = any(row.penultimate for row in source.family.text_encoders)
     undefined = config.zero_terminal_snr is True and source.prediction_type == "epsilon"
+    epsilon = "epsilon, which the model predicts, is undefined there"
+    if not source.prediction_told:
+        epsilon = "nothing says that the model predicts v; if it does, set prediction_type"
     rules = [
         (config.clip_skip and penultimate, "clip_skip", f"must be 0: {source.family.title} leaves out a layer anyway"),
-        (undefined, "zero_terminal_snr", "must not be true: epsilon, which the model predicts, is undefined there"),
+        (undefined, "zero_terminal_snr", f"must not be true: {epsilon}"),
         (config.min_timestep >= count, "min_timestep", f"must be less than the model's {count} timesteps"),
         ((config.max_timestep or 0) > count, "max_timestep", f"must be at most the model's {count} timesteps"),
     ]
