@@ -2513,6 +2513,12 @@ def test_what_may_not_be_read_is_said_with_that_remedy(
         assert [problem["path"] for problem in caught.value.problems] in ([], ["vae_path"])
 
 
+def predict_as_epsilon_models_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every UNet give back its input, nearly, which is pure noise at the last timestep."""
+    real = trainer.LoRATrainer.predict
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, *rest: x + 1e-3 * real(self, x, *rest))
+
+
 @needs_torch
 def test_what_nobody_told_is_measured_and_stays_on_a_resume(
     tmp_path: Path, images: Path, wide_models: Path, monkeypatch: pytest.MonkeyPatch
@@ -2526,8 +2532,7 @@ def test_what_nobody_told_is_measured_and_stays_on_a_resume(
     again = make_trainer(tmp_path, small(images, base, tmp_path / "v", **options))
     assert again.setup() is True, "it is finished"
     again.folder._lock.close()  # type: ignore[union-attr]
-    real = trainer.LoRATrainer.predict
-    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, t, *rest: x + 1e-3 * real(self, x, t, *rest))
+    predict_as_epsilon_models_do(monkeypatch)
     assert prepare(tmp_path, small(images, base, tmp_path / "e", **options)).plan.source.prediction_type == "epsilon"
     longer = prepare(tmp_path, small(images, base, tmp_path / "v", steps=6, **options))
     assert longer.plan.source.prediction_type == "v_prediction", "as the run began"
@@ -2547,8 +2552,7 @@ def test_what_a_measured_prediction_changes_is_said(
     row = trainer.FAMILIES[1]
     native = {"epsilon": 64, "v_prediction": 96}  # for 512 and 768
     monkeypatch.setattr(trainer, "FAMILIES", (dataclasses.replace(row, native_resolution=native),))
-    real = trainer.LoRATrainer.predict
-    monkeypatch.setattr(trainer.LoRATrainer, "predict", lambda self, x, t, *rest: x + 1e-3 * real(self, x, t, *rest))
+    predict_as_epsilon_models_do(monkeypatch)
     made = prepare(tmp_path, small(images, base, tmp_path / "size", **options))
     assert (made.plan.source.prediction_type, made.plan.resolution) == ("epsilon", 96)
     assert "resolution_suspect" in warning_codes(made)

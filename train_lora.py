@@ -27,7 +27,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     stopping                 StopWatcher: signals, the files `stop` and `save`
     output folder            one run per folder, every file whole or not at all
     model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
-    single files             checkpoints in the original layout, known by their header
+    single files             headers of safetensors files; checkpoints in the original layout, known by theirs
     the Hub                  which files of a model a run needs, and how they come
     base models              folders, single files and Hub models, down to their weights' shapes
     hardware and memory      device, dtype, the VRAM estimate
@@ -3465,7 +3465,7 @@ def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: t
         raise model_corrupt(part.path, f"{type(error).__name__}: {error}") from error
     module.requires_grad_(False).eval().to(device)
     if device.type == "cpu":
-        # Else they lie in the mapped file: what is written over it counts, and where in it a weight lies.
+        # Where a weight lies decides a product's last bits; and a folder's lie in its mapped file, which may change.
         for weight in module.parameters():
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     return module
@@ -3616,8 +3616,6 @@ class PromptEncoder:
         self.parts = []
         for row, tokenizer in zip(source.family.text_encoders, tokenizers, strict=True):
             encoder = load_component(source, row.folder, dtype, device)
-            if len(tokenizer) > encoder.config.vocab_size:
-                raise model_corrupt(Path(row.folder), "its tokenizer has more tokens than it knows")
             if config.clip_skip >= (layers := encoder.config.num_hidden_layers):
                 message = f"clip_skip must be less than the text encoder's {layers} layers"
                 raise TrainerError("config_invalid", f"{message}.", problems=[problem("clip_skip", message)])
