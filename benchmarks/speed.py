@@ -14,8 +14,8 @@ and without checkpointing and compile; without, in fp32 at 256. One JSON object 
   in which no kernel runs. `peak_share` counts the matrix products, convolutions and attention of forward and backward
   (FlopCounterMode on the bare step: gradients to activations and LoRA weights, none to frozen ones, no recomputation)
   against the best large matrix product in the compute dtype here.
-- **memory**: of a process of its own: resident after the imports, the highest until training, and in training; on CUDA
-  what torch allocated at most while it trained, against the plan's estimate.
+- **memory**: of a process of its own: resident after the imports, the highest while it set up and while it trained; on
+  CUDA what torch allocated at most while it trained, against the plan's estimate.
 - **run**: a whole run by its command line: 20 images, 30 steps, a save every 10.
 - **growth**: the command line again, one thing growing; `exponent` is the slope in logarithms (0: flat, 1: linear).
 """
@@ -366,8 +366,10 @@ def measure_memory(work: Path, case: Case, threads: int) -> Json:
     if CUDA:
         found["setup_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     made.train()
-    found["peak_gb"] = memory_of("self").get("VmHWM")
+    found["training_peak_gb"] = memory_of("self").get("VmHWM")
     estimate = {name: value / 1e9 for name, value in made.plan.memory.items()}
     if CUDA:
         found["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
