@@ -294,7 +294,7 @@ def overhead_share(made: trainer.LoRATrainer, steps: int) -> float:
             seconds = clock() - start
         return float(1 - sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds)
     spent: list[float] = []
-    for owner, name in ((made, "predict"), (trainer, "sample_error"), (torch.autograd, "backward"), (made, "update")):
+    for owner, name in ((made, "predict"), (trainer, "sample_error"), (torch.autograd, "grad"), (made, "update")):
         timed(owner, name, spent)
     start = clock()
     train_until(made, end)
