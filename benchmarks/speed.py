@@ -1,6 +1,6 @@
 """How fast is the trainer, beside a bare loop and the machine's own pace, what does it hold, and how does it grow?
 
-    python benchmarks/speed.py [--only loop memory run growth] [--sizes tiny mid sd15 sdxl] [--threads 2] > speed.jsonl
+    python benchmarks/speed.py [--only loop memory run …] [--sizes tiny mid sd15 sdxl] [--threads 2] > speed.jsonl
     python benchmarks/speed.py --write speed.jsonl      # puts the tables into benchmarks/RESULTS.md
 
 Needs no download: the models have random weights in the real layout (tiny: the tests'; mid: SD 1.5's with 128 to 512
@@ -17,7 +17,10 @@ and without checkpointing and compile; without, in fp32 at 256. One JSON object 
 - **memory**: of a process of its own: resident after the imports, the highest while it set up and while it trained; on
   CUDA what torch allocated at most while it trained, against the plan's estimate.
 - **run**: a whole run by its command line: 20 images, 30 steps, a save every 10.
-- **growth**: the command line again, one thing growing; `exponent` is the slope in logarithms (0: flat, 1: linear).
+- **images, steps, lora_rank, resolution, batch_size**: the command line again, one of these growing; `exponent` is the
+  slope in logarithms (0: flat, 1: linear).
+
+With `--threads 1 --cpu-time` other work on the machine hardly counts: all but the whole run's `seconds` is CPU time.
 """
 
 from __future__ import annotations
@@ -383,61 +386,69 @@ def measure_memory(work: Path, case: Case, threads: int) -> Json:
 
 @dataclass(frozen=True)
 class Finished:
-    """A whole run: seconds from the process's start to each of its lines and to its exit, and its memory in GB."""
+    """A whole run: seconds from the process's start to its exit, and of each event the seconds until it came, those by
+    the clock that is asked for, and the resident memory.
+    """
 
     seconds: float
     events: list[Json]
     arrived: list[float]
-    resident: list[float]
+    clock: list[float]
+    resident_gb: list[float]
     peak_gb: float
 
     def first(self, wanted: Callable[[Json], bool]) -> int:
         return next(number for number, event in enumerate(self.events) if wanted(event))
 
-    def progress(self) -> list[Json]:
-        return [event for event in self.events if event["type"] == "progress"]
-
     def step_s(self, first: int, last: int) -> float:
         """Give the mean seconds of the steps after `first` up to `last`."""
-        at = {event["step"]: event["elapsed"] for event in self.progress()}
-        return float((at[last] - at[first]) / (last - first))
+        steps = {event["step"]: at for event, at in zip(self.events, self.clock, strict=True) if "loss_avg" in event}
+        return (steps[last] - steps[first]) / (last - first)
 
     def phases(self) -> dict[str, float]:
-        """Give the seconds that each phase took, by the events' own clock."""
-        told = [event for event in self.events if event.get("phase")] + [self.events[-1]]
+        """Give the seconds that each phase took."""
+        told = [(event["phase"], at) for event, at in zip(self.events, self.clock, strict=True) if event.get("phase")]
         spent: dict[str, float] = {}
-        for event, following in itertools.pairwise(told):
-            spent[event["phase"]] = spent.get(event["phase"], 0.0) + following["elapsed"] - event["elapsed"]
-        return {phase: round(seconds, 3) for phase, seconds in spent.items()}
+        for (phase, begun), (_, ended) in itertools.pairwise([*told, ("", self.clock[-1])]):
+            spent[phase] = spent.get(phase, 0.0) + ended - begun
+        return {phase: round(seconds, 2) for phase, seconds in spent.items()}
 
     def rate(self, message: str) -> float:
         """Give the items a second of a long work, by its first and last event."""
-        work = [event for event in self.events if event.get("message") == message]
-        return float(work[-1]["total"] / max(1e-3, work[-1]["elapsed"] - work[0]["elapsed"]))
+        work = [number for number, event in enumerate(self.events) if event.get("message") == message]
+        return float(self.events[work[-1]]["total"] / max(1e-3, self.clock[work[-1]] - self.clock[work[0]]))
+
+
+def cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_script(config: Path, threads: int) -> Finished:
     command = [sys.executable, str(ROOT / "train_lora.py"), "--config", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    events, arrived, resident, peak = [], [], [], 0.0
+    done = Finished(0.0, [], [], [], [], 0.0)
+    peak = 0.0
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
         assert process.stdout
         for line in process.stdout:
-            arrived.append(time.perf_counter() - start)
-            events.append(json.loads(line))
+            done.arrived.append(time.perf_counter() - start)
+            done.events.append(json.loads(line))
+            by_cpu = os.environ.get("SPEED_CPU_TIME")
+            done.clock.append(cpu_seconds(process.pid) if by_cpu else done.events[-1]["elapsed"])
             memory = memory_of(process.pid)
-            resident.append(memory.get("VmRSS", math.nan))
+            done.resident_gb.append(memory.get("VmRSS", math.nan))
             peak = max(peak, memory.get("VmHWM", 0.0))
-    assert events[-1]["type"] == "complete", events[-1]
-    return Finished(time.perf_counter() - start, events, arrived, resident, peak)
+    assert done.events[-1]["type"] == "complete", done.events[-1]
+    return dataclasses.replace(done, seconds=time.perf_counter() - start, peak_gb=peak)
 
 
 def measure_run(work: Path, case: Case, threads: int) -> Json:
     config = write_config(work, case, 30, images=20, checkpoint_steps=10)
     done = run_script(config, threads)
     saves = [number for number, event in enumerate(done.events) if event["type"] == "checkpoint"]
-    stalls = [done.events[number]["elapsed"] - done.events[number - 1]["elapsed"] for number in saves]
+    stalls = [done.clock[number] - done.clock[number - 1] for number in saves]
     state = Path(done.events[saves[0]]["state_path"])
     return {
         "seconds": done.seconds,
@@ -459,6 +470,7 @@ GROWTH = {  # what grows, over which values, in which case, for how many steps
     "batch_size": ((1, 2, 4, 8), Case("mid", 256), 8),
 }
 LONG = 10_000  # steps of the run whose steps are watched
+MEASURES = ("loop", "memory", "run", *GROWTH, "steps")
 
 
 def measure_growth(work: Path, by: str, value: int, threads: int) -> Json:
@@ -476,7 +488,7 @@ def measure_steps(work: Path, threads: int) -> Iterator[Json]:
     done = run_script(write_config(work, Case("tiny", 64), LONG, images=20), threads)
     for last in (100, 1000, LONG):
         line = done.first(lambda event, last=last: event["type"] == "progress" and event["step"] == last)  # type: ignore[misc]
-        yield {"value": last, "step_s": done.step_s(last // 2, last), "resident_gb": done.resident[line]}
+        yield {"value": last, "step_s": done.step_s(last // 2, last), "resident_gb": done.resident_gb[line]}
 
 
 def exponent(values: Sequence[float], results: Sequence[float]) -> float:
@@ -505,17 +517,21 @@ def describe_machine(threads: int) -> Json:
     }
 
 
-def growth(work: Path, threads: int) -> Iterator[Json]:
-    for by, (values, _, _) in GROWTH.items():
-        rows = [{"value": value} | measure_growth(work, by, value, threads) for value in values]
-        yield from ({"by": by} | row for row in rows)
-        for name in rows[0].keys() - {"value"}:
+def growth(work: Path, only: Sequence[str], threads: int) -> Iterator[Json]:
+    for by in [by for by in GROWTH if by in only]:
+        values = GROWTH[by][0]
+        rows = []
+        for value in values:
+            rows.append({"value": value} | measure_growth(work, by, value, threads))
+            yield {"by": by} | rows[-1]
+        for name in list(rows[0])[1:]:
             results = [row[name] for row in rows]
             if min(results) > 0:
                 yield {"by": by, "of": name, "exponent": exponent(values, results), "times": results[-1] / results[0]}
         if by == "images":
             yield {"by": by, "of": "kB an image", "times": (rows[-1]["peak_gb"] - rows[-2]["peak_gb"]) / 9000 * 1e6}
-    yield from ({"by": "steps"} | row for row in measure_steps(work, threads))
+    if "steps" in only:
+        yield from ({"by": "steps"} | row for row in measure_steps(work, threads))
 
 
 def measure(only: Sequence[str], sizes: Sequence[str], work: Path, threads: int) -> Iterator[Json]:
@@ -527,8 +543,7 @@ def measure(only: Sequence[str], sizes: Sequence[str], work: Path, threads: int)
     for case in [case for case in cases if case.model != "tiny"] if "run" in only else ():
         if not (case.compile or case.gradient_checkpointing):
             yield {"measure": "run"} | dataclasses.asdict(case) | measure_run(work, case, threads)
-    if "growth" in only:
-        yield from ({"measure": "growth"} | row for row in growth(work, threads))
+    yield from ({"measure": "growth"} | row for row in growth(work, only, threads))
 
 
 def cell(value: Any) -> str:
@@ -566,7 +581,7 @@ def write_tables(rows: Sequence[Json]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["loop", "memory", "run", "growth"], help="default: all")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, help="default: all")
     parser.add_argument(
         "--sizes", nargs="+", choices=list(CASES), help="default: sd15 and sdxl on CUDA, else tiny and mid"
     )
@@ -582,10 +597,9 @@ def main() -> None:
         return write_tables([json.loads(line) for line in options.write.read_text().splitlines()])
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["SPEED_CPU_TIME"] = "1" * options.cpu_time  # the fresh processes inherit it
-    only = options.only or ["loop", "memory", "run", "growth"]
     sizes = options.sizes or (["sd15", "sdxl"] if CUDA else ["tiny", "mid"])
     with tempfile.TemporaryDirectory() as folder:
-        for row in measure(only, sizes, Path(folder), options.threads):
+        for row in measure(options.only or MEASURES, sizes, Path(folder), options.threads):
             print(json.dumps(row), flush=True)
     return None
 
