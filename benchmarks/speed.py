@@ -529,7 +529,8 @@ def growth(work: Path, only: Sequence[str], threads: int) -> Iterator[Json]:
             if min(results) > 0:
                 yield {"by": by, "of": name, "exponent": exponent(values, results), "times": results[-1] / results[0]}
         if by == "images":
-            yield {"by": by, "of": "kB an image", "times": (rows[-1]["peak_gb"] - rows[-2]["peak_gb"]) / 9000 * 1e6}
+            growth_kb = (rows[-1]["peak_gb"] - rows[-2]["peak_gb"]) * 1e6 / (values[-1] - values[-2])
+            yield {"by": by, "of": "peak_gb", "kb_an_image": growth_kb}
     if "steps" in only:
         yield from ({"by": "steps"} | row for row in measure_steps(work, threads))
 
@@ -555,8 +556,10 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Json]) -> str:
-    """Render rows as Markdown; what is the same as in all other rows by default is left out."""
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "measure"))
+    """Render rows as Markdown, without the settings that all of them leave at their defaults."""
+    plain = {field.name: field.default for field in dataclasses.fields(Case)} | {"measure": rows[0]["measure"]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if any(row.get(name) != plain.get(name) for row in rows)]
     lines = [columns, ["---"] * len(columns), *([cell(row.get(name, "")) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
