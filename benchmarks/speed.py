@@ -572,13 +572,13 @@ def write_tables(rows: Sequence[Json]) -> None:
     """Replace the tables in RESULTS.md that these rows have something for; the words between them stay."""
     text = RESULTS.read_text("utf-8")
     for name, group in trainer.grouped(rows, section).items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         fits = [row for row in group if "of" in row]
         tables = [table(part) for part in ([row for row in group if row not in fits], fits) if part]
         before, begun, rest = text.partition(begin)
         _, ended, after = rest.partition(end)
         if begun and ended:
-            text = before + begin + "\n\n".join(tables) + end + after
+            text = before + begin + "\n\n".join(tables) + "\n" + end + after
     RESULTS.write_text(text, "utf-8")
 
 
