@@ -559,7 +559,7 @@ def table(rows: Sequence[Json]) -> str:
     """Render rows as Markdown, without the settings that all of them leave at their defaults."""
     plain = {field.name: field.default for field in dataclasses.fields(Case)} | {"measure": rows[0]["measure"]}
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = [name for name in names if any(row.get(name) != plain.get(name) for row in rows)]
+    columns = [name for name in names if name != "by" and any(row.get(name) != plain.get(name) for row in rows)]
     lines = [columns, ["---"] * len(columns), *([cell(row.get(name, "")) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
