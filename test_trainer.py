@@ -960,10 +960,10 @@ NOISE = """
 import ctypes, os, subprocess, sys, warnings
 import train_lora
 load = train_lora.import_libraries
-def noisy():
+def noisy(*unused):
     print("python print"); os.write(1, b"raw write\\n"); subprocess.run(["echo", "a child process"])
     ctypes.CDLL(None).puts(b"C puts"); ctypes.CDLL(None).fflush(None); warnings.warn("careful")
-    load()
+    load(*unused)
 train_lora.import_libraries = noisy
 sys.exit(train_lora.main(sys.argv[1:]))
 """
