@@ -5512,15 +5512,15 @@ def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monke
     assert norm == pytest.approx(before, rel=1e-5)
     assert before > 1e-2
     assert seen == [pytest.approx(1e-3, rel=1e-2)]
-    for weight, part in zip(made.masters.values(), made.gradient_parts, strict=True):
-        assert weight.grad is part, "what is clipped is what the optimizer sees"
+    for key, weight in made.masters.items():
+        assert weight.grad is made.gradients[key], "what is clipped is what the optimizer sees"
 
 
 @needs_torch
 def test_accumulating_equals_one_larger_batch(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=2))
     total = made.accumulate(0)
-    grads = [part.clone() for part in made.gradient_parts]
+    grads = [part.clone() for part in made.gradients.values()]
     losses = [made.loss(made.collate(index), 0, index) for index in (0, 1)]
     expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(made.parameters.values()))
     assert total == pytest.approx(float((losses[0] + losses[1]).detach()) / 2, rel=1e-6)
@@ -5634,6 +5634,8 @@ def test_a_verdict_that_is_read_a_step_late_changes_nothing_but_when(
         assert made[late].train()
         made[late].finish()
     now, then = made[0], made[1]
+    bad = next(event for event in emitted(now, "warning") if event["code"] == "step_not_finite")
+    assert bad["message"].startswith("Step 2 ")
     for key, weight in now.live.items():
         assert torch.equal(weight, then.live[key])
         assert torch.equal(now.ema[key], then.ema[key])
@@ -5646,16 +5648,21 @@ def test_a_verdict_that_is_read_a_step_late_changes_nothing_but_when(
 
 
 @needs_torch
-def test_a_step_that_is_not_finite_leaves_the_optimizer_as_it_was(tmp_path: Path, images: Path, models: Path) -> None:
-    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+def test_a_step_that_is_not_finite_leaves_optimizer_and_average_as_they_were(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", ema_decay=0.5))
     take_step(made, 0)
     before: dict[str, Any] = {}
+    average = made.all_ema.clone()
     trainer.pack(made.optimizer.state_dict(), before)
     before = {name: tensor.clone() for name, tensor in before.items()}
     take_step(made, 1, lambda: made.gradient[0].fill_(math.inf))
     after: dict[str, Any] = {}
     trainer.pack(made.optimizer.state_dict(), after)
     assert len(before) == 3 * len(made.live)
+    assert average.any()
+    assert torch.equal(made.all_ema, average)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 

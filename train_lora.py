@@ -2382,18 +2382,20 @@ def bytes_saved(config: TrainingConfig, source: ModelSource, width: int) -> int:
 def check_quantizer(config: TrainingConfig, device: str) -> None:
     """Try bitsandbytes where the config asks for nf4: many a version has no code for a device. Raises `config_invalid`.
 
-    The product with a vector is what it does otherwise than the rest.
+    It has code of its own for a single row and for many.
     """
     if config.quantize_base == "none":
         return
     try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-        weight, state = bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
-        inputs = torch.ones(1, 64, device=device, requires_grad=True)
-        output = bitsandbytes.matmul_4bit(inputs, weight, quant_state=state)
-        (gradient,) = torch.autograd.grad(output.sum(), inputs)
-        if output.flatten().tolist() + gradient.flatten().tolist() != [64.0] * 128:
-            raise ValueError("its products are wrong")
+        bitsandbytes, (dtype, _) = importlib.import_module("bitsandbytes"), choose_dtype(config.mixed_precision, device)
+        ones = torch.ones(64, 64, device=device, dtype=dtype)
+        weight, state = bitsandbytes.functional.quantize_4bit(ones, quant_type="nf4", compress_statistics=True)
+        for count in (1, 2048):
+            inputs = torch.ones(count, 64, device=device, dtype=dtype, requires_grad=True)
+            output = bitsandbytes.matmul_4bit(inputs, weight, quant_state=state)
+            (gradient,) = torch.autograd.grad(output.sum(), inputs)
+            if not bool((output == 64).all() and (gradient == 64).all()):
+                raise ValueError("its products are wrong")
     except Exception as error:  # a broken or missing library of kernels shows in many classes
         message = f"nf4 cannot be used on {device}: bitsandbytes fails ({type(error).__name__}: {error})"
         hint = "pip install -U bitsandbytes, or set quantize_base to none."
@@ -3892,27 +3894,26 @@ def lean_linear() -> Any:
         def forward(
             ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
         ) -> Tensor:
-            """[..., in] -> [..., out] with the frozen weight [out, in], down [rank, in], up [out, rank]."""
-            rows = x.flatten(0, -2)
-            middle = rows @ down.t() if scale == 1 else (rows @ down.t()).mul_(scale)
+            """[N, in] -> [N, out] with the frozen weight [out, in], down [rank, in], up [out, rank]."""
+            middle = x @ down.t() if scale == 1 else (x @ down.t()).mul_(scale)
             ctx.save_for_backward(x, weight, down, up, middle)
             ctx.scale = scale
-            product = torch.nn.functional.linear(rows, weight, bias).addmm_(middle, up.t())
-            return product.view(*x.shape[:-1], len(up))
+            return torch.nn.functional.linear(x, weight, bias).addmm_(middle, up.t())
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             x, weight, down, up, middle = ctx.saved_tensors
-            gradient = gradients[0].flatten(0, -2)
+            (gradient,) = gradients
             of_middle = gradient @ up if ctx.scale == 1 else (gradient @ up).mul_(ctx.scale)
-            of_x = (gradient @ weight).addmm_(of_middle, down).view(x.shape) if ctx.needs_input_grad[0] else None
-            return of_x, None, None, of_middle.t() @ x.flatten(0, -2), gradient.t() @ middle, None
+            of_x = (gradient @ weight).addmm_(of_middle, down) if ctx.needs_input_grad[0] else None
+            return of_x, None, None, of_middle.t() @ x, gradient.t() @ middle, None
 
     class LeanLinear(peft.tuners.lora.Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             frozen, down, up = self.base_layer, self.lora_A["default"].weight, self.lora_B["default"].weight
             product: Any = Product.apply  # torch gives it no type
-            return product(x, frozen.weight, frozen.bias, down, up, self.scaling["default"])
+            rows = product(x.flatten(0, -2), frozen.weight, frozen.bias, down, up, self.scaling["default"])
+            return rows.view(*x.shape[:-1], rows.shape[-1])
 
     return LeanLinear
 
@@ -4604,6 +4605,7 @@ class LoRATrainer:
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
         self.hardware = hardware = choose_device(self.config.device)
+        set_determinism(self.config.deterministic)  # before any product: cuBLAS reads its setting once
         self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
         self.half = self.dtype != torch.float32
         self.autocasts = self.half and self.config.lora_type != "lora"  # see make_masters
@@ -4629,7 +4631,6 @@ class LoRATrainer:
         if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
             self.state = point.state
             return True
-        set_determinism(self.config.deterministic)
         self.cache()
         self.adapt()
         if point:
@@ -4804,19 +4805,20 @@ class LoRATrainer:
         their weights, for which 16 bits are too few: they stay in fp32, under autocast.
         """
         config = self.config
-        self.masters = {key: torch.nn.Parameter(weight.detach()) for key, weight in self.parameters.items()}
         # `evaluating` lends the modules other tensors; these are the ones that train, whatever is lent.
-        self.live: dict[str, Tensor] = {key: weight.data for key, weight in self.masters.items()}
+        self.all_live, self.live = one_piece(self.parameters)
+        torch._foreach_copy_([*self.live.values()], [weight.detach() for weight in self.parameters.values()])
+        self.masters = {key: torch.nn.Parameter(weight) for key, weight in self.live.items()}
         self.working = {k: w if self.autocasts else w.to(self.dtype) for k, w in self.live.items()}
         self.lend(self.working)
         for component in self.components.values():
             speed_up(component)
-        self.ema = {key: weight.clone() for key, weight in self.live.items()} if config.ema_decay else {}
-        self.gradient, self.gradient_parts = one_piece(self.live.values())
-        accumulates = config.gradient_accumulation_steps > 1
-        self.incoming, self.incoming_parts = one_piece(self.live.values() if accumulates else ())
-        for weight, part in zip(self.masters.values(), self.gradient_parts, strict=True):
-            weight.grad = part
+        self.all_ema, self.ema = one_piece(self.live if config.ema_decay else {})
+        self.all_ema.copy_(self.all_live) if config.ema_decay else None
+        self.gradient, self.gradients = one_piece(self.live)
+        self.incoming, self.incoming_parts = one_piece(self.live if config.gradient_accumulation_steps > 1 else {})
+        for key, weight in self.masters.items():
+            weight.grad = self.gradients[key]
         self.rates = learning_rates(config)
         groups = [
             {
@@ -4988,7 +4990,8 @@ class LoRATrainer:
     def add_gradients(self, loss: Tensor, first: bool) -> None:
         """Run the backward pass; its gradients, in fp32, take the place of the step's so far, or are added to these."""
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], materialize_grads=True)
-        torch._foreach_copy_(self.gradient_parts if first else self.incoming_parts, gradients)
+        target = self.gradients if first else self.incoming_parts
+        torch._foreach_copy_([*target.values()], gradients)
         if not first:
             self.gradient += self.incoming
 
@@ -5096,8 +5099,8 @@ class LoRATrainer:
         """Lend the components the evaluation weights, or others; the ones that train are put back as they were."""
         for component in self.components.values():
             component.eval()
-        self.lend(lent or self.evaluation_weights())
         try:
+            self.lend(lent or self.evaluation_weights())
             yield
         finally:
             self.lend(self.working)
@@ -5146,7 +5149,7 @@ class LoRATrainer:
             self.refresh()
             if self.config.ema_decay:
                 share = 1 - ema_decay_at(self.config.ema_decay, step)
-                torch._foreach_lerp_([*self.ema.values()], [*self.live.values()], share)
+                self.all_ema.lerp_(self.all_live, share * numbers.isfinite().all())  # a bad step's share is 0
             before, self.clock = self.clock, time.monotonic()  # samples and saves are in, so the time left is honest
             self.laps.append(self.clock - before)
             self.state = self.state.after(self.laps[-1])
@@ -5175,11 +5178,14 @@ class LoRATrainer:
 
         With all of them read the state is whole, and can be saved.
         """
-        while len(self.unread) > leave:
+        while True:
             with self.changing:
-                outcome = self.unread.popleft()
+                if len(self.unread) <= leave:
+                    return
+                outcome = self.unread[0]
                 loss, grad_norm = outcome.read()
                 self.state = self.state.judged(loss, self.verdict(outcome.step, loss, grad_norm))
+                self.unread.popleft()
             self.report(outcome.step + 1, loss, grad_norm, outcome.rates)
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
@@ -5203,7 +5209,7 @@ class LoRATrainer:
         if step % self.config.log_steps and step != total:
             return
         speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         fields: JSON = {"step": step, "total_steps": total, "percent": round(100 * step / total, 2)}
         fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rates["unet"], "grad_norm": grad_norm}
         fields |= {"learning_rates": rates}
@@ -5461,12 +5467,12 @@ class LoRATrainer:
 COMPILE_HINT = "Install a C++ compiler (on a GPU also Triton: pip install triton), or set compile to false."
 
 
-def one_piece(tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Give zeros in one piece of memory, and views of it in the tensors' shapes."""
-    like = [*tensors]
-    sizes = [tensor.numel() for tensor in like]
-    whole = torch.zeros(sum(sizes), device=like[0].device if like else "cpu")
-    return whole, [part.view_as(tensor) for part, tensor in zip(torch.split(whole, sizes), like, strict=True)]
+def one_piece(like: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give fp32 zeros in one piece of memory, and views of it in the tensors' shapes."""
+    sizes = [tensor.numel() for tensor in like.values()]
+    whole = torch.zeros(sum(sizes), device=next((tensor.device for tensor in like.values()), None))
+    parts = zip(like.items(), torch.split(whole, sizes), strict=True)
+    return whole, {key: part.view_as(tensor) for (key, tensor), part in parts}
 
 
 def is_due(step: int, every: int) -> bool:
