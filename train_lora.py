@@ -5063,7 +5063,7 @@ class LoRATrainer:
     def has_part(self, micro_batch: int) -> bool:
         """Tell whether this process has samples of a micro-batch: a bucket's last one may be smaller than the group."""
         part = self.group.part(len(self.batch_at(micro_batch)[1]))
-        return part.start < part.stop
+        return bool(part.start < part.stop)
 
     def collate(self, micro_batch: int) -> Batch:
         """Put this process's part of a micro-batch together from the cache. Shapes as in Batch."""
@@ -5568,6 +5568,7 @@ EXAMPLES = """examples:
   train_lora.py --config my_lora.json --set steps=2000    the same with one key changed
   train_lora.py --config my_lora.json --fresh             start over instead of going on
   generate_config | train_lora.py --config -              read the config from stdin
+  accelerate launch train_lora.py --config my_lora.json   train on all GPUs of this machine
 """
 
 
@@ -5589,7 +5590,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def validate(config: TrainingConfig, events: EventStream, group: Group) -> None:
+def validate(config: TrainingConfig, events: EventStream, processes: int = 1) -> None:
     """Check all that a run needs, also without torch. Raises the first problem's code, with every problem listed."""
     failures: list[TrainerError] = []
 
@@ -5612,7 +5613,7 @@ def validate(config: TrainingConfig, events: EventStream, group: Group) -> None:
         problems = [item for error in failures for item in (error.problems or [problem(error.code, error.message)])]
         message = " ".join(error.message for error in failures)
         raise TrainerError(failures[0].code, message, " ".join(error.hint for error in failures), problems)
-    plan = make_plan(config, dataset, source, hardware, half=half, processes=group.size)
+    plan = make_plan(config, dataset, source, hardware, half=half, processes=processes)
     for reason in plan.reasons:
         events.info(reason)
     if hardware:
@@ -5696,7 +5697,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     config = load_config(options.config, options.set)
     check_sharing(config, group)
     if options.validate_only:
-        return validate(config, events, group) if group.is_main else events.emit("validated")
+        return validate(config, events, group.size) if group.is_main else events.emit("validated")
     group.join(events, stop)
     folder = OutputFolder(Path(config.output_path))
 
