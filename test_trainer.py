@@ -1445,6 +1445,7 @@ def be_one_of_two(rank: int, port: int, arguments: list[str], stdout: Path, patc
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with stdout.open("wb") as file:
         os.dup2(file.fileno(), 1)
+    trainer.unused_packages = lambda config: []  # everything is imported already
     exec(patch, {"t": trainer, "rank": rank, "time": time})
     sys.exit(trainer.main(arguments))
 
