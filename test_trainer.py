@@ -1493,8 +1493,9 @@ def test_two_processes_end_where_one_does_that_has_the_whole_batch(
     one = train(tmp_path, config | {"batch_size": 2 * batch_size})
     # Buckets of one to three images: batches that are uneven, and that leave a process without samples.
     assert {len(bucket) for bucket in one.plan.buckets.values()} & {1, 3}
-    changes = {"output_path": str(tmp_path / "two"), "batch_size": batch_size, "validation_steps": 2}
-    result = together(tmp_path, config | changes, patch="t.LoRATrainer.warned = 0" + WARNING)
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    changes = {"output_path": str(tmp_path / "two"), "batch_size": batch_size, "validation_steps": 2, **cache}
+    result = together(tmp_path, config | changes, patch=WARNING)
     assert_same_run(result, one, tmp_path / "two/lora_final.safetensors")
     header, wanted = (
         trainer.read_header(folder / "lora_final.safetensors") for folder in (tmp_path / "two", tmp_path / "one")
@@ -1504,16 +1505,25 @@ def test_two_processes_end_where_one_does_that_has_the_whole_batch(
     assert f"2 processes train together, on batches of {2 * batch_size}." in [e["message"] for e in result.of("info")]
     codes = [event["code"] for event in result.of("warning")]
     assert codes.count("of_rank_1") == codes.count("of_both") == codes.count("training_on_cpu") == 1
+    # Each has encoded every second image, and what they have encoded is on disk.
+    counts = [int(event["message"].split()[-1]) for event in result.of("warning") if event["code"] == "encoded"]
+    views = len(one.plan.views())
+    assert sorted(counts) == [views // 2, (views + 1) // 2]
+    alone = prepare(tmp_path, config | cache | {"output_path": str(tmp_path / "three")})
+    assert f"{views} of {views} images are in the cache already." in [e["message"] for e in emitted(alone, "info")]
 
 
 WARNING = """
+t.LoRATrainer.warned, encoded, encode_images = False, [], t.encode_images
+t.encode_images = lambda vae, images: encoded.extend(images) or encode_images(vae, images)
 accumulate = t.LoRATrainer.accumulate
 def warn(self, step):
     if not self.warned:
         self.events.warning("of_both", "Both processes find this.")
+        self.events.warning("encoded", f"By process {rank}: {len(encoded)}")
     if rank and not self.warned:
         self.events.warning("of_rank_1", "One process finds this.")
-    self.warned = 1
+    self.warned = True
     return accumulate(self, step)
 t.LoRATrainer.accumulate = warn
 """
