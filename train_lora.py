@@ -1231,11 +1231,16 @@ class Group:
         print(f"train_lora.py, process {self.rank}: {failure.message} {failure.hint}", file=sys.stderr)
 
     def leave(self, code: int) -> int:
-        """End together: the main process's reader has everything by now, the others wait for its end."""
-        if self.is_main:
+        """End all processes where there are several: the main one, whose reader has everything, before the others.
+
+        An interpreter that takes itself down could wait for processes that wait for it (NCCL).
+        """
+        if self._lines and self.is_main:
             self.end = code
             self.send(end=code)
-        elif self._hearing:
+            sys.stderr.flush()
+            os._exit(code)
+        elif self._lines:
             self._hearing[0].join()
         return code
 
