@@ -2230,7 +2230,7 @@ def test_a_token_is_in_no_output(
 def test_a_stop_request_in_a_download_ends_the_process_at_once(tmp_path: Path, hub: FakeHub, images: Path) -> None:
     hub.cut, hub.files[UNET] = UNET, tensor_file(1_000_000)
     hub.go_on.clear()
-    code = "t.import_checkers(); t.run = lambda options, events, stop: "
+    code = "t.import_checkers(); t.run = lambda options, events, stop, group: "
     code += "t.locate_model(t.load_config(options.config), events, weights=True, half=False)"
     config = write_config(tmp_path, **REQUIRED | {"base_model": "someone/tiny-sd"})
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "hub")}
