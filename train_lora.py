@@ -201,15 +201,25 @@ def import_checkers() -> None:
     from safetensors import safe_open
 
 
-def import_libraries() -> None:
-    """Import everything that takes seconds; called once, after the signal handlers are in."""
+def import_libraries(unused: Iterable[str] = ()) -> None:
+    """Import everything that takes seconds; called once, after the signal handlers are in.
+
+    `unused` are packages that others would import because they are there, and that this run does not need.
+    """
     global accelerate, torch, diffusers, transformers, peft, safetensors
-    import accelerate
-    import diffusers
-    import peft
-    import safetensors.torch
-    import torch
-    import transformers
+    hidden: Any = dict.fromkeys(unused)  # None: importing it fails, as if it were not installed
+    sys.modules.update(hidden)
+    gc.disable()  # else it looks through all that is new, again and again: a quarter of the time
+    try:
+        import accelerate
+        import diffusers
+        import peft
+        import safetensors.torch
+        import torch
+        import transformers
+    finally:
+        gc.freeze()  # modules live as long as the process
+        gc.enable()
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -668,12 +678,17 @@ def hide_secrets(text: str) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=256)  # an event's keys come again with every event
+def clean(text: str) -> str:
+    return re.sub("[\ud800-\udfff]", "\ufffd", hide_secrets(text))
+
+
 def strict(value: Any) -> Any:
     """Make a value fit to be written: no NaN, no lone surrogates, no Path, no secret."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (str, Path)):
-        return re.sub("[\ud800-\udfff]", "\ufffd", hide_secrets(str(value)))
+        return clean(str(value))
     if isinstance(value, Mapping):
         return {strict(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -2326,6 +2341,13 @@ def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
     return torch.float32, "16-bit types are slow on the CPU"
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; to a CUDA one from pinned memory, as only then neither side waits for the other."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def lora_width(config: TrainingConfig, source: ModelSource) -> int:
     """Sum the inputs and outputs of all targeted layers; times the rank, a LoRA's parameters."""
     if source.parts:
@@ -3625,6 +3647,12 @@ def generator(purpose: str, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_key(purpose, *numbers))
 
 
+def seed_global(key: int, device: torch.device) -> None:
+    """Seed the generator that dropout on a device draws from. torch.manual_seed seeds all, 0.3 ms on the CPU."""
+    source: Any = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
+    source.manual_seed(key)
+
+
 def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
     """Compute alpha_bar [T] in float64 on the CPU from a diffusers scheduler config (linear or scaled_linear)."""
     count = int(scheduler.get("num_train_timesteps", 1000))
@@ -3656,7 +3684,7 @@ def diffuse(
     v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D).
     """
     chosen = alpha_bar[timesteps].view(-1, 1, 1, 1)
-    alpha, sigma = (part.sqrt().float().to(latents.device) for part in (chosen, 1 - chosen))
+    alpha, sigma = (to_device(part.sqrt().float(), latents.device) for part in (chosen, 1 - chosen))
     target = noise if prediction_type == "epsilon" else alpha * noise - sigma * latents
     return alpha * latents + sigma * noise, target
 
@@ -3966,7 +3994,7 @@ class PromptEncoder:
         """Run the encoders on W windows: (context [W, 77, width], pooled [W, width] or None), as diffusers does."""
         states, pooled = [], None
         for (row, _, encoder), inputs in zip(self.parts, zip(*windows, strict=True), strict=True):
-            tokens, mask = torch.tensor(inputs, device=encoder.device).unbind(1)
+            tokens, mask = to_device(torch.tensor(inputs), encoder.device).unbind(1)
             attended = mask if getattr(encoder.config, "use_attention_mask", False) else None
             output = encoder(tokens, attention_mask=attended, output_hidden_states=True)
             state = output.hidden_states[-2] if row.penultimate else output.last_hidden_state
@@ -4059,9 +4087,62 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
     return weights
 
 
+@functools.cache
+def lean_linear() -> Any:
+    """Give the class of a plain LoRA on a linear layer that computes x W^T + b + scale (x A^T) B^T with less traffic.
+
+    PEFT's forward multiplies by the scale and adds in passes over memory of their own, and so does its backward. Here
+    the matrix products add up: on a GPU such passes cost nearly what the products do. A cached function, because torch
+    is imported late; a class, because torch.compile would compile a method of each instance anew.
+    """
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ) -> Tensor:
+            """[..., in] -> [..., out] with the frozen weight [out, in], down [rank, in], up [out, rank]."""
+            rows = x.flatten(0, -2)
+            middle = rows @ down.t() if scale == 1 else (rows @ down.t()).mul_(scale)
+            ctx.save_for_backward(x, weight, down, up, middle)
+            ctx.scale = scale
+            product = torch.nn.functional.linear(rows, weight, bias).addmm_(middle, up.t())
+            return product.view(*x.shape[:-1], len(up))
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            x, weight, down, up, middle = ctx.saved_tensors
+            gradient = gradients[0].flatten(0, -2)
+            of_middle = gradient @ up if ctx.scale == 1 else (gradient @ up).mul_(ctx.scale)
+            of_x = (gradient @ weight).addmm_(of_middle, down).view(x.shape) if ctx.needs_input_grad[0] else None
+            return of_x, None, None, of_middle.t() @ x.flatten(0, -2), gradient.t() @ middle, None
+
+    class LeanLinear(peft.tuners.lora.Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            frozen, down, up = self.base_layer, self.lora_A["default"].weight, self.lora_B["default"].weight
+            product: Any = Product.apply  # torch gives it no type
+            return product(x, frozen.weight, frozen.bias, down, up, self.scaling["default"])
+
+    return LeanLinear
+
+
+def speed_up(component: Any) -> None:
+    """Make LoRAs on plain linear layers lean ones. Others (convolutions, DoRA, dropout) keep PEFT's forward."""
+    for layer in component.modules():
+        plain = type(layer) is peft.tuners.lora.Linear and type(layer.base_layer) is torch.nn.Linear
+        if plain and not layer.lora_variant and isinstance(layer.lora_dropout["default"], torch.nn.Identity):
+            layer.__class__ = lean_linear()
+
+
 def adapter_scale(config: TrainingConfig) -> float:
     """Give what an adapter's product is multiplied with (rsLoRA: Kalajdzievski 2023)."""
     return config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+
+
+def unused_packages(config: TrainingConfig) -> list[str]:
+    """List what PEFT would import without need: bitsandbytes takes 0.7 s."""
+    needed = OPTIMIZERS[config.optimizer].package == "bitsandbytes" or config.quantize_base != "none"
+    return [] if needed else ["bitsandbytes"]
 
 
 def learning_rates(config: TrainingConfig) -> dict[str, float]:
@@ -4077,7 +4158,7 @@ def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch
     if kind.adam:
         options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if kind.module == "torch.optim":
-        options["fused"] = device.type == "cuda"
+        options["fused"] = device.type in ("cuda", "cpu")
     try:
         owner = getattr(importlib.import_module(kind.module), kind.class_name)
     except (ImportError, AttributeError) as error:
@@ -4404,11 +4485,38 @@ class TrainState:
     def loss_avg(self) -> float | None:
         return sum(self.losses) / len(self.losses) if self.losses else None
 
-    def after(self, loss: float, good: bool | None, seconds: float) -> TrainState:
-        """Give the state after one more step; `good` as LoRATrainer.verdict has it."""
+    def after(self, seconds: float) -> TrainState:
+        """Give the state after one more step."""
+        return dataclasses.replace(self, step=self.step + 1, seconds=self.seconds + seconds)
+
+    def judged(self, loss: float, good: bool | None) -> TrainState:
+        """Give the state once the step's loss is known; `good` as LoRATrainer.verdict has it."""
         losses = (*self.losses, loss)[-self.LOSS_WINDOW :] if good else self.losses
-        bad_steps = 0 if good else self.bad_steps + (good is False)
-        return TrainState(self.step + 1, losses, bad_steps, self.seconds + seconds)
+        return dataclasses.replace(self, losses=losses, bad_steps=0 if good else self.bad_steps + (good is False))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to: `numbers` [2], the loss and the gradient's norm before clipping, on its way to the host."""
+
+    step: int
+    rates: Mapping[str, float]
+    numbers: Tensor
+    arrived: Any  # a torch.Event; None: nobody has to wait
+
+    @classmethod
+    def of(cls, step: int, rates: Mapping[str, float], numbers: Tensor) -> Outcome:
+        """Start the copy to the host."""
+        if numbers.device.type != "cuda":
+            return cls(step, rates, numbers, None)
+        host = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
+        return cls(step, rates, host, torch.cuda.current_stream().record_event())
+
+    def read(self) -> tuple[float, float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        loss, norm = self.numbers.tolist()
+        return loss, norm
 
 
 def encode_state(tensors: Mapping[str, Tensor], record: JSON) -> bytes:
@@ -4675,6 +4783,7 @@ class LoRATrainer:
         self.state = TrainState()
         self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
+        self.unread: collections.deque[Outcome] = collections.deque()
         self.replaced: list[str] = []  # the runs that --fresh replaced; their files go after our first save
         self.damaged: list[Path] = []  # states that we could not resume from; they go then too
         self.changing = threading.RLock()  # held while weights and counters change or are being saved
@@ -4706,6 +4815,7 @@ class LoRATrainer:
         self.hardware = hardware = choose_device(self.config.device)
         self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
         self.half = self.dtype != torch.float32
+        self.autocasts = self.half and self.config.lora_type != "lora"  # see make_masters
         self.device = torch.device(hardware.device)
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
         source = locate_model(self.config, self.events, weights=True, half=self.half)
@@ -4883,25 +4993,74 @@ class LoRATrainer:
             self.components[part].train()
         if config.init_lora_path:
             read_initial(self.parameters, config, source)
-        # `evaluating` lends the parameters other tensors; these are the ones that train, whatever is lent.
-        self.live: dict[str, Tensor] = {key: weight.data for key, weight in self.parameters.items()}
-        self.ema = {key: weight.clone() for key, weight in self.live.items()} if config.ema_decay else {}
+        self.make_masters()
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
+        if config.compile:
+            self.compile_blocks()
+        self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
+        count = sum(weight.numel() for weight in self.live.values())
+        modules = {key.rpartition("/")[0] for key in self.live}
+        self.events.info(f"Training {len(modules)} modules with {count:,} weights.")
+
+    def make_masters(self) -> None:
+        """Make what the optimizer works on: fp32 weights, and one piece of memory for their gradient.
+
+        A plain LoRA's modules then hold copies in the compute dtype, and nothing is cast in a forward pass; autocast
+        would cast every weight, and keep normalisations' inputs in fp32. DoRA and LoKr compute norms and products of
+        their weights, for which 16 bits are too few: they stay in fp32, under autocast.
+        """
+        config = self.config
+        self.masters = {key: torch.nn.Parameter(weight.detach()) for key, weight in self.parameters.items()}
+        # `evaluating` lends the modules other tensors; these are the ones that train, whatever is lent.
+        self.live: dict[str, Tensor] = {key: weight.data for key, weight in self.masters.items()}
+        self.working = {k: w if self.autocasts else w.to(self.dtype) for k, w in self.live.items()}
+        self.lend(self.working)
+        for component in self.components.values():
+            speed_up(component)
+        self.ema = {key: weight.clone() for key, weight in self.live.items()} if config.ema_decay else {}
+        self.gradient, self.gradient_parts = one_piece(self.live.values())
+        accumulates = config.gradient_accumulation_steps > 1
+        self.incoming, self.incoming_parts = one_piece(self.live.values() if accumulates else ())
+        for weight, part in zip(self.masters.values(), self.gradient_parts, strict=True):
+            weight.grad = part
         self.rates = learning_rates(config)
         groups = [
             {
-                "params": [w for key, w in self.parameters.items() if key.startswith("unet.") == (name == "unet")],
+                "params": [w for key, w in self.masters.items() if key.startswith("unet.") == (name == "unet")],
                 "lr": rate,
             }
             for name, rate in self.rates.items()
         ]
         self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
-        count = sum(weight.numel() for weight in self.live.values())
-        modules = {key.rpartition("/")[0] for key in self.live}
-        self.events.info(f"Training {len(modules)} modules with {count:,} weights.")
+        # AdamW's fused kernel takes the verdict on a step from the device itself, so nobody waits for it.
+        self.judges_itself = self.optimizer.defaults.get("fused", False) and not self.scaler.is_enabled()
+        self.late = int(self.judges_itself and self.device.type == "cuda")
+
+    def refresh(self) -> None:
+        """Bring the modules' copies up to their masters."""
+        if self.half and not self.autocasts:
+            torch._foreach_copy_([*self.working.values()], [*self.live.values()])
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks that the UNet repeats, for all sizes at once; without a compiler it stays as it is."""
+        self.events.info("Compiling the UNet's blocks; the first step takes long.", phase="compiling")
+        try:
+            torch.compile(torch.nn.functional.silu)(torch.ones(8, device=self.device))
+        except Exception as error:  # no compiler, no Triton, a Python that dynamo does not know: each its own class
+            message = f"torch.compile does not work here, so nothing is compiled: {as_trainer_error(error, '').message}"
+            self.events.warning("compile_unavailable", message, COMPILE_HINT)
+            return
+        torch._dynamo.config.recompile_limit = 64  # blocks of every width and mode count as one function's
+        torch.fx.experimental._config.use_duck_shape = False  # square latents are not the only ones
+        torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
+        self.unet.compile_repeated_blocks(dynamic=True)
+
+    def lend(self, weights: Mapping[str, Tensor]) -> None:
+        """Let the modules compute with these weights."""
+        for key, weight in weights.items():
+            self.parameters[key].data = weight.to(self.working[key].dtype)
 
     def measure_prediction(self) -> None:
         """Ask the UNet what it predicts: pure noise at the last timestep comes back from an epsilon model only."""
@@ -4952,6 +5111,7 @@ class LoRATrainer:
         for name, weights in {"adapter": self.live, "ema": self.ema}.items():
             for key, weight in weights.items():
                 weight.copy_(point.tensors[f"{name}/{key}"])
+        self.refresh()
         saved = unpack(point.record["optimizer"], point.tensors)
         for theirs, ours in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
             theirs |= {"fused": ours["fused"]} if "fused" in ours else {}  # this device's, not the state's
@@ -4975,7 +5135,8 @@ class LoRATrainer:
     def environment(self) -> JSON:
         """Give what else decides the last bits."""
         machine = {"torch": str(torch.__version__), "device": self.hardware.name, "threads": torch.get_num_threads()}
-        return machine | {"dtype": str(self.dtype), "checkpointing": self.plan.checkpointing}
+        machine |= {"dtype": str(self.dtype), "checkpointing": self.plan.checkpointing}
+        return machine | {"compile": self.config.compile}
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -4992,8 +5153,10 @@ class LoRATrainer:
             loss = self.accumulate(step)
             if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
                 return False
-            self.report(*self.advance(step, loss), rates)
+            self.advance(step, loss, rates)
+            self.settle(leave=self.late)
             self.periodic()
+        self.settle()
         return True
 
     def catch_up(self) -> None:
@@ -5018,17 +5181,23 @@ class LoRATrainer:
 
     def accumulate(self, step: int) -> Tensor | None:
         """Forward and backward over the step's micro-batches; the mean loss, or None when asked to stop."""
-        self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for index in range(self.config.gradient_accumulation_steps):
             if self.stop.requested:
                 return None
-            torch.manual_seed(draw_key("dropout", self.config.seed, step, index))
+            seed_global(draw_key("dropout", self.config.seed, step, index), self.device)
             batch = self.collate(step * self.config.gradient_accumulation_steps + index)
             loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
-            torch.autograd.backward(self.scaler.scale(loss))
+            self.add_gradients(self.scaler.scale(loss), first=index == 0)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def add_gradients(self, loss: Tensor, first: bool) -> None:
+        """Run the backward pass; its gradients, in fp32, take the place of the step's so far, or are added to these."""
+        gradients = torch.autograd.grad(loss, [*self.parameters.values()], materialize_grads=True)
+        torch._foreach_copy_(self.gradient_parts if first else self.incoming_parts, gradients)
+        if not first:
+            self.gradient += self.incoming
 
     def batch_at(self, micro_batch: int) -> tuple[int, list[int]]:
         """Give (epoch, images) of a micro-batch, counted from the run's start: pure, so a resume needs no replay."""
@@ -5049,15 +5218,15 @@ class LoRATrainer:
 
     def assemble(self, views: Sequence[View], texts: Sequence[str], weights: Sequence[float]) -> Batch:
         images = [CachedImage(**self.cached[self.keys[view]]) for view in views]
-        mean = torch.stack([image.mean for image in images]).to(self.device).float()
-        std = torch.stack([image.std for image in images]).to(self.device).float()
+        mean = to_device(torch.stack([image.mean for image in images]), self.device).float()
+        std = to_device(torch.stack([image.std for image in images]), self.device).float()
         context, conditions = self.conditions(texts, torch.stack([image.time_ids for image in images]))
         mask = None
         if self.config.masked_loss:
             full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
             trained = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
-            mask = (trained + (1 - trained) * self.config.unmasked_weight).to(self.device)
-        return Batch(mean, std, context, conditions, torch.tensor(weights).to(self.device), mask)
+            mask = to_device(trained + (1 - trained) * self.config.unmasked_weight, self.device)
+        return Batch(mean, std, context, conditions, to_device(torch.tensor(weights), self.device), mask)
 
     def conditions(self, texts: Sequence[str], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids.
@@ -5071,11 +5240,12 @@ class LoRATrainer:
             empty = self.embeddings([""])[0].context
             missing = [(length - context.shape[1]) // empty.shape[1] for context in contexts]
             contexts = [torch.cat([one, *[empty] * count], dim=1) for one, count in zip(contexts, missing, strict=True)]
-        context = torch.cat(contexts).to(self.device, self.dtype)
+        context = to_device(torch.cat(contexts), self.device).to(self.dtype)
         if not self.plan.source.family.time_ids:
             return context, None
         pooled = torch.cat([one.pooled for one in embeddings if one.pooled is not None])
-        return context, {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": time_ids.to(self.device)}
+        pooled = to_device(pooled, self.device).to(self.dtype)
+        return context, {"text_embeds": pooled, "time_ids": to_device(time_ids, self.device)}
 
     def embeddings(self, texts: Sequence[str]) -> list[TextEmbedding]:
         """Give texts' embeddings from the cache, or from the encoders where these train."""
@@ -5089,7 +5259,7 @@ class LoRATrainer:
 
         def draw(purpose: str, shape: Sequence[int]) -> Tensor:
             source = generator(purpose, config.seed, step, micro_batch)
-            return torch.randn(shape, generator=source).to(self.device)
+            return to_device(torch.randn(shape, generator=source), self.device)
 
         config, shape = self.config, batch.mean.shape
         end = config.max_timestep or len(self.alpha_bar)
@@ -5102,18 +5272,18 @@ class LoRATrainer:
             noise = noise + config.noise_offset * draw("offset", (*shape[:2], 1, 1))
         huber_c = config.huber_c if config.loss_type == "huber" else None
         losses = self.sample_losses(batch, latents, noise, timesteps, huber_c)
-        return (losses * batch.weights * self.weight_of[timesteps].to(self.device)).mean()
+        return (losses * batch.weights * to_device(self.weight_of[timesteps], self.device)).mean()
 
     def sample_losses(
         self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, huber_c: float | None = None
     ) -> Tensor:
         """Give each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU)."""
         noisy, target = diffuse(latents, noise, self.alpha_bar, timesteps, self.plan.source.prediction_type)
-        prediction = self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions)
+        prediction = self.predict(noisy, to_device(timesteps, self.device), batch.context, batch.conditions)
         return sample_error(prediction, target, batch.mask, huber_c)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.half)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.autocasts)
 
     def evaluation_weights(self) -> Mapping[str, Tensor]:
         """Give the weights that samples, validation and files get: an average where there is one, else the live ones.
@@ -5124,7 +5294,7 @@ class LoRATrainer:
             return self.ema
         if not OPTIMIZERS[self.config.optimizer].averages:
             return self.live
-        states = {key: self.optimizer.state.get(weight, {}) for key, weight in self.parameters.items()}
+        states = {key: self.optimizer.state.get(weight, {}) for key, weight in self.masters.items()}
         share = 1 - 1 / self.config.adam_beta1
         return {k: torch.lerp(w, states[k]["z"], share) if "z" in states[k] else w for k, w in self.live.items()}
 
@@ -5133,13 +5303,11 @@ class LoRATrainer:
         """Lend the components the evaluation weights, or others; the ones that train are put back as they were."""
         for component in self.components.values():
             component.eval()
-        for key, weight in (lent or self.evaluation_weights()).items():
-            self.parameters[key].data = weight
+        self.lend(lent or self.evaluation_weights())
         try:
             yield
         finally:
-            for key, weight in self.live.items():
-                self.parameters[key].data = weight
+            self.lend(self.working)
             for component in self.components.values():
                 component.train()
 
@@ -5173,36 +5341,53 @@ class LoRATrainer:
     def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
         with self.autocast():
+            latents = latents.to(self.dtype)
             output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
         return output
 
-    def advance(self, step: int, loss: Tensor) -> tuple[float, float]:
-        """Take the optimizer step and count it; its loss and the gradient's norm before clipping."""
+    def advance(self, step: int, loss: Tensor, rates: Mapping[str, float]) -> None:
+        """Take the optimizer step and count it; `settle` reads what it came to."""
         with self.changing:
             self.torn = True
-            value, grad_norm = self.update(loss)
-            good = self.verdict(step, value, grad_norm)
-            if good and self.config.ema_decay:
+            numbers = self.update(loss)
+            self.refresh()
+            if self.config.ema_decay:
                 share = 1 - ema_decay_at(self.config.ema_decay, step)
                 torch._foreach_lerp_([*self.ema.values()], [*self.live.values()], share)
             before, self.clock = self.clock, time.monotonic()  # samples and saves are in, so the time left is honest
             self.laps.append(self.clock - before)
-            self.state = self.state.after(value, good, self.laps[-1])
+            self.state = self.state.after(self.laps[-1])
+            self.unread.append(Outcome.of(step, rates, numbers))
             self.torn = False
-        return value, grad_norm
 
-    def update(self, loss: Tensor) -> tuple[float, float]:
-        """Clip and take the optimizer step, unless loss or gradient are not finite: (loss, norm before clipping)."""
+    def update(self, loss: Tensor) -> Tensor:
+        """Clip and take the optimizer step, unless loss or gradient are not finite: [loss, norm before clipping]."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        value, grad_norm = torch.stack([loss, norm]).tolist()  # the one wait for the GPU
+        norm = self.gradient.norm()
+        if limit := self.config.max_grad_norm:
+            self.gradient *= (limit / (norm + 1e-6)).clamp(max=1)
+        numbers = torch.stack([loss, norm])
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif math.isfinite(value) and math.isfinite(grad_norm):
+        elif self.judges_itself:
+            self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # 1: the kernel changes nothing
             self.optimizer.step()
-        return value, grad_norm
+        elif bool(numbers.isfinite().all()):  # waits for the GPU, once a step
+            self.optimizer.step()
+        return numbers
+
+    def settle(self, leave: int = 0) -> None:
+        """Read, judge and report what steps came to, but for the newest `leave`: reading those would wait for the GPU.
+
+        With all of them read the state is whole, and can be saved.
+        """
+        while len(self.unread) > leave:
+            with self.changing:
+                outcome = self.unread.popleft()
+                loss, grad_norm = outcome.read()
+                self.state = self.state.judged(loss, self.verdict(outcome.step, loss, grad_norm))
+            self.report(outcome.step + 1, loss, grad_norm, outcome.rates)
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
         """Tell whether the step was sound (None: the loss scaler seeks its scale yet). Raises `loss_not_finite`."""
@@ -5220,17 +5405,17 @@ class LoRATrainer:
             raise TrainerError("loss_not_finite", message)
         return False
 
-    def report(self, loss: float, grad_norm: float, rates: dict[str, float]) -> None:
+    def report(self, step: int, loss: float, grad_norm: float, rates: Mapping[str, float]) -> None:
         state, total = self.state, self.plan.total_steps
-        if state.step % self.config.log_steps and state.step != total:
+        if step % self.config.log_steps and step != total:
             return
         speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        fields: JSON = {"step": state.step, "total_steps": total, "percent": round(100 * state.step / total, 2)}
+        fields: JSON = {"step": step, "total_steps": total, "percent": round(100 * step / total, 2)}
         fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rates["unet"], "grad_norm": grad_norm}
         fields |= {"learning_rates": rates}
-        fields |= {"epoch": self.plan.epoch(state.step), "steps_per_second": speed}
-        fields |= {"eta_seconds": (total - state.step) / speed if speed else None, "vram_gb": gigabytes(peak)}
+        fields |= {"epoch": self.plan.epoch(step), "steps_per_second": speed}
+        fields |= {"eta_seconds": (total - step) / speed if speed else None, "vram_gb": gigabytes(peak)}
         self.tell("progress", **fields)
 
     def periodic(self) -> None:
@@ -5242,6 +5427,7 @@ class LoRATrainer:
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
         if is_due(step, config.validation_steps):
+            self.settle()
             self.validate(step)
             self.sample(step)
 
@@ -5308,6 +5494,7 @@ class LoRATrainer:
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
         with self.changing:
+            self.settle()
             self.stop.save_requested &= not lora
             self.keep_folder()
             step = self.state.step
@@ -5488,6 +5675,17 @@ class LoRATrainer:
         self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
 
 
+COMPILE_HINT = "Install a C++ compiler (on a GPU also Triton: pip install triton), or set compile to false."
+
+
+def one_piece(tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Give zeros in one piece of memory, and views of it in the tensors' shapes."""
+    like = [*tensors]
+    sizes = [tensor.numel() for tensor in like]
+    whole = torch.zeros(sum(sizes), device=like[0].device if like else "cpu")
+    return whole, [part.view_as(tensor) for part, tensor in zip(torch.split(whole, sizes), like, strict=True)]
+
+
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -5592,7 +5790,7 @@ def count_tokens(plan: Plan) -> JSON | None:
 
 def check_hardware(config: TrainingConfig, events: EventStream) -> Hardware | None:
     try:
-        import_libraries()
+        import_libraries(unused_packages(config))
     except ImportError as error:
         message = f"torch and its companions are not all there ({error}): hardware and the run itself were not checked."
         events.warning("torch_missing", message, "pip install -r requirements.txt")
@@ -5659,7 +5857,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
         events.open_log(folder.path / "events.jsonl")
         stop.watch_folder(folder.path)
     events.info("Importing torch and diffusers.", phase="importing")
-    import_libraries()
+    import_libraries(unused_packages(config))
     trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh)
     try:
         return trainer.run()
