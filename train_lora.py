@@ -555,6 +555,7 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
     lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
     optimizer, rules = OPTIMIZERS[values["optimizer"]], []
     packages = [("optimizer", optimizer.module.partition(".")[0], optimizer.package)] if optimizer.package else []
+    packages += [("quantize_base", "bitsandbytes", "bitsandbytes")] if values["quantize_base"] != "none" else []
     for key, module, package in (*packages, *(("report_to", name, name) for name in values["report_to"])):
         found = importlib.util.find_spec(module)
         missing = found is None or found.origin is None  # a folder of that name beside us is no package
@@ -568,6 +569,7 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
         (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
+        (lokr and values["quantize_base"] != "none", "quantize_base", "must be none with lora_type lokr"),
         (end is not None and end <= first, "max_timestep", f"must be more than min_timestep ({first})"),
         (itself and values["ema_decay"], "ema_decay", f"must be null: {values['optimizer']} averages itself"),
         (itself and not values["adam_beta1"], "adam_beta1", f"must be more than 0 with {values['optimizer']}"),
@@ -1201,6 +1203,7 @@ class ModelFamily:
     base_version: Mapping[str, str]  # likewise
     hub_pattern: str
     parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
+    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
     lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
     unet: Mapping[str, Any]  # the full-size model's sizes
     unet_config: Mapping[str, Any]  # what a single file's shapes do not say
@@ -1241,6 +1244,7 @@ FAMILIES = (
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
         hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
         parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
+        linear=270_049_280,
         lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
         unet=SD_UNET | {"cross_attention_dim": 768},
         unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
@@ -1269,6 +1273,7 @@ FAMILIES = (
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
         hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
         parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
+        linear=301_219_840,
         lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
         unet=SD_UNET | {"cross_attention_dim": 1024},
         unet_config={"upcast_attention": True},
@@ -1304,6 +1309,7 @@ FAMILIES = (
         base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
         hub_pattern=r"xl|pony|illustrious|noob",
         parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
+        linear=2_232_647_680,
         lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
         unet=SDXL_UNET,
         unet_config={"addition_embed_type": "text_time"},
@@ -2358,6 +2364,52 @@ def lora_width(config: TrainingConfig, source: ModelSource) -> int:
     return source.family.lora_width[config.lora_targets] + sum(row.layers * row.width * per_layer for row in rows)
 
 
+# A weight takes half a byte; a block a byte for its scale, and 256 such scales one of fp32 (QLoRA, section 3).
+NF4_BLOCK = 64  # weights
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / NF4_BLOCK
+
+
+def takes_nf4(shape: Sequence[int]) -> bool:
+    """Tell whether a weight of this shape is quantized: a linear layer's of whole blocks, as in every full-size model.
+
+    Where a block goes on into the next row, bitsandbytes' code for CPUs gives back wrong weights.
+    """
+    return len(shape) == 2 and shape[1] % NF4_BLOCK == 0
+
+
+def unet_weights(source: ModelSource) -> tuple[int, int]:
+    """Count the UNet's weights: (all, those that nf4 takes)."""
+    shapes = source.parts["unet"].shapes.values() if source.parts else ()
+    linear = sum(math.prod(shape) for shape in shapes if takes_nf4(shape))
+    return (sum(map(math.prod, shapes)), linear) if shapes else (source.family.parameters["unet"], source.family.linear)
+
+
+def bytes_saved(config: TrainingConfig, source: ModelSource, width: int) -> int:
+    """Give what quantize_base saves of a UNet whose weights take `width` bytes each."""
+    return int(unet_weights(source)[1] * (width - NF4_BYTES)) if config.quantize_base == "nf4" else 0
+
+
+def check_quantizer(config: TrainingConfig, device: str) -> None:
+    """Try bitsandbytes where the config asks for nf4: many a version has no code for a device. Raises `config_invalid`.
+
+    The product with a vector is what it does otherwise than the rest.
+    """
+    if config.quantize_base == "none":
+        return
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+        weight, state = bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        inputs = torch.ones(1, 64, device=device, requires_grad=True)
+        output = bitsandbytes.matmul_4bit(inputs, weight, quant_state=state)
+        (gradient,) = torch.autograd.grad(output.sum(), inputs)
+        if output.flatten().tolist() + gradient.flatten().tolist() != [64.0] * 128:
+            raise ValueError("its products are wrong")
+    except Exception as error:  # a broken or missing library of kernels shows in many classes
+        message = f"nf4 cannot be used on {device}: bitsandbytes fails ({type(error).__name__}: {error})"
+        hint = "pip install -U bitsandbytes, or set quantize_base to none."
+        raise TrainerError("config_invalid", f"{message}.", hint, [problem("quantize_base", message)]) from error
+
+
 @dataclass(frozen=True)
 class Layer:
     """A resnet, a transformer or a resampler of a UNet, with the latent pixels that it sees."""
@@ -2599,7 +2651,8 @@ def estimate_vram(
     lora, kind = lora_width(config, source) * config.lora_rank, OPTIMIZERS[config.optimizer]
     copies = width if half and config.lora_type == "lora" else 0  # of the fp32 weights, for the modules
     summed = 8 if config.gradient_accumulation_steps > 1 else 4  # a step's gradients in fp32, and those to be added
-    terms = {"weights": sum(sizes[part] for part in trained) * width, "lora": lora * (4 + copies)}
+    weights = sum(sizes[part] for part in trained) * width - bytes_saved(config, source, width)
+    terms = {"weights": weights, "lora": lora * (4 + copies)}
     terms |= {"gradients": lora * summed, "optimizer": lora * kind.state_bytes}
     terms |= {"ema": lora * 4 if config.ema_decay else 0, "workspaces": WORKSPACES if gpu else 0}
     resident, pixels = sum(terms.values()), (resolution // source.vae_factor) ** 2
@@ -3439,6 +3492,10 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from memory_warnings(plan)
     yield from dataset_warnings(plan)
     source = plan.source
+    weights, linear = unet_weights(source)
+    if plan.config.quantize_base == "nf4" and linear < weights / 2:
+        message = f"nf4 takes only the {linear / weights:.0%} of the UNet's weights that are no convolutions."
+        yield "quantization_saves_little", message, "It slows the steps; gradient_checkpointing saves more memory."
     told = source.scheduler.get("prediction_type") or source.prediction_type
     if source.prediction_type != told:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {told}."
@@ -3588,6 +3645,12 @@ def fits(parts: Mapping[str, Sequence[int]], shape: Sequence[int], rank: int) ->
     return [down, up] == wanted and scale in ([], [squeezed(shape[:1])])
 
 
+def quantization_reason(config: TrainingConfig, source: ModelSource, width: int) -> Iterator[str]:
+    if saved := bytes_saved(config, source, width):
+        before = unet_weights(source)[0] * width
+        yield f"The UNet's weights take {gigabytes(before - saved)} GB with nf4 instead of {gigabytes(before)} GB."
+
+
 def make_plan(
     config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
 ) -> Plan:
@@ -3616,6 +3679,7 @@ def make_plan(
         f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
         f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
         f"Cache: {cache.why}.",
+        *quantization_reason(config, source, 2 if half else 4),
     )
     return Plan(
         config=config,
@@ -3793,11 +3857,18 @@ def model_corrupt(folder: Path, reason: str) -> TrainerError:
     return TrainerError("model_corrupt", f"The base model's {folder.name} cannot be loaded: {reason}")
 
 
-def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a component to the device, frozen, from safetensors only. Raises `model_corrupt`, also for lost weights."""
+def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:
+    """Load a component to the device, frozen, from safetensors only. Raises `model_corrupt`, also for lost weights.
+
+    `nf4` is for a UNet; its weights are then read one by one, so that it is never whole anywhere but quantized.
+    """
     part, owner = source.parts[name], component_class(source.family, name)
+    part = dataclasses.replace(part, config=source.unet) if nf4 else part
     try:
-        module = load_folder(part, owner, dtype) if part.config is None else load_from_file(part, owner, dtype, device)
+        if part.config is None:
+            module = load_folder(part, owner, dtype)
+        else:
+            module = load_from_file(part, owner, dtype, device, nf4)
     except Exception as error:  # the loaders raise whatever their file formats do
         if as_trainer_error(error, "loading").code != "internal":
             raise
@@ -3819,39 +3890,68 @@ def load_folder(part: Part, owner: Any, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Read a safetensors file's tensors by name. Not mapped: a mapped file that is cut or lost kills the process."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))  # safetensors has checked it
+def open_tensors(paths: Sequence[Path]) -> Iterator[Callable[[str], Tensor]]:
+    """Read safetensors files' tensors by name. Not mapped: a mapped file that is cut or lost kills the process."""
+    with contextlib.ExitStack() as files:
+        places: dict[str, tuple[IO[bytes], int, JSON]] = {}
+        for path in paths:
+            file = files.enter_context(path.open("rb"))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))  # safetensors has checked it
+            places |= {key: (file, 8 + length, entry) for key, entry in header.items()}
 
         def read(key: str) -> Tensor:
-            entry = header[key]
+            file, start, entry = places[key]
             begin, end = entry["data_offsets"]
-            file.seek(8 + length + begin)
+            file.seek(start + begin)
             data = bytearray(end - begin)
-            if file.readinto(data) != len(data):
+            if file.readinto(data) != len(data):  # type: ignore[attr-defined]  # of every file that is open in binary
                 raise ValueError("it was cut short")
             return torch.frombuffer(data, dtype=getattr(torch, FLOATS[entry["dtype"]])).reshape(entry["shape"])
 
         yield read
 
 
-def load_from_file(part: Part, owner: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Build a component and read its weights out of a single file, one by one straight to the device."""
+def load_from_file(part: Part, owner: Any, dtype: torch.dtype, device: torch.device, nf4: bool) -> Any:
+    """Build a component and read its weights out of its files, one by one straight to the device."""
     module = skeleton(part, owner)
-    values = {}
-    with open_tensors(part.path) as read:
-        for name, weight in module.named_parameters():
-            ours = saved_name(name)
-            value, stacked = read(part.keys[ours]), re.search(r"\.([qkv])_proj\.", ours)
-            if stacked and ".in_proj_" in part.keys[ours]:
+    if nf4:
+        use_nf4(module, dtype)
+    with open_tensors([part.path / name for name in part.files] or [part.path]) as read:
+        for name, weight in [*module.named_parameters()]:
+            ours, (layer, _, kind) = saved_name(name), name.rpartition(".")
+            key = part.keys.get(ours, ours)
+            value, stacked = read(key), re.search(r"\.([qkv])_proj\.", ours)
+            if stacked and ".in_proj_" in key:
                 value = value.chunk(3)["qkv".index(stacked[1])]
-            if part.keys[ours].endswith("text_projection"):  # as a Linear's weight, in `.weight`, it is turned already
+            if key.endswith("text_projection"):  # as a Linear's weight, in `.weight`, it is turned already
                 value = value.T
-            values[name] = value.reshape(weight.shape).to(device, dtype)
-    module.load_state_dict(values, assign=True)
+            value = value.reshape(weight.shape).to(device, dtype)
+            # With nf4 a class of bitsandbytes, which quantizes as it is told where to be.
+            value = type(weight)(value, requires_grad=False, **vars(weight)).to(device)
+            module.get_submodule(layer).register_parameter(kind, value)
     return module
+
+
+def use_nf4(skeleton: Any, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' layers, which keep nf4 and compute in `dtype`, in the place of a skeleton's linear ones.
+
+    The blocks' scales are quantized too: that saves 104 MB of SDXL, and the weights' error does not show it.
+    """
+    quantizer, owner = importlib.import_module("diffusers.quantizers.bitsandbytes.utils"), diffusers.BitsAndBytesConfig
+    options: JSON = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
+    settings = owner(load_in_4bit=True, **options)  # type: ignore[no-untyped-call]  # diffusers' is not typed
+    plain = [
+        name.removesuffix(".weight") for name, weight in skeleton.named_parameters() if not takes_nf4(weight.shape)
+    ]
+    quantizer.replace_with_bnb_linear(skeleton, plain, quantization_config=settings)
+    skeleton.is_loaded_in_4bit = True  # for PEFT
+    for layer in skeleton.modules():
+        if type(layer).__name__ == "Linear4bit":
+            # On a CPU with AVX512-BF16 one forward without gradients would repack it for good: rounded, no backward.
+            layer.support_avx512bf16_for_cpu = False
+            # It answers in its input's dtype, a linear layer under autocast in the compute dtype.
+            layer.register_forward_pre_hook(lambda _, inputs: tuple(value.to(dtype) for value in inputs))
 
 
 def skeleton(part: Part, owner: Any) -> Any:
@@ -4076,7 +4176,8 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
             continue
         key = f"{part}.{saved_name(match['module'])}/{match['part']}"
         if match["part"] == "lora_magnitude_vector":  # PEFT's own is rounded to the compute dtype
-            frozen = component.get_submodule(match["module"]).get_base_layer().weight
+            layer = component.get_submodule(match["module"]).get_base_layer()
+            frozen = peft.utils.integrations.dequantize_module_weight(layer)
             values = frozen.float().flatten(1).norm(dim=1).reshape(weight.shape)
         else:
             purpose = f"lora {key.removeprefix('unet.').removesuffix('/lora_A')}"
@@ -4188,7 +4289,7 @@ def part_digest(part: Part) -> str:
     digest = hashlib.sha256(json.dumps(part.config, sort_keys=True).encode())
     if part.config is not None:
         keys = {key for name, key in part.keys.items() if name.endswith(("weight", "bias"))}
-        with open_tensors(part.path) as read:
+        with open_tensors([part.path]) as read:
             for key in sorted(keys):
                 digest.update(content_hash({key: read(key)}, "").encode())
     return digest.hexdigest() + folder_digest(part.path, part.files)
@@ -4817,6 +4918,7 @@ class LoRATrainer:
         self.half = self.dtype != torch.float32
         self.autocasts = self.half and self.config.lora_type != "lora"  # see make_masters
         self.device = torch.device(hardware.device)
+        check_quantizer(self.config, hardware.device)
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
         source = locate_model(self.config, self.events, weights=True, half=self.half)
         check_single_file(source)
@@ -4949,6 +5051,10 @@ class LoRATrainer:
         for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
             self.keep(group, encode_images(self.vae, loaded))
         self.vae.encoder = self.vae.quant_conv = None
+        room, resolution = self.plan.memory["activations"], self.plan.resolution
+        if (side := decode_side(source, resolution, room, half=self.half)) < resolution:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // source.vae_factor
         self.vae.to("cpu")
 
     def at_once(self, most: int) -> int:
@@ -4981,7 +5087,8 @@ class LoRATrainer:
         """Load the UNet, put the adapters on what trains, make the optimizer. Needs self.plan and self.encoder."""
         config = self.config
         self.events.info("Loading the UNet.", phase="loading")
-        self.unet = load_component(self.plan.source, "unet", self.dtype, self.device)
+        nf4 = config.quantize_base == "nf4"
+        self.unet = load_component(self.plan.source, "unet", self.dtype, self.device, nf4)
         self.alpha_bar = noise_schedule(self.plan.source.scheduler)
         self.measure_prediction()
         source = self.plan.source
@@ -5796,6 +5903,7 @@ def check_hardware(config: TrainingConfig, events: EventStream) -> Hardware | No
         events.warning("torch_missing", message, "pip install -r requirements.txt")
         return None
     hardware = choose_device(config.device)
+    check_quantizer(config, hardware.device)
     for warning in hardware_warnings(hardware, config.device):
         events.warning(*warning)
     return hardware
