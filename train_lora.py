@@ -2614,22 +2614,26 @@ def part_sizes(source: ModelSource) -> Mapping[str, int]:
     return counted or source.family.parameters
 
 
-def text_bytes(config: TrainingConfig, source: ModelSource, width: int) -> int:
-    """Estimate what the text encoders take besides their weights: while they train, or for 32 texts at once."""
-    texts, per_layer = (config.batch_size, 25) if config.train_text_encoder else (32, 1)
-    numbers = sum((row.layers * per_layer + 12) * row.width for row in source.family.text_encoders)
-    return numbers * texts * TOKENS * (config.max_caption_tokens // 75) * width
+def text_bytes(config: TrainingConfig, source: ModelSource, width: int, *, texts: int) -> int:
+    """Estimate what the text encoders take besides their weights for so many texts, also while they train."""
+
+    def numbers(row: TextEncoder) -> int:  # for a token
+        in_training = 20 if row.config == QUICK else 16
+        return (row.layers * (in_training if config.train_text_encoder else 1) + 12) * row.width
+
+    windows = texts * (config.max_caption_tokens // 75)
+    return sum(map(numbers, source.family.text_encoders)) * windows * TOKENS * width
 
 
-def caching_bytes(config: TrainingConfig, source: ModelSource, resolution: int, *, half: bool) -> int:
-    """Estimate the peak before the UNet is loaded: all text encoders, then the VAE with a group of images."""
+def caching_bytes(config: TrainingConfig, source: ModelSource, resolution: int, *, half: bool, gpu: bool) -> int:
+    """Estimate the peak before the UNet is loaded: all text encoders, then the VAE; in groups on a GPU."""
     width, sizes = 2 if half else 4, part_sizes(source)
     encoders = sum(size for part, size in sizes.items() if part.startswith("text")) * width
-    together = max(1, 1024**2 // resolution**2) * resolution**2
-    images = encode_bytes(source, together, half=half) + sizes["vae"] * vae_width(source, half)
+    together = max(1, 1024**2 // resolution**2) if gpu else 1
+    images = encode_bytes(source, together * resolution**2, half=half) + sizes["vae"] * vae_width(source, half)
     if config.train_text_encoder:
         return encoders + images
-    return max(encoders + text_bytes(config, source, width), images)
+    return max(encoders + text_bytes(config, source, width, texts=32 if gpu else 1), images)
 
 
 def estimate_vram(
@@ -2658,7 +2662,8 @@ def estimate_vram(
     resident, pixels = sum(terms.values()), (resolution // source.vae_factor) ** 2
     activations = unet_activations(config, source, pixels, half=half, checkpointing=checkpointing)
     activations *= config.batch_size * width
-    activations += text_bytes(config, source, width) if config.train_text_encoder else 0
+    if config.train_text_encoder:
+        activations += text_bytes(config, source, width, texts=config.batch_size)
     answer = unet_inference(source, pixels) * width  # for one image
     sampled = config.sample_prompts and (config.validation_steps or config.sample_at_start)
     side = decode_side(source, resolution, int(activations), half=half)
@@ -2666,7 +2671,7 @@ def estimate_vram(
     drawing = max(2 * answer + lora * copies, decoding) if sampled else 0
     terms |= {"activations": int(activations), "sampling": int(drawing)}
     terms |= {"finishing": int(answer + lora * (8 + copies))}  # what was trained, rounded and strengthened
-    terms |= {"caching": caching_bytes(config, source, resolution, half=half), "cache": cached}
+    terms |= {"caching": caching_bytes(config, source, resolution, half=half, gpu=gpu), "cache": cached}
     most = max(terms[phase] for phase in ("activations", "sampling", "finishing"))
     terms["allocated"] = max(resident + most, terms["caching"] + terms["workspaces"])
     terms["overhead"] = int(terms["allocated"] * FRAGMENTS) + (CONTEXT if gpu else LIBRARIES + cached)
