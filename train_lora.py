@@ -2673,6 +2673,7 @@ def estimate_vram(
     terms |= {"finishing": int(answer + lora * (8 + copies))}  # what was trained, rounded and strengthened
     terms |= {"caching": caching_bytes(config, source, resolution, half=half, gpu=gpu), "cache": cached}
     most = max(terms[phase] for phase in ("activations", "sampling", "finishing"))
+    terms["training"] = resident + terms["activations"]
     terms["allocated"] = max(resident + most, terms["caching"] + terms["workspaces"])
     terms["overhead"] = int(terms["allocated"] * FRAGMENTS) + (CONTEXT if gpu else LIBRARIES + cached)
     terms["total"] = terms["allocated"] + terms["overhead"]
@@ -5780,6 +5781,10 @@ class LoRATrainer:
         free = plan.hardware.free_bytes
         # It was too much, whatever was free at the start: what is advised must take clearly less.
         advice = memory_advice(plan, int(min(total * 0.9, math.inf if free is None else free)))
+        if self.stop.saved.step:
+            advice += (
+                " Other than gradient_checkpointing, they need another output_path or --fresh: this run has begun."
+            )
         return TrainerError("out_of_memory", f"{failure.message} ({sizes}).", advice)
 
     def complete(self) -> None:

@@ -71,15 +71,14 @@ def make_source(name: str, unet: Mapping[str, Any] | None = None) -> trainer.Mod
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes: the frozen weights, the adapter that the forward pass sees, what backward needs at its start, the most
-    that lived besides weights and adapter in a whole step, the gradients that are left.
+    """Bytes: the frozen weights, the adapter that the forward pass sees; and besides these what lives when backward
+    starts, and the most in a whole step.
     """
 
     weights: int
     adapter: int
-    saved: int
+    kept: int
     peak: int
-    gradients: int
 
 
 def storages() -> Any:
@@ -195,9 +194,9 @@ def count(
             pooled = torch.randn(images, 1280, dtype=made.dtype)
             conditions = {"text_embeds": pooled, "time_ids": torch.randn(images, 6)}
         loss = trainer.sample_error(made.predict(latents, timesteps, context, conditions), latents, None, None).mean()
-        saved = seen.live - start
-        gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
-        return Count(weights, start - weights, saved, seen.peak - start, sum(grad.nbytes for grad in gradients))
+        kept = seen.live - start
+        torch.autograd.grad(loss, trained, materialize_grads=True)
+        return Count(weights, start - weights, kept, seen.peak - start)
 
 
 @dataclass(frozen=True)
@@ -243,14 +242,22 @@ COUNTED = [
 ]
 
 
-def compared(row: Setting) -> tuple[int, int, int, int]:
-    """Count a step and estimate it, in bytes: (counted, estimated) beside the weights, and with them.
+@dataclass(frozen=True)
+class Comparison:
+    """A step's peak in bytes, beside the weights and with them: the frozen ones, and the adapter's in the modules."""
 
-    The weights are the frozen ones and the adapter's that the modules see.
-    """
+    kept: int
+    counted: int
+    estimated: int
+    counted_all: int
+    estimated_all: int
+
+
+def compared(row: Setting) -> Comparison:
     found, terms = row.count(), row.estimate()
-    step, counted = terms["activations"], found.weights + found.adapter + found.peak
-    return found.peak, step, counted, terms["weights"] + found.adapter + step
+    estimated, resident = terms["activations"], found.weights + found.adapter
+    estimated_all = terms["weights"] + found.adapter + estimated
+    return Comparison(found.kept, found.peak, estimated, resident + found.peak, estimated_all)
 
 
 def gib(count: float) -> str:
@@ -270,15 +277,16 @@ def row_name(row: Setting) -> list[str]:
 
 
 def counted_row(row: Setting) -> list[str]:
-    counted, estimated, counted_all, estimated_all = compared(row)
-    shares = [f"{estimated / counted - 1:+.1%}", f"{estimated_all / counted_all - 1:+.1%}"]
-    precision = "bf16" if row.half else "fp32"
-    return [*row_name(row), precision, gib(counted), gib(estimated), shares[0], gib(counted_all), shares[1]]
+    found, precision = compared(row), "bf16" if row.half else "fp32"
+    cells = [gib(count) for count in (found.kept, found.counted, found.estimated, found.counted_all)]
+    cells.insert(3, f"{found.estimated / found.counted - 1:+.1%}")
+    return [*row_name(row), precision, *cells, f"{found.estimated_all / found.counted_all - 1:+.1%}"]
 
 
 def counted_table() -> str:
-    head = ["family", "resolution", "batch", "adapter", "checkpointing", "precision", "counted", "estimate", "off"]
-    return table([*head, "with weights", "off"], map(counted_row, COUNTED))
+    head = ["family", "resolution", "batch", "adapter", "checkpointing", "precision", "kept"]
+    head += ["peak", "estimate", "off", "peak with weights", "off"]
+    return table(head, map(counted_row, COUNTED))
 
 
 CARDS_GIB = (6, 8, 12, 16, 24)
