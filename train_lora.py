@@ -4247,9 +4247,9 @@ def adapter_scale(config: TrainingConfig) -> float:
 
 
 def unused_packages(config: TrainingConfig) -> list[str]:
-    """List what PEFT would import without need: bitsandbytes takes 0.7 s."""
+    """List what other packages would import: PEFT bitsandbytes, for 0.7 s; this `kernels`, to run code from the Hub."""
     needed = OPTIMIZERS[config.optimizer].package == "bitsandbytes" or config.quantize_base != "none"
-    return [] if needed else ["bitsandbytes"]
+    return ["kernels"] if needed else ["kernels", "bitsandbytes"]
 
 
 def learning_rates(config: TrainingConfig) -> dict[str, float]:
