@@ -6064,6 +6064,7 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
     if phase != "planning":
         assert f"resolution {made.plan.resolution}, batch_size 2, lora_rank 4" in error.message
         assert "batch_size 1" in error.hint
+        assert ("--fresh" in error.hint) == (made.stop.saved.step > 0)
     monkeypatch.undo()
     saved = {"training": 4, "saving": 6, "resuming": 2}.get(phase)
     assert made.stop.saved.step == (saved or 0)
