@@ -2493,7 +2493,7 @@ KEPT = {  # by lora_type, whether autocast runs normalisations in fp32, and whet
     ("lokr", False): Kept(22),
     ("lokr", True): Kept(27),
     ("dora autocast", False): Kept(42, brief=16, resnet_in=5, resnet_out=5),
-    ("dora autocast", True): Kept(65, brief=47, projection=4, resnet_in=5, resnet_out=5, convolutions=11),
+    ("dora autocast", True): Kept(65, brief=54, projection=4, resnet_in=5, resnet_out=5, convolutions=11),
     ("lokr autocast", False): Kept(30, resnet_in=5, resnet_out=5),
     ("lokr autocast", True): Kept(46, brief=16, projection=2, resnet_in=5, resnet_out=5, convolutions=5, stream=2),
 }
@@ -2520,8 +2520,8 @@ class Footprint:
         changes = self.everywhere * self.change * 9 * width * (inputs + width)
         gradients = self.everywhere * self.gradient * (10 * inputs + 14 * width)
         stream = kept.stream * inputs * layer.pixels
-        brief = (3 if self.everywhere else 1) * max(inputs, width)
-        return Stage(stream, size * layer.pixels + changes, brief * layer.pixels, gradients)
+        brief = (3 if self.everywhere else 1) * max(inputs, width) * layer.pixels + 4 * changes
+        return Stage(stream, size * layer.pixels + changes, brief, gradients)
 
     def transformer(self, layer: Layer) -> list[Stage]:
         width, pixels, kept, deep = layer.width, layer.pixels, self.kept, self.deep
@@ -2530,7 +2530,7 @@ class Footprint:
         changes = self.change * width * ((6 + 12 * deep) * width + 2 * self.context)
         gradients = self.gradient * ((14 + 14 * deep) * width + 2 * self.context)
         stream = kept.stream * width * pixels
-        block = Stage(stream, size + changes, kept.brief * width * pixels, gradients)
+        block = Stage(stream, size + changes, kept.brief * width * pixels + changes, gradients)
         end = Stage(projection, gradients=self.gradient * deep * 4 * width)  # of both projections
         return [Stage(stream + projection), *[block] * layer.depth, end]
 
