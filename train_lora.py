@@ -207,8 +207,9 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
     `unused` are packages that others would import because they are there, and that this run does not need.
     """
     global accelerate, torch, diffusers, transformers, peft, safetensors
-    hidden: Any = dict.fromkeys(unused)  # None: importing it fails, as if it were not installed
-    sys.modules.update(hidden)
+    modules: Any = sys.modules
+    for name in unused:
+        modules.setdefault(name, None)  # importing it fails, as if it were not installed
     gc.disable()  # else it looks through all that is new, again and again: a quarter of the time
     try:
         import accelerate
@@ -5748,6 +5749,7 @@ class LoRATrainer:
             return float((answer(rounded, strength) - plain).norm() / plain.norm())
 
         rounded = {key: as_in_file(key, weight) for key, weight in self.evaluation_weights().items()}
+        same = all(torch.equal(weights[key].to(self.device), weight) for key, weight in rounded.items())
         plain = answer(rounded, 0.0)
         strength = 1.0
         while not math.isfinite(share(strength)) and strength > 1e-6:
@@ -5755,6 +5757,8 @@ class LoRATrainer:
         if strength < 1:
             message = f"With this LoRA at full strength the model's answer is not finite in {self.dtype}."
             self.events.warning("lora_too_strong", message, "Start over with a lower learning_rate.")
+        if same:  # to the bit, so its effect is the same
+            return 0.0
         for _ in range(3 * (strength == 1)):  # what the first round measures may be rounding alone
             strength = max(1.0, strength * 0.5 / max(share(strength), 1e-3))  # 1 where the share is not finite
         trained = answer(rounded, strength)
