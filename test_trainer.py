@@ -47,6 +47,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 import train_lora as trainer
 
+sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
+import memory
+
 trainer.import_checkers()
 
 ROOT = Path(__file__).resolve().parent
@@ -3012,9 +3015,10 @@ def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, ima
     lora = sum(weight.numel() for weight in made.live.values())
     assert terms["lora"] == lora * 4
     assert terms["weights"] == sum(w.numel() for w in made.unet.parameters()) * 4 - lora * 4
-    assert terms["total"] >= sum(value for term, value in terms.items() if term != "total")
-    fewer = trainer.estimate_vram(config, source, 96, half=False, checkpointing=True)
-    assert fewer["activations"] < terms["activations"]
+    resident = sum(terms[term] for term in ("weights", "lora", "gradients", "optimizer", "ema", "workspaces"))
+    phases = (terms[phase] for phase in ("activations", "sampling", "finishing"))
+    assert terms["allocated"] == max(resident + max(phases), terms["caching"] + terms["workspaces"])
+    assert terms["total"] == terms["allocated"] + terms["overhead"]
     nf4 = dataclasses.replace(config, quantize_base="nf4")
     shapes = source.parts["unet"].shapes.values()
     linear = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and shape[1] % 64 == 0)
@@ -3022,11 +3026,175 @@ def test_the_estimate_counts_weights_and_lora_from_the_files(tmp_path: Path, ima
     assert saved == int(linear * (4 - 0.5 - 1 / 64 - 4 / 64 / 256))
 
 
+@needs_torch
+@pytest.mark.parametrize("row", memory.COUNTED, ids=lambda row: " ".join(memory.row_name(row)))
+def test_the_estimate_is_what_a_step_is_counted_to_hold(row: memory.Setting) -> None:
+    """At full size, and as docs/vram.md has it."""
+    found = memory.compared(row)
+    assert found.estimated == pytest.approx(found.counted, rel=0.05)
+    assert found.estimated_all == pytest.approx(found.counted_all, rel=0.02)
+    name = f"| {' | '.join(memory.row_name(row))} |"
+    (line,) = [line for line in memory.DOCUMENT.read_text("utf-8").splitlines() if line.startswith(name)]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[8] == memory.gib(found.estimated)
+    assert float(cells[7]) == pytest.approx(found.counted / 1024**3, rel=0.02, abs=0.01)
+
+
+ODD_UNETS: dict[str, Json] = {  # no family's: of other widths, levels and depths
+    "narrow": {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")},
+    "deep": {
+        "block_out_channels": (96, 192, 384),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "transformer_layers_per_block": (1, 1, 3),
+        "use_linear_projection": True,
+    },
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", trainer.TARGETS)
+@pytest.mark.parametrize("odd", ODD_UNETS)
+def test_the_estimate_holds_for_unets_of_other_shapes(odd: str, targets: str, checkpointing: bool) -> None:
+    unet = ODD_UNETS[odd] | {"layers_per_block": 1, "cross_attention_dim": 256}
+    unet["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(unet["down_block_types"])]
+    config, source = memory.make_config(lora_targets=targets, lora_rank=4), memory.make_source("sd15", unet)
+    found = memory.count(config, unet | {"attention_head_dim": 8}, 64, half=False, checkpointing=checkpointing)
+    numbers = trainer.unet_activations(config, source, 64 * 64, half=False, checkpointing=checkpointing)
+    assert numbers * 4 == pytest.approx(found.peak, rel=0.1)
+
+
+def test_the_table_of_what_fits_is_the_scripts_own_and_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'benchmarks'); import memory as m; "
+    code += "sys.stdout.buffer.write(m.fit_table().encode())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout.decode() in memory.DOCUMENT.read_text("utf-8")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+@pytest.mark.parametrize("family", [family.name for family in trainer.FAMILIES])
+def test_more_of_anything_never_needs_less_memory(family: str, kind: str, checkpointing: bool) -> None:
+    def total(resolution: int = 768, half: bool = True, **keys: Any) -> int:
+        config = memory.make_config(lora_type=kind, **keys)
+        options = {"half": half, "checkpointing": checkpointing}
+        return trainer.estimate_vram(config, memory.make_source(family), resolution, **options)["total"]
+
+    more: dict[str, tuple[Any, ...]] = {
+        "batch_size": (1, 2, 4, 8),
+        "lora_rank": (4, 16, 64, 128),
+        "resolution": (256, 512, 768, 1024, 1536),
+        "lora_targets": tuple(trainer.TARGETS),
+        "gradient_accumulation_steps": (1, 4),
+        "max_caption_tokens": (75, 150, 225),
+        "train_text_encoder": (False, True),
+        "ema_decay": (None, 0.99),
+        "optimizer": ("adamw8bit", "adamw", "prodigy"),
+        "half": (True, False),
+    }
+    for key, values in more.items():
+        needed = [total(**{key: value}) for value in values]
+        assert needed == sorted(needed), key
+        assert needed[-1] > needed[0] or checkpointing or key == "max_caption_tokens", key
+
+
 def test_checkpointing_is_turned_on_when_the_run_would_not_fit() -> None:
     gpu = trainer.Hardware("cuda:0", "GPU", "", 8 * 1024**3, 7 * 1024**3)
     assert trainer.choose_checkpointing("auto", 8 * 1024**3, gpu)[0] is True
     assert trainer.choose_checkpointing("auto", 6 * 1024**3, gpu)[0] is False
     assert trainer.choose_checkpointing(True, 0, gpu)[0] is True
+    assert trainer.choose_checkpointing("auto", 8 * 1024**3, None)[0] is False
+
+
+def planned(images: Path, family: str, free_gib: float, **keys: Any) -> trainer.Plan:
+    """The plan of a run on a GPU with so much free memory, of a full-size model that is not here."""
+    config = memory.make_config(dataset_path=str(images), caption_separator=",", **keys)
+    gpu = trainer.Hardware("cuda:0", "GPU", "", 24 * 1024**3, int(free_gib * 1024**3))
+    return trainer.make_plan(config, scan_quietly(config), memory.make_source(family), gpu, half=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "free_gib", "keys", "expected"),
+    [
+        ("sd15", 4, {"resolution": 512}, {}),
+        ("sd15", 4, {"resolution": 512, "gradient_checkpointing": False, "batch_size": 4}, {"gradient_checkpointing"}),
+        ("sd21", 3.3, {"batch_size": 8}, {"batch_size", "gradient_accumulation_steps"}),
+        ("sdxl", 6, {}, {"quantize_base"}),
+        ("sdxl", 11, {"lora_rank": 128, "lora_targets": "all"}, {"quantize_base", "optimizer"}),
+        ("sdxl", 3.2, {"lora_rank": 8}, {"quantize_base", "optimizer", "resolution"}),
+    ],
+)
+def test_a_run_that_will_not_fit_is_told_settings_that_do(
+    images: Path, family: str, free_gib: float, keys: Json, expected: set[str]
+) -> None:
+    plan = planned(images, family, free_gib, **keys)
+    warned = [(message, hint) for code, message, hint in trainer.plan_warnings(plan) if code == "memory_short"]
+    assert len(warned) == bool(expected)
+    for message, hint in warned:
+        assert f"and {free_gib:.1f}".rstrip("0") in message
+        changes = {
+            key: json.loads(value) for key, value in re.findall(r"(\w+_\w+|\boptimizer|\bresolution) ([\w\"]+)", hint)
+        }
+        assert changes.keys() == expected
+        mended = planned(images, family, free_gib, **keys | changes)
+        assert mended.memory["total"] <= free_gib * 1024**3
+        assert f"about {trainer.gigabytes(mended.memory['total'])} GB" in hint
+        for key in expected - {"gradient_accumulation_steps"}:  # nothing is named that is not needed
+            fewer = planned(images, family, free_gib, **keys | {k: v for k, v in changes.items() if k != key})
+            assert fewer.memory["total"] > free_gib * 1024**3
+
+
+@needs_torch
+def test_a_sample_is_decoded_in_tiles_where_that_would_take_more_than_training(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = memory.make_source("sdxl")
+    room = [trainer.decode_bytes(source, side**2, half=True) for side in (1024, 512)]
+    assert [trainer.decode_side(source, 1024, size, half=True) for size in (*room, 0)] == [1024, 512, 256]
+    assert trainer.decode_side(source, 128, 0, half=True) == 128
+
+    def samples(name: str, side: int) -> list[Image.Image]:
+        monkeypatch.setattr(trainer, "decode_side", lambda *_, **__: side)
+        train(tmp_path, small(images, models / "sd15", tmp_path / name, validation_steps=4))
+        return [Image.open(path) for path in sorted((tmp_path / name / "samples").glob("*.png"))]
+
+    decoded: list[int] = []
+    real = diffusers.AutoencoderKL.decode
+
+    def watched(vae: Any, latents: torch.Tensor) -> Any:
+        inner = vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0].shape[-1]))
+        try:
+            return real(vae, latents)
+        finally:
+            inner.remove()
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "decode", watched)
+    whole, tiled = samples("whole", 64), samples("tiled", 32)
+    assert len(decoded) > 2 * len(whole)
+    assert decoded[-1] <= decoded[0] // 2
+    assert [image.size for image in whole] == [image.size for image in tiled]
+
+
+def test_a_run_that_nothing_makes_fit_is_told_how_much_it_needs_at_least(images: Path) -> None:
+    plan = planned(images, "sdxl", 1.5)
+    (hint,) = [hint for code, _, hint in trainer.plan_warnings(plan) if code == "memory_short"]
+    assert hint.startswith("Use a device with more free memory")
+    assert "resolution 256" in hint
+
+
+@needs_torch
+def test_a_run_on_the_cpu_is_held_against_main_memory(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", batch_size=4, device="cpu"))
+    code = "import sys, train_lora as t; t.free_memory_bytes = lambda: 2**28; sys.exit(t.main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", code, "--config", str(config), "--validate-only"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True)
+    result = Run(done.returncode, done.stdout, done.stderr)
+    assert result.last["hardware"]["free_gb"] == 0.25
+    assert result.last["memory"]["host_gb"] == result.last["memory"]["total_gb"]
+    assert any("Gradient checkpointing: on" in event["message"] for event in result.of("info"))
+    (warning,) = [event for event in result.of("warning") if event["code"] == "memory_short"]
+    assert "0.25 GB are free (cpu)" in warning["message"]
+    assert "batch_size 1" in warning["hint"]
 
 
 # ======================================================================================
@@ -6157,9 +6325,13 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
     with pytest.raises(torch.OutOfMemoryError) as caught:
         made.run()
     folder._lock.close()  # type: ignore[union-attr]
-    error = trainer.as_trainer_error(caught.value, events.phase)
+    error = made.explained(caught.value)
     assert error.code == "out_of_memory"
     assert f"while {phase}" in error.message
+    if phase != "planning":
+        assert f"resolution {made.plan.resolution}, batch_size 2, lora_rank 4" in error.message
+        assert "batch_size 1" in error.hint
+        assert ("--fresh" in error.hint) == (made.stop.saved.step > 0)
     monkeypatch.undo()
     saved = {"training": 4, "saving": 6, "resuming": 2}.get(phase)
     assert made.stop.saved.step == (saved or 0)

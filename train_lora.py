@@ -2524,6 +2524,16 @@ def file_prefix(style: str, name: str, source: ModelSource) -> str:
 # ======================================================================================
 
 
+CONTEXT = 500 * 1024**2  # of CUDA: no tensor lies in it, and no process works without
+WORKSPACES = 100 * 1024**2  # of cuBLAS and cuDNN, among the tensors
+FRAGMENTS = 0.05  # of the tensors' memory: gaps between them
+LIBRARIES = 800 * 1024**2  # torch and diffusers themselves, in main memory
+VAE_WIDTHS = (128, 256, 512, 512)
+VAE_DECODER = 0.6  # of the VAE's weights; its encoder is gone by the time pictures are drawn
+DECODE_SIDES = (1024, 768, 512, 384, 256)  # of tiles, in pixels
+TOKENS = 77  # of a window of a text
+
+
 @dataclass(frozen=True)
 class Hardware:
     """The device of a run; memory in bytes, None where it cannot be told."""
@@ -2576,13 +2586,14 @@ def choose_device(wish: str, local_rank: int = 0) -> Hardware:
         name = f"cuda:{int(index)}"
         torch.cuda.set_device(name)  # bf16 support and peak memory are asked of the current device
         free, total = torch.cuda.mem_get_info(name)
+        free = min(total, free + CONTEXT)  # asking has made the context, which the estimate counts
         return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
     if family == "mps" and mps:
         total, used = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
         return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, total - used)
     if family == "cpu":
         why = "auto: no GPU that torch can use" if wish == "auto" else wish
-        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why)
+        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, free_memory_bytes())
     raise TrainerError("device_unavailable", f"device {wish!r} cannot be used: {gpu_trouble()}.")
 
 
@@ -2687,50 +2698,279 @@ def check_quantizer(config: TrainingConfig, device: str) -> None:
         raise TrainerError("config_invalid", f"{message}.", hint, [problem("quantize_base", message)]) from error
 
 
-RESNET_FACTOR, TRANSFORMER_FACTOR = 14.0, 32.0
-CHECKPOINTED_SHARE = 0.15  # what is left of the activations with gradient checkpointing
-GPU_OVERHEAD = 600 * 1024**2  # context, cuBLAS workspaces, fragmentation
+@dataclass(frozen=True)
+class Layer:
+    """A resnet, a transformer or a resampler of a UNet, with the latent pixels that it sees."""
+
+    kind: str
+    inputs: int
+    width: int
+    pixels: float
+    depth: int = 0
 
 
-def saved_activations(unet: Mapping[str, Any], latent_pixels: int) -> int:
-    """Estimate the numbers a UNet keeps for the backward pass, per image.
+@dataclass(frozen=True)
+class Stage:
+    """What a part of a forward pass keeps for backward, in numbers of the compute dtype for one image.
 
-    Counted by structure: each level has layers_per_block resnets on the way down and one more on
-    the way up. The factors were fitted to counts of saved tensors (docs/vram.md).
+    `redone` is kept unless gradient checkpointing computes it again; `brief` lives while backward is there, and its
+    `gradients` from then on.
     """
-    channels = list(unet.get("block_out_channels", (320, 640, 1280, 1280)))
-    blocks = 2 * unet.get("layers_per_block", 2) + 1
-    depth = unet.get("transformer_layers_per_block", 1)
-    depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * len(channels)
-    attends = [block.startswith("CrossAttn") for block in unet.get("down_block_types", ())]
-    total = 0.0
-    for level, width in enumerate(channels):
-        transformers = depths[level] if level < len(attends) and attends[level] else 0
-        total += blocks * (RESNET_FACTOR + TRANSFORMER_FACTOR * transformers) * width * latent_pixels / 4**level
-    return int(total)
+
+    kept: float
+    redone: float = 0.0
+    brief: float = 0.0
+    gradients: float = 0.0
+
+
+def per_level(value: int | Sequence[int], levels: int) -> list[int]:
+    return [value] * levels if isinstance(value, int) else [*value]
+
+
+def unet_layers(unet: Mapping[str, Any], latent_pixels: int) -> Iterator[Layer]:
+    """Lay out a UNet in the order of its forward pass over so many latent pixels."""
+    pixels = float(latent_pixels)
+    widths = unet.get("block_out_channels", SD_UNET["block_out_channels"])
+    depths = per_level(unet.get("transformer_layers_per_block", 1), len(widths))
+    attends = [kind.startswith("CrossAttn") for kind in unet.get("down_block_types", SD_UNET["down_block_types"])]
+    layers, width, skips = int(unet.get("layers_per_block", 2)), widths[0], [widths[0]]
+    for level, wide in enumerate(widths):
+        for _ in range(layers):
+            yield Layer("resnet", width, wide, pixels)
+            if attends[level]:
+                yield Layer("transformer", wide, wide, pixels, depths[level])
+            width = wide
+            skips.append(wide)
+        if level + 1 < len(widths):
+            pixels /= 4
+            yield Layer("down", wide, wide, pixels)
+            skips.append(wide)
+    yield Layer("middle", width, width, pixels)
+    yield Layer("transformer", width, width, pixels, depths[-1])
+    yield Layer("resnet", width, width, pixels)
+    for level in reversed(range(len(widths))):
+        for _ in range(layers + 1):
+            yield Layer("resnet", width + skips.pop(), widths[level], pixels)
+            width = widths[level]
+            if attends[level]:
+                yield Layer("transformer", width, width, pixels, depths[level])
+        if level:
+            pixels *= 4
+            yield Layer("up", width, width, pixels)
+    yield Layer("out", width, width, pixels)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Numbers that layers keep for each pixel and channel; docs/vram.md derives them."""
+
+    block: int  # a transformer block, behind its input
+    brief: int = 14  # what its backward takes for a moment
+    projection: int = 1  # before the blocks and after them
+    resnet_in: int = 2  # of the input's channels, behind the input
+    resnet_out: int = 3  # of the output's
+    convolutions: int = 0  # of the output's, where they have an adapter
+    stream: int = 1  # what goes from layer to layer
+
+
+KEPT = {  # by lora_type, whether autocast runs normalisations in fp32, and whether feed-forward layers are adapted
+    ("lora", False): Kept(22),
+    ("lora", True): Kept(27, brief=10),
+    ("dora", False): Kept(34, brief=16),
+    ("dora", True): Kept(57, brief=30, projection=3, convolutions=4),
+    ("lokr", False): Kept(22),
+    ("lokr", True): Kept(27),
+    ("dora autocast", False): Kept(42, brief=16, resnet_in=5, resnet_out=5),
+    ("dora autocast", True): Kept(65, brief=54, projection=4, resnet_in=5, resnet_out=5, convolutions=11),
+    ("lokr autocast", False): Kept(30, resnet_in=5, resnet_out=5),
+    ("lokr autocast", True): Kept(46, brief=16, projection=2, resnet_in=5, resnet_out=5, convolutions=5, stream=2),
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run's adapter makes the layers of its UNet keep."""
+
+    kept: Kept
+    rank: int
+    deep: bool  # the adapter is on feed-forward layers and projections too
+    everywhere: bool  # and on convolutions
+    projected: bool  # projections keep what they see, as adapted layers and convolutions do
+    tokens: int
+    context: int  # width of the texts' embeddings
+    gradient: float  # numbers of an adapter's weight, shared among a batch's images
+    change: float  # likewise of a frozen weight: LoKr makes a change of each, and keeps it for backward
+
+    def resnet(self, layer: Layer) -> Stage:
+        inputs, width, kept = layer.inputs, layer.width, self.kept
+        size = kept.resnet_in * inputs + kept.resnet_out * width
+        size += self.everywhere * (self.rank * (2 + (inputs != width)) + kept.convolutions * width)
+        changes = self.everywhere * self.change * 9 * width * (inputs + width)
+        gradients = self.everywhere * self.gradient * (10 * inputs + 14 * width)
+        stream = kept.stream * inputs * layer.pixels
+        brief = (3 if self.everywhere else 1) * max(inputs, width) * layer.pixels + 4 * changes
+        return Stage(stream, size * layer.pixels + changes, brief, gradients)
+
+    def transformer(self, layer: Layer) -> list[Stage]:
+        width, pixels, kept, deep = layer.width, layer.pixels, self.kept, self.deep
+        projection = (width * self.projected * kept.projection + self.rank * deep) * pixels
+        size = (kept.block * width + self.rank * (6 + 2 * deep)) * pixels + 2 * (width + self.rank) * self.tokens
+        changes = self.change * width * ((6 + 12 * deep) * width + 2 * self.context)
+        gradients = self.gradient * ((14 + 14 * deep) * width + 2 * self.context)
+        stream = kept.stream * width * pixels
+        block = Stage(stream, size + changes, kept.brief * width * pixels + changes, gradients)
+        end = Stage(projection, gradients=self.gradient * deep * 4 * width)  # of both projections
+        return [Stage(stream + projection), *[block] * layer.depth, end]
+
+    def stages(self, layer: Layer) -> list[Stage]:
+        if layer.kind == "transformer":
+            return self.transformer(layer)
+        if layer.kind in ("resnet", "middle"):
+            stage = self.resnet(layer)
+            return [stage if layer.kind == "resnet" else Stage(stage.kept + stage.redone)]
+        size, seen = layer.width * layer.pixels, {"down": 4, "up": 1, "out": 3}[layer.kind]
+        return [Stage(size * seen + self.rank * self.everywhere * layer.pixels, 0, 8 * size * (layer.kind == "out"))]
+
+
+def footprint(config: TrainingConfig, source: ModelSource, half: bool) -> Footprint:
+    lora, unet = config.lora_type, source.unet
+    deep, everywhere = config.lora_targets != "attention", config.lora_targets == "all"
+    return Footprint(
+        kept=KEPT[f"{lora} autocast" if half and lora != "lora" else lora, deep],
+        rank=config.lora_rank,
+        deep=deep,
+        everywhere=everywhere,
+        projected=deep or not unet.get("use_linear_projection", source.family.linear_projection),
+        tokens=TOKENS * (config.max_caption_tokens // 75),
+        context=unet.get("cross_attention_dim", 1280),  # the default of diffusers' class
+        gradient=config.lora_rank / config.batch_size * (2 if half and lora != "lora" else 1),
+        change=1 / config.batch_size if lora == "lokr" else 0,
+    )
+
+
+def unet_activations(
+    config: TrainingConfig, source: ModelSource, pixels: int, *, half: bool, checkpointing: bool
+) -> float:
+    """Give the most numbers that live while the UNet trains, for one image, with backward's gradients."""
+    layers, foot = [*unet_layers(source.unet, pixels)], footprint(config, source, half)
+    adapted = ("resnet", "transformer") if foot.everywhere else ("transformer",)
+    start = next(index for index, layer in enumerate(layers) if layer.kind in adapted)  # nothing before needs gradients
+    stages = [stage for layer in layers[start:] for stage in foot.stages(layer)]
+    kept, gradients = 0.0, sum(stage.gradients for stage in stages)
+    most = gradients
+    for stage in stages:  # backward comes to the last one first
+        kept += stage.kept + (0 if checkpointing else stage.redone)
+        again = stage.redone if checkpointing else 0
+        most = max(most, kept + again + stage.brief + gradients)
+        gradients -= stage.gradients
+    return most
+
+
+def unet_inference(source: ModelSource, pixels: int) -> float:
+    """Give the most numbers that live while the UNet answers without gradients, for one image."""
+    down = [*itertools.takewhile(lambda layer: layer.kind != "middle", unet_layers(source.unet, pixels))]
+    skips = sum(layer.width * layer.pixels for layer in down if layer.kind != "transformer")
+    return skips + max(21 * layer.width * layer.pixels for layer in down if layer.kind == "transformer")
+
+
+def encode_bytes(source: ModelSource, pixels: int, *, half: bool) -> int:
+    """Estimate what the VAE takes to encode images of so many pixels, besides its weights."""
+    widths = source.vae.get("block_out_channels", VAE_WIDTHS)
+    return (5 * int(widths[0]) + 3) * pixels * vae_width(source, half)
+
+
+def decode_bytes(source: ModelSource, pixels: int, *, half: bool) -> int:
+    """Estimate what the VAE takes to decode an image of so many pixels, with the weights of its decoder."""
+    widths = source.vae.get("block_out_channels", VAE_WIDTHS)
+    numbers = 3 * int(widths[min(1, len(widths) - 1)]) * pixels + int(VAE_DECODER * part_sizes(source)["vae"])
+    return numbers * vae_width(source, half)
+
+
+def vae_width(source: ModelSource, half: bool) -> int:
+    return 2 if half and not source.vae.get("force_upcast") else 4
+
+
+def decode_side(source: ModelSource, resolution: int, room: int, *, half: bool) -> int:
+    """Choose the side of the tiles in which an image is decoded, in pixels, so that it takes no more than `room`."""
+    sides = [side for side in (resolution, *DECODE_SIDES) if side <= resolution]
+    return next((side for side in sides if decode_bytes(source, side**2, half=half) <= room), sides[-1])
+
+
+def part_sizes(source: ModelSource) -> Mapping[str, int]:
+    """Count each component's weights; without the files' headers they are the full-size model's."""
+    counted = {name: sum(map(math.prod, part.shapes.values())) for name, part in source.parts.items()}
+    return counted or source.family.parameters
+
+
+def text_bytes(config: TrainingConfig, source: ModelSource, width: int, *, texts: int) -> int:
+    """Estimate what the text encoders take besides their weights for so many texts, also while they train."""
+
+    def numbers(row: TextEncoder) -> int:  # for a token
+        in_training = 20 if row.config == QUICK else 16
+        return (row.layers * (in_training if config.train_text_encoder else 1) + 12) * row.width
+
+    windows = texts * (config.max_caption_tokens // 75)
+    return sum(map(numbers, source.family.text_encoders)) * windows * TOKENS * width
+
+
+def caching_bytes(config: TrainingConfig, source: ModelSource, resolution: int, *, half: bool, gpu: bool) -> int:
+    """Estimate the peak before the UNet is loaded: all text encoders, then the VAE; in groups on a GPU."""
+    width, sizes = 2 if half else 4, part_sizes(source)
+    encoders = sum(size for part, size in sizes.items() if part.startswith("text")) * width
+    together = max(1, 1024**2 // resolution**2) if gpu else 1
+    images = encode_bytes(source, together * resolution**2, half=half) + sizes["vae"] * vae_width(source, half)
+    if config.train_text_encoder:
+        return encoders + images
+    return max(encoders + text_bytes(config, source, width, texts=32 if gpu else 1), images)
 
 
 def estimate_vram(
-    config: TrainingConfig, source: ModelSource, resolution: int, *, half: bool, checkpointing: bool
+    config: TrainingConfig,
+    source: ModelSource,
+    resolution: int,
+    *,
+    half: bool,
+    checkpointing: bool,
+    gpu: bool = True,
+    cached: int = 0,
 ) -> dict[str, int]:
-    """Estimate the bytes that training needs on the device, term by term (a first estimate; docs/vram.md).
+    """Estimate the bytes that a run needs on its device, term by term, without torch (docs/vram.md).
 
-    Works without torch. Text encoders that do not train and the VAE are gone by the time the UNet trains, so the
-    peak is training's or caching's, whichever is larger.
+    `allocated` is the most that tensors take at once: while caching, training or drawing samples. `total` must be
+    free when the run starts. `host` is main memory, with what is `cached` there.
     """
-    width = 2 if half else 4
-    counted = {name: sum(map(math.prod, part.shapes.values())) for name, part in source.parts.items()}
-    counts = counted or source.family.parameters  # without the files' headers, the full-size model's
-    lora = lora_width(config, source) * config.lora_rank
-    trained = sum(counts[part] for part in trained_parts(config, source.family))
-    activations = saved_activations(source.unet, (resolution // source.vae_factor) ** 2) * config.batch_size * width
-    weights = trained * width - bytes_saved(config, source, width)
-    training = {"weights": weights, "lora": lora * 4, "overhead": GPU_OVERHEAD}
-    averages = 4 if config.ema_decay else 0
-    training |= {"optimizer": lora * (4 + OPTIMIZERS[config.optimizer].state_bytes + averages)}  # with the gradient
-    training |= {"activations": int(activations * (CHECKPOINTED_SHARE if checkpointing else 1))}
-    caching = {part: count * width for part, count in counts.items() if part != "unet"}
-    return {**training, "total": max(sum(training.values()), sum(caching.values()) + GPU_OVERHEAD)}
+    width, sizes, trained = 2 if half else 4, part_sizes(source), trained_parts(config, source.family)
+    lora, kind = lora_width(config, source) * config.lora_rank, OPTIMIZERS[config.optimizer]
+    copies = width if half and config.lora_type == "lora" else 0  # of the fp32 weights, for the modules
+    summed = 8 if config.gradient_accumulation_steps > 1 else 4  # a step's gradients in fp32, and those to be added
+    weights = sum(sizes[part] for part in trained) * width - bytes_saved(config, source, width)
+    terms = {"weights": weights, "lora": lora * (4 + copies)}
+    terms |= {"gradients": lora * summed, "optimizer": lora * kind.state_bytes}
+    terms |= {"ema": lora * 4 if config.ema_decay else 0, "workspaces": WORKSPACES if gpu else 0}
+    resident, pixels = sum(terms.values()), (resolution // source.vae_factor) ** 2
+    activations = unet_activations(config, source, pixels, half=half, checkpointing=checkpointing)
+    activations *= config.batch_size * width
+    if config.train_text_encoder:
+        activations += text_bytes(config, source, width, texts=config.batch_size)
+    answer = unet_inference(source, pixels) * width  # for one image
+    sampled = config.sample_prompts and (config.validation_steps or config.sample_at_start)
+    side = decode_side(source, resolution, int(activations), half=half)
+    decoding = decode_bytes(source, side**2, half=half)
+    drawing = max(2 * answer + lora * copies, decoding) if sampled else 0
+    terms |= {"activations": int(activations), "sampling": int(drawing)}
+    terms |= {"finishing": int(answer + lora * (8 + copies))}  # what was trained, rounded and strengthened
+    terms |= {"caching": caching_bytes(config, source, resolution, half=half, gpu=gpu), "cache": cached}
+    most = max(terms[phase] for phase in ("activations", "sampling", "finishing"))
+    terms["training"] = resident + terms["activations"]
+    terms["allocated"] = max(resident + most, terms["caching"] + terms["workspaces"])
+    terms["overhead"] = int(terms["allocated"] * FRAGMENTS) + (CONTEXT if gpu else LIBRARIES + cached)
+    terms["total"] = terms["allocated"] + terms["overhead"]
+    return terms | {"host": LIBRARIES + max(sizes.values()) * width + cached if gpu else terms["total"]}
+
+
+def is_gpu(hardware: Hardware | None) -> bool:
+    """Tell whether the device has a memory of its own; one that is not known yet is taken to have."""
+    return hardware is None or hardware.device != "cpu"
 
 
 def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware | None) -> tuple[bool, str]:
@@ -2738,11 +2978,52 @@ def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware 
     if isinstance(wish, bool):
         return wish, f"gradient_checkpointing {str(wish).lower()}"
     if hardware is None or hardware.free_bytes is None:
-        return False, "the device has no memory of its own" if hardware else "the device is not known"
+        return False, "its free memory cannot be told" if hardware else "the device is not known"
     need, free = gigabytes(plain_bytes), gigabytes(hardware.free_bytes)
     if plain_bytes > hardware.free_bytes:
         return True, f"without it about {need} GB are needed and {free} GB are free"
     return False, f"about {need} GB are needed and {free} GB are free"
+
+
+def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: bool, gpu: bool) -> Iterator[JSON]:
+    """Yield changes of a config that save memory, the one that costs a user least first."""
+    if not checkpointing:
+        yield {"gradient_checkpointing": True}
+    batch, images = config.batch_size, config.batch_size * config.gradient_accumulation_steps
+    while batch > 1:
+        batch = (batch + 1) // 2
+        yield {"batch_size": batch, "gradient_accumulation_steps": math.ceil(images / batch)}
+    if gpu and config.quantize_base == "none" and config.lora_type != "lokr":
+        yield {"quantize_base": "nf4"}
+    if gpu and OPTIMIZERS[config.optimizer].state_bytes > OPTIMIZERS["adamw8bit"].state_bytes:
+        yield {"optimizer": "adamw8bit"}
+    yield from ({"resolution": side} for side in (896, 768, 640, 512, 384, 256) if side < resolution)
+    yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
+
+
+def fitting_settings(
+    config: TrainingConfig, resolution: int, free: int, *, checkpointing: bool, gpu: bool, needed: Callable[..., int]
+) -> tuple[JSON, int]:
+    """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it.
+
+    `needed` gives the bytes for (config, resolution, checkpointing).
+    """
+
+    def total(changes: Iterable[JSON]) -> int:
+        merged = {key: value for change in changes for key, value in change.items()}
+        changed = dataclasses.replace(config, **merged)
+        side, checkpointed = merged.get("resolution", resolution), "gradient_checkpointing" in merged or checkpointing
+        return needed(changed, side, checkpointed)
+
+    taken: list[JSON] = []
+    for change in memory_savers(config, resolution, checkpointing=checkpointing, gpu=gpu):
+        taken = [*(earlier for earlier in taken if earlier.keys() != change.keys()), change]
+        if total(taken) <= free:
+            break
+    for change in taken[-2::-1] if total(taken) <= free else ():  # what a later one made needless, the dearest first
+        fewer = [other for other in taken if other is not change]
+        taken = fewer if total(fewer) <= free else taken
+    return {key: value for change in taken for key, value in change.items()}, total(taken)
 
 
 # ======================================================================================
@@ -3408,6 +3689,7 @@ class Plan:
     """What a run will do, decided from configs and headers before any weight is loaded."""
 
     config: TrainingConfig  # its batch_size is that of all processes together
+    processes: int
     source: ModelSource
     dataset: Dataset
     resolution: int
@@ -3419,6 +3701,8 @@ class Plan:
     prompts: Sequence[str]  # what the samples need besides
     cache: CacheChoice
     checkpointing: bool
+    half: bool
+    hardware: Hardware | None
     memory: Mapping[str, int]
     reasons: tuple[str, ...]
 
@@ -3467,9 +3751,41 @@ def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> Cache
     return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}")
 
 
+def memory_advice(plan: Plan, free: int) -> str:
+    """Say what to change for a run to need no more than the free bytes."""
+    gpu = is_gpu(plan.hardware)
+    options: JSON = {"source": plan.source, "half": plan.half, "gpu": gpu, "cached": plan.memory["cache"]}
+
+    def needed(config: TrainingConfig, resolution: int, checkpointing: bool) -> int:
+        return estimate_vram(config, resolution=resolution, checkpointing=checkpointing, **options)["total"]
+
+    config = dataclasses.replace(plan.config, batch_size=plan.config.batch_size // plan.processes)
+    changes, total = fitting_settings(
+        config, plan.resolution, free, checkpointing=plan.checkpointing, gpu=gpu, needed=needed
+    )
+    listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in changes.items())
+    if total > free:
+        most = f"even with {listed} it needs" if listed else "it needs"
+        return f"Use a device with more free memory: {most} about {gigabytes(total)} GB."
+    return f"Set {listed}: about {gigabytes(total)} GB are needed then."
+
+
+def memory_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) where the estimate is more than what is free."""
+    free, where = (plan.hardware.free_bytes, plan.hardware.device) if plan.hardware else (None, "")
+    if free is not None and plan.memory["total"] > free:
+        message = f"The run needs about {gigabytes(plan.memory['total'])} GB, and {gigabytes(free)} GB are free"
+        yield "memory_short", f"{message} ({where}).", memory_advice(plan, free)
+    host = free_memory_bytes() if where not in ("", "cpu") else None
+    if host is not None and plan.memory["host"] > host:
+        message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
+        yield "memory_short", f"{message}are free.", "Close other programs."
+
+
 def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what a user should know before the run starts."""
     yield from config_warnings(plan.config)
+    yield from memory_warnings(plan)
     yield from dataset_warnings(plan)
     source = plan.source
     weights, linear = unet_weights(source)
@@ -3631,6 +3947,17 @@ def quantization_reason(config: TrainingConfig, source: ModelSource, width: int)
         yield f"The UNet's weights take {gigabytes(before - saved)} GB with nf4 instead of {gigabytes(before)} GB."
 
 
+def plan_memory(
+    config: TrainingConfig, source: ModelSource, resolution: int, hardware: Hardware | None, options: JSON
+) -> tuple[bool, str, Mapping[str, int]]:
+    """Give (gradient checkpointing, why, the estimate) of one process; `options` as estimate_vram takes them."""
+    plain = estimate_vram(config, source, resolution, checkpointing=False, **options)
+    checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
+    if checkpointing:
+        return checkpointing, why, estimate_vram(config, source, resolution, checkpointing=True, **options)
+    return checkpointing, why, plain
+
+
 def make_plan(
     config: TrainingConfig,
     dataset: Dataset,
@@ -3656,9 +3983,8 @@ def make_plan(
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
     needed = cache_size(config, source, sizes, texts) * processes
     cache = choose_cache(config, needed, free_memory_bytes())
-    plain = estimate_vram(config, source, resolution, half=half, checkpointing=False)
-    checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
-    memory = estimate_vram(config, source, resolution, half=half, checkpointing=True) if checkpointing else plain
+    options: JSON = {"half": half, "gpu": is_gpu(hardware), "cached": needed if cache.in_memory else 0}
+    checkpointing, why, memory = plan_memory(config, source, resolution, hardware, options)
     doubt = "" if source.prediction_told else " (a guess that is measured before training)"
     reasons = (
         f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {resolution}.",
@@ -3670,6 +3996,7 @@ def make_plan(
     )
     return Plan(
         config=together,
+        processes=processes,
         source=source,
         dataset=dataset,
         resolution=resolution,
@@ -3681,6 +4008,8 @@ def make_plan(
         prompts=sorted(prompts),
         cache=cache,
         checkpointing=checkpointing,
+        half=half,
+        hardware=hardware,
         memory=memory,
         reasons=reasons,
     )
@@ -5055,6 +5384,10 @@ class LoRATrainer:
         pictures = map_ahead(lambda group: [view.load() for view in group], ours)
         self.encode("Encoding images.", missing, (encode_images(self.vae, loaded) for loaded in pictures))
         self.vae.encoder = self.vae.quant_conv = None
+        room, resolution = self.plan.memory["activations"], self.plan.resolution
+        if (side := decode_side(source, resolution, room, half=self.half)) < resolution:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // source.vae_factor
         self.vae.to("cpu")
         if not self.group.is_main:
             del self.vae
@@ -5824,6 +6157,23 @@ class LoRATrainer:
             noisy, _ = diffuse(batch.mean, noise, self.alpha_bar, timesteps, self.plan.source.prediction_type)
             return self.predict(noisy, timesteps.to(self.device), batch.context, batch.conditions).float()
 
+    def explained(self, error: Exception) -> TrainerError:
+        """Give a failure its code; memory that ran out with the sizes of the run, and what would have fitted."""
+        failure, plan = as_trainer_error(error, self.events.phase), getattr(self, "plan", None)
+        if failure.code != "out_of_memory" or plan is None:
+            return failure
+        config, total = self.config, plan.memory["total"]
+        sizes = f"resolution {plan.resolution}, batch_size {config.batch_size}, lora_rank {config.lora_rank}, "
+        sizes += f"gradient checkpointing {'on' if plan.checkpointing else 'off'}: estimated at {gigabytes(total)} GB"
+        free = plan.hardware.free_bytes
+        # It was too much, whatever was free at the start: what is advised must take clearly less.
+        advice = memory_advice(plan, int(min(total * 0.9, math.inf if free is None else free)))
+        if self.stop.saved.step:
+            advice += (
+                " Other than gradient_checkpointing, they need another output_path or --fresh: this run has begun."
+            )
+        return TrainerError("out_of_memory", f"{failure.message} ({sizes}).", advice)
+
     def complete(self) -> None:
         state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
         self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
@@ -6028,7 +6378,11 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     dataset = group.share(check)
     events.info("Importing torch and diffusers.", phase="importing")
     import_libraries(unused_packages(config))
-    return LoRATrainer(config, dataset, events, stop, folder, options.fresh, group).run()
+    trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh, group)
+    try:
+        return trainer.run()
+    except Exception as error:
+        raise trainer.explained(error) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

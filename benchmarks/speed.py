@@ -376,8 +376,7 @@ def measure_memory(work: Path, case: Case, threads: int) -> Json:
     estimate = {name: value / 1e9 for name, value in made.plan.memory.items()}
     if CUDA:
         found["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        wanted = estimate.get("allocated", estimate.get("total", math.nan))
-        found["measured_to_estimate"] = found["allocated_gb"] / wanted
+        found["measured_to_estimate"] = found["allocated_gb"] / estimate["training"]
     return found | {"estimate_gb": estimate}
 
 
