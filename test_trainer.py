@@ -413,6 +413,7 @@ class Recorder(trainer.EventStream):
         self.events: list[Json] = []
         self.warnings: list[Json] = []
         self.phase = "test"
+        self._lock = threading.RLock()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         self.events.append({"type": event_type, **fields})
@@ -1638,6 +1639,22 @@ def test_what_several_processes_cannot_share_is_refused_before_they_wait(tmp_pat
     assert [item["path"] for item in result.last["problems"]] == ["device"]
 
 
+def test_a_warning_that_processes_send_at_the_same_moment_is_told_once() -> None:
+    class Slow(Recorder):
+        def emit(self, event_type: str, **fields: Any) -> None:
+            time.sleep(0.05)
+            super().emit(event_type, **fields)
+
+    events = Slow()
+    senders = [threading.Thread(target=events.relay, args=("of_all", "All find this.", "")) for _ in range(3)]
+    for sender in senders:
+        sender.start()
+    events.warning("of_all", "All find this.")
+    for sender in senders:
+        sender.join()
+    assert len(events.events) == 1
+
+
 def test_the_parts_of_a_batch_are_all_of_it_and_differ_by_one_at_most() -> None:
     for size in (1, 2, 3, 8):
         for count in range(20):
@@ -2304,6 +2321,10 @@ def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, image
         ("unet/config.json", {}),
         ("unet/config.json", []),
         ("unet/config.json", {"block_out_channels": "x"}),
+        ("unet/config.json", {"block_out_channels": [32, 64]}),
+        ("unet/config.json", {"down_block_types": ["CrossAttnDownBlock2D"]}),
+        ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 4}),
+        ("unet/config.json", {"transformer_layers_per_block": [1]}),
         ("unet/config.json", {"sample_size": -8}),
         ("unet/config.json", {"sample_size": 10**7}),
         ("vae/config.json", {"block_out_channels": []}),
@@ -6118,11 +6139,12 @@ def test_without_a_compiler_a_run_warns_and_goes_on(
     tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compile_nothing(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("Failed to find a C++ compiler")
+        raise RuntimeError("Failed to find a C++ compiler\nand a stack trace")
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=1, compile=True))
-    assert "compile_unavailable" in warning_codes(made)
+    (told,) = (event for event in emitted(made, "warning") if event["code"] == "compile_unavailable")
+    assert told["message"].endswith("nothing is compiled: RuntimeError: Failed to find a C++ compiler")
     assert made.train()
 
 
@@ -6425,6 +6447,11 @@ def test_a_disk_that_will_not_hold_the_run_is_a_warning(
     assert "disk_space_low" in warning_codes(made)
 
 
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
 def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
     cases: dict[str, list[BaseException]] = {
         "out_of_memory": [
@@ -6434,6 +6461,7 @@ def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
             RuntimeError("could not create a primitive"),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+            caused_by(OSError("Unable to load weights from checkpoint file"), MemoryError()),
         ],
         "disk_full": [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
         "internal": [KeyError("x")],

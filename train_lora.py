@@ -180,12 +180,23 @@ def blame(code: str) -> Iterator[None]:
         raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.", hint) from error
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what it came from: libraries put others in the place of the one that says why."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def tells_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in MEMORY_SIGNS)
+
+
 def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     """Give any exception its stable code; what nobody foresaw is `internal`."""
     if isinstance(error, TrainerError):
         return error
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in MEMORY_SIGNS):
+    if any(map(tells_of_memory, causes(error))):
         return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
     if isinstance(error, ImportError):
         name = (error.name or str(error)).partition(".")[0]
@@ -836,15 +847,17 @@ class EventStream:
             self.info(message, phase, current=done, total=total)
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
-        if (code, message) not in self.relayed:
-            self.warnings.append({"code": code, "message": message, "hint": hint})
-            self.emit("warning", code=code, message=message, hint=hint)
+        with self._lock:
+            if (code, message) not in self.relayed:
+                self.warnings.append({"code": code, "message": message, "hint": hint})
+                self.emit("warning", code=code, message=message, hint=hint)
 
     def relay(self, code: str, message: str, hint: str) -> None:
         """Pass on another process's warning; what several of them find is told once."""
-        if all((told["code"], told["message"]) != (code, message) for told in self.warnings):
-            self.warning(code, message, hint)
-            self.relayed |= {(code, message)}
+        with self._lock:
+            if all((told["code"], told["message"]) != (code, message) for told in self.warnings):
+                self.warning(code, message, hint)
+                self.relayed |= {(code, message)}
 
     def open_log(self, path: Path) -> None:
         """Append to events.jsonl from here on, after what was emitted so far; a torn last line goes."""
@@ -1613,7 +1626,8 @@ MODEL_KEYS: dict[str, JSON] = {
         "layers_per_block": FEW,
         "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
         "block_out_channels": COUNTS,
-        **dict.fromkeys(("down_block_types", "up_block_types"), NAMES),
+        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
+        "up_block_types": NAMES,
         "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
     },
     "vae/config.json": {
@@ -1637,11 +1651,19 @@ TEXT_KEYS: dict[str, JSON] = {
 }
 
 
+PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
+
+
 def check_model_config(document: Any, kind: str, name: str) -> None:
     """Hold a config against what we rely on. Raises `model_corrupt`."""
     schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind]}
     for wrong in Draft7Validator(schema).iter_errors(document):
         raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
+    if kind == "unet/config.json":
+        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
+        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
+            reason = f"{', '.join(PER_LEVEL)} are not of one length"
+            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
 
 
 ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
@@ -5502,7 +5524,8 @@ class LoRATrainer:
         try:
             torch.compile(torch.nn.functional.silu)(torch.ones(8, device=self.device))
         except Exception as error:  # no compiler, no Triton, a Python that dynamo does not know: each its own class
-            message = f"torch.compile does not work here, so nothing is compiled: {as_trainer_error(error, '').message}"
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            message = f"torch.compile does not work here, so nothing is compiled: {reason}"
             self.events.warning("compile_unavailable", message, COMPILE_HINT)
             return
         torch._dynamo.config.recompile_limit = 64  # blocks of every width and mode count as one function's
