@@ -184,7 +184,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an exception and what it came from: libraries put others in the place of the one that says why."""
     while error:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def tells_of_memory(error: BaseException) -> bool:
@@ -195,8 +195,9 @@ def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     """Give any exception its stable code; what nobody foresaw is `internal`."""
     if isinstance(error, TrainerError):
         return error
-    text = f"{type(error).__name__}: {error}"
-    if any(map(tells_of_memory, causes(error))):
+    told = next(filter(tells_of_memory, causes(error)), None)
+    text = f"{type(told or error).__name__}: {told or error}"
+    if told:
         return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
     if isinstance(error, ImportError):
         name = (error.name or str(error)).partition(".")[0]
