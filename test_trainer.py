@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -1403,6 +1404,265 @@ def test_a_stop_is_heard_between_denoising_steps(tmp_path: Path, images: Path, m
 
 
 # ======================================================================================
+# several processes
+# ======================================================================================
+
+
+class Pair:
+    """Two processes of a run, started as torchrun does, but as copies of one that has imported everything."""
+
+    def __init__(self, folder: Path, config: Json, *arguments: str, patch: str = "") -> None:
+        folder.mkdir(exist_ok=True)
+        self.stdout = [folder / f"stdout_{rank}" for rank in range(2)]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_trainer"])
+        told = ["--config", str(write_config(folder, **config)), *arguments]
+        self.processes = [
+            context.Process(target=be_one_of_two, args=(rank, port, told, self.stdout[rank], patch))
+            for rank in range(2)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait_for(self, ready: Callable[[Json], Any]) -> None:
+        deadline = time.monotonic() + 60
+        while not any(ready(event) for event in logged(self.stdout[0])):
+            assert time.monotonic() < deadline, self.stdout[0].read_text()
+            time.sleep(0.02)
+
+    def end(self, limit_s: float = 60) -> tuple[Run, list[int | None]]:
+        """What the main process told, and the exit codes; the other process tells nothing."""
+        deadline = time.monotonic() + limit_s
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        assert self.stdout[1].read_bytes() == b""
+        return Run(codes[0] or 0, self.stdout[0].read_bytes(), b""), codes
+
+
+def be_one_of_two(rank: int, port: int, arguments: list[str], stdout: Path, patch: str) -> None:
+    """The body of one process of a Pair."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with stdout.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+    trainer.unused_packages = lambda config: []  # everything is imported already
+    exec(patch, {"t": trainer, "rank": rank, "time": time})
+    sys.exit(trainer.main(arguments))
+
+
+def together(tmp_path: Path, config: Json, **options: Any) -> Run:
+    result, codes = Pair(tmp_path / "pair", config, **options).end()
+    assert (codes, result.last["type"]) == ([0, 0], "complete")
+    return result
+
+
+def assert_same_run(result: Run, one: trainer.LoRATrainer, other: Path) -> None:
+    """Hold a run of two processes against one that had all samples itself."""
+    losses = [[event["loss"], event["grad_norm"]] for event in emitted(one, "progress")]
+    torch.testing.assert_close(
+        torch.tensor([[event["loss"], event["grad_norm"]] for event in result.of("progress")]), torch.tensor(losses)
+    )
+    torch.testing.assert_close(tensors_of(other), tensors_of(one.final_path), rtol=1e-3, atol=1e-5)
+
+
+ALL_DRAWS = {
+    "train_text_encoder": True,
+    "max_caption_tokens": 150,
+    "random_flip": True,
+    "caption_dropout": 0.3,
+    "noise_offset": 0.1,
+    "snr_gamma": 5.0,
+    "loss_type": "huber",
+    "ema_decay": 0.9,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler": "cosine",
+}
+
+
+@posix
+@needs_torch
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "changes"), [("sd15", 1, {}), ("sdxl", 2, ALL_DRAWS)], ids=["plain", "everything"]
+)
+def test_two_processes_end_where_one_does_that_has_the_whole_batch(
+    tmp_path: Path, images: Path, models: Path, kind: str, batch_size: int, changes: Json
+) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    (folder / "0.txt").write_text(LONG)
+    config = small(folder, models / kind, tmp_path / "one", epochs=3, learning_rate=1e-4, **changes) | {"steps": None}
+    one = train(tmp_path, config | {"batch_size": 2 * batch_size})
+    # Buckets of one to three images: batches that are uneven, and that leave a process without samples.
+    assert {len(bucket) for bucket in one.plan.buckets.values()} & {1, 3}
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    changes = {"output_path": str(tmp_path / "two"), "batch_size": batch_size, "validation_steps": 2, **cache}
+    result = together(tmp_path, config | changes, patch=WARNING)
+    assert_same_run(result, one, tmp_path / "two/lora_final.safetensors")
+    header, wanted = (
+        trainer.read_header(folder / "lora_final.safetensors") for folder in (tmp_path / "two", tmp_path / "one")
+    )
+    same = ("ss_total_batch_size", "ss_steps", "ss_epoch", "ss_max_train_steps", "train_lora.params")
+    assert {key: header[key] for key in same[:4]} == {key: wanted[key] for key in same[:4]}
+    assert f"2 processes train together, on batches of {2 * batch_size}." in [e["message"] for e in result.of("info")]
+    codes = [event["code"] for event in result.of("warning")]
+    assert codes.count("of_rank_1") == codes.count("of_both") == codes.count("training_on_cpu") == 1
+    # Each has encoded every second image, and what they have encoded is on disk.
+    counts = [int(event["message"].split()[-1]) for event in result.of("warning") if event["code"] == "encoded"]
+    views = len(one.plan.views())
+    assert sorted(counts) == [views // 2, (views + 1) // 2]
+    alone = prepare(tmp_path, config | cache | {"output_path": str(tmp_path / "three")})
+    assert f"{views} of {views} images are in the cache already." in [e["message"] for e in emitted(alone, "info")]
+
+
+WARNING = """
+t.LoRATrainer.warned, encoded, encode_images = False, [], t.encode_images
+t.encode_images = lambda vae, images: encoded.extend(images) or encode_images(vae, images)
+accumulate = t.LoRATrainer.accumulate
+def warn(self, step):
+    if not self.warned:
+        self.events.warning("of_both", "Both processes find this.")
+        self.events.warning("encoded", f"By process {rank}: {len(encoded)}")
+    if rank and not self.warned:
+        self.events.warning("of_rank_1", "One process finds this.")
+    self.warned = True
+    return accumulate(self, step)
+t.LoRATrainer.accumulate = warn
+"""
+
+
+@posix
+@needs_torch
+def test_a_signal_to_either_process_stops_both_and_the_resumed_run_has_the_same_bits(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    changes = {"steps": 40, "batch_size": 1, "lora_dropout": 0.1, "ema_decay": 0.9}
+    config = small(images, models / "sd15", tmp_path / "out", **changes)
+    whole = together(tmp_path, config | {"output_path": str(tmp_path / "whole")})
+    losses: dict[int, float] = {}
+    for rank, number in ((1, signal.SIGINT), (0, signal.SIGTERM)):
+        pair = Pair(tmp_path / "pair", config, patch=SLOWLY)
+        pair.wait_for(lambda event: event["type"] == "progress")
+        os.kill(pair.processes[rank].pid or 0, number)
+        result, codes = pair.end(8)
+        assert codes == [128 + number] * 2
+        assert (result.last["type"], result.last["signal"]) == ("interrupted", number.name)
+        assert Path(result.last["path"]).exists()
+        losses |= {event["step"]: event["loss"] for event in result.of("progress")}
+        assert result.last["step"] == max(losses) < 40
+    result = together(tmp_path, config)
+    losses |= {event["step"]: event["loss"] for event in result.of("progress")}
+    assert losses == {event["step"]: event["loss"] for event in whole.of("progress")}
+    for name in ("lora_final.safetensors", "checkpoints/state_step_40.safetensors"):
+        assert_same_tensors(tmp_path / "out" / name, tmp_path / "whole" / name)
+
+    with pytest.raises(trainer.TrainerError, match="batch_size") as caught:
+        prepare(tmp_path, config | {"steps": 41})
+    assert caught.value.code == "resume_mismatch"
+    alone = train(tmp_path, config | {"steps": 41, "batch_size": 2})  # the same batches, summed in another order
+    assert alone.state.step == 41
+    assert warning_codes(alone).count("resume_not_exact") == 1
+
+
+SLOWLY = "t.LoRATrainer.periodic = lambda self: time.sleep(0.1)"
+
+
+@posix
+@needs_torch
+def test_a_failure_of_one_process_is_the_one_error_of_all(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=2000, batch_size=1)
+    fail = "def fail(*_): raise MemoryError('no memory left')\nif rank: t.{} = fail"
+    result, codes = Pair(tmp_path / "pair", config, patch=fail.format("LoRATrainer.advance")).end(30)
+    assert codes == [1, 1]
+    assert result.last["code"] == "out_of_memory"
+    assert result.last["message"].startswith("Process 1: ")
+    assert "no memory left" in result.last["message"]
+
+    before_they_meet, codes = Pair(tmp_path / "pair", config, patch=fail.format("load_config")).end(30)
+    assert (codes, before_they_meet.last["code"]) == ([1, 1], "out_of_memory")
+    of_the_main_one = fail.replace("if rank", "if not rank").format("LoRATrainer.advance")
+    result, codes = Pair(tmp_path / "pair", config, "--fresh", patch=of_the_main_one).end(30)
+    assert (codes, result.last["code"]) == ([1, 1], "out_of_memory")
+    assert not result.last["message"].startswith("Process")
+
+
+@posix
+@needs_torch
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other_at_once(tmp_path: Path, images: Path, models: Path, rank: int) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=100_000, batch_size=1, checkpoint_steps=0)
+    pair = Pair(tmp_path / "pair", config)
+    pair.wait_for(lambda event: event.get("step", 0) >= 3)
+    pair.processes[rank].kill()
+    for process in pair.processes:
+        process.join(5)
+    assert [process.exitcode for process in pair.processes] == ([-9, 1] if rank == 0 else [1, -9])
+    events = logged(pair.stdout[0])
+    if rank == 1:
+        check_events(events)
+        assert (events[-1]["type"], events[-1]["message"]) == ("error", "Process 1 of 2 has gone.")
+        assert events[-1]["step"] >= 3  # what was trained is saved
+
+
+@posix
+@needs_torch
+def test_under_accelerate_launch_a_killed_process_is_an_error_and_no_stop(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    psutil = pytest.importorskip("psutil")
+    config = write_config(
+        tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000, batch_size=1, checkpoint_steps=0)
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--main_process_port", "0", *command("--config", config)[1:]]
+    with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+
+        def kill_second() -> None:
+            ranks = psutil.Process(process.pid).children()
+            next(child for child in ranks if child.environ().get("RANK") == "1").kill()
+
+        result = stop_when(process, lambda event: event.get("phase") == "loading", kill_second)
+    assert result.code == 1
+    assert (result.last["type"], result.last["message"]) == ("error", "Process 1 of 2 has gone.")
+
+
+def test_what_several_processes_cannot_share_is_refused_before_they_wait(tmp_path: Path, images: Path) -> None:
+    told = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    result = run("--config", "-", env=told, input=b"{}")
+    assert (result.code, result.last["code"]) == (2, "usage")
+    config = write_config(tmp_path, **small(images, tmp_path / "none", tmp_path / "out", device="cuda:1"))
+    result = run("--config", config, env=told)
+    assert [item["path"] for item in result.last["problems"]] == ["device"]
+
+
+def test_the_parts_of_a_batch_are_all_of_it_and_differ_by_one_at_most() -> None:
+    for size in (1, 2, 3, 8):
+        for count in range(20):
+            parts = [range(count)[trainer.Group(rank, size).part(count)] for rank in range(size)]
+            assert [index for part in parts for index in part] == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_what_no_launcher_says_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told in ({}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "many", "RANK": "0"}):
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        group = trainer.Group.from_environment()
+        assert (group.rank, group.size, group.is_main) == (0, 1, True)
+        assert (group.share(lambda: 3), group.gather(3), group.any(False), group.in_turn(lambda: 3)) == (
+            3,
+            [3],
+            False,
+            3,
+        )
+
+
+# ======================================================================================
 # output folder
 # ======================================================================================
 
@@ -1973,7 +2233,7 @@ def test_a_token_is_in_no_output(
 def test_a_stop_request_in_a_download_ends_the_process_at_once(tmp_path: Path, hub: FakeHub, images: Path) -> None:
     hub.cut, hub.files[UNET] = UNET, tensor_file(1_000_000)
     hub.go_on.clear()
-    code = "t.import_checkers(); t.run = lambda options, events, stop: "
+    code = "t.import_checkers(); t.run = lambda options, events, stop, group: "
     code += "t.locate_model(t.load_config(options.config), events, weights=True, half=False)"
     config = write_config(tmp_path, **REQUIRED | {"base_model": "someone/tiny-sd"})
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "hub")}
@@ -5680,15 +5940,15 @@ def test_clipping_really_clips(tmp_path: Path, images: Path, models: Path, monke
     assert norm == pytest.approx(before, rel=1e-5)
     assert before > 1e-2
     assert seen == [pytest.approx(1e-3, rel=1e-2)]
-    for weight, part in zip(made.masters.values(), made.gradient_parts, strict=True):
-        assert weight.grad is part, "what is clipped is what the optimizer sees"
+    for key, weight in made.masters.items():
+        assert weight.grad is made.gradients[key], "what is clipped is what the optimizer sees"
 
 
 @needs_torch
 def test_accumulating_equals_one_larger_batch(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=2))
     total = made.accumulate(0)
-    grads = [part.clone() for part in made.gradient_parts]
+    grads = [part.clone() for part in made.gradients.values()]
     losses = [made.loss(made.collate(index), 0, index) for index in (0, 1)]
     expected = torch.autograd.grad((losses[0] + losses[1]) / 2, list(made.parameters.values()))
     assert total == pytest.approx(float((losses[0] + losses[1]).detach()) / 2, rel=1e-6)
@@ -5802,6 +6062,8 @@ def test_a_verdict_that_is_read_a_step_late_changes_nothing_but_when(
         assert made[late].train()
         made[late].finish()
     now, then = made[0], made[1]
+    bad = next(event for event in emitted(now, "warning") if event["code"] == "step_not_finite")
+    assert bad["message"].startswith("Step 2 ")
     for key, weight in now.live.items():
         assert torch.equal(weight, then.live[key])
         assert torch.equal(now.ema[key], then.ema[key])
@@ -5814,16 +6076,21 @@ def test_a_verdict_that_is_read_a_step_late_changes_nothing_but_when(
 
 
 @needs_torch
-def test_a_step_that_is_not_finite_leaves_the_optimizer_as_it_was(tmp_path: Path, images: Path, models: Path) -> None:
-    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+def test_a_step_that_is_not_finite_leaves_optimizer_and_average_as_they_were(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", ema_decay=0.5))
     take_step(made, 0)
     before: dict[str, Any] = {}
+    average = made.all_ema.clone()
     trainer.pack(made.optimizer.state_dict(), before)
     before = {name: tensor.clone() for name, tensor in before.items()}
     take_step(made, 1, lambda: made.gradient[0].fill_(math.inf))
     after: dict[str, Any] = {}
     trainer.pack(made.optimizer.state_dict(), after)
     assert len(before) == 3 * len(made.live)
+    assert average.any()
+    assert torch.equal(made.all_ema, average)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 

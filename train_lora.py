@@ -25,6 +25,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     config                   config_schema.json -> TrainingConfig
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
+    several processes        Group: who trains together, one of them for all to see
     output folder            one run per folder, every file whole or not at all
     model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     single files             headers of safetensors files; checkpoints in the original layout, known by theirs
@@ -88,7 +89,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import accelerate
@@ -112,6 +113,7 @@ WINDOWS = os.name == "nt"
 JSON = dict[str, Any]
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 
 # ======================================================================================
@@ -762,6 +764,7 @@ class EventStream:
     QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
     REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
     LOG_S = 10.0  # progress lines on a stderr that is no terminal
+    relayed: frozenset[tuple[str, str]] = frozenset()  # warnings (code, message) that other processes gave first
 
     def __init__(self) -> None:
         if open_missing_descriptors():
@@ -833,8 +836,15 @@ class EventStream:
             self.info(message, phase, current=done, total=total)
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
-        self.warnings.append({"code": code, "message": message, "hint": hint})
-        self.emit("warning", code=code, message=message, hint=hint)
+        if (code, message) not in self.relayed:
+            self.warnings.append({"code": code, "message": message, "hint": hint})
+            self.emit("warning", code=code, message=message, hint=hint)
+
+    def relay(self, code: str, message: str, hint: str) -> None:
+        """Pass on another process's warning; what several of them find is told once."""
+        if all((told["code"], told["message"]) != (code, message) for told in self.warnings):
+            self.warning(code, message, hint)
+            self.relayed |= {(code, message)}
 
     def open_log(self, path: Path) -> None:
         """Append to events.jsonl from here on, after what was emitted so far; a torn last line goes."""
@@ -936,8 +946,13 @@ class StopWatcher:
     SAVE = int(getattr(signal, "SIGUSR1", 10))
     READER_GONE = 13  # SIGPIPE's number, so the exit code is 141
 
+    failure: TrainerError | None = None  # found outside of the main thread: it ends the run
+    passed_on: Callable[[int], Any] = staticmethod(lambda number: None)  # who else has to hear of a request
+    leaving: Callable[[int], Any] = staticmethod(lambda code: None)  # and that the process ends now
+
     def __init__(self, events: EventStream) -> None:
         self._events = events
+        self._first = math.inf
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._rescue: Callable[[], bool] | None = None
@@ -984,8 +999,10 @@ class StopWatcher:
         self._rescue = rescue
 
     def conclude(self) -> None:
-        """Emit the last event after a stop request."""
+        """Emit the last event after a stop request, or after a failure outside of the main thread."""
         number, lost, saved = self.number, self._events.lost, self.saved
+        if self.failure:
+            return self._events.emit("error", **self.failure.fields(saved.step))
         # Windows says EINVAL for a closed pipe. The rest is no reader that went away, but a file on a full disk, say.
         gone = isinstance(lost, ConnectionError) or (lost and WINDOWS and lost.errno == errno.EINVAL)
         if number == self.READER_GONE and lost and not gone:
@@ -1004,30 +1021,43 @@ class StopWatcher:
 
     def leave(self) -> NoReturn:
         """End the process now, naming the last good files."""
-        last = threading.Timer(1.5, os._exit, (128 + self.number,))  # a disk that hangs may hold the stream's lock
+        code = 1 if self.failure else 128 + self.number
+        last = threading.Timer(1.5, os._exit, (code,))  # a disk that hangs may hold the stream's lock
         last.daemon = True
         last.start()
         self.conclude()
         self._events.close(timeout=1.0)
+        self.leaving(self.exit_code())
         os._exit(self.exit_code())
 
+    def fail(self, failure: TrainerError) -> NoReturn:
+        """End the run from another thread, as what failed may hang the main one; save what can be saved."""
+        self.failure = self.failure or failure
+        if self._rescue and failure.code != "loss_not_finite":
+            with contextlib.suppress(Exception):
+                self._rescue()
+        self.leave()
+
+    def heed(self, number: int) -> None:
+        """Do what a signal, or a request by its number, asks for."""
+        if number == self.SAVE:
+            self.save_requested = True
+            return
+        again, rescue, self.signal = self.requested, self._rescue, self.signal or number
+        self.passed_on(number)
+        # A parent that asks for a stop and goes away at once asks only once.
+        urgent = again and number != self.READER_GONE and time.monotonic() - self._first > self.ECHO_S
+        if not rescue or urgent:
+            self.leave()
+        if not again:
+            self._first = time.monotonic()
+            threading.Thread(target=self._wait, args=(rescue,), name="grace", daemon=True).start()
+
     def _listen(self) -> None:
-        first = math.inf
         while True:
             number = self._receive.recv(1)[0]
-            if number not in self._numbers:  # a library handles it: the descriptor hears of every signal
-                continue
-            if number == self.SAVE:
-                self.save_requested = True
-                continue
-            again, rescue, self.signal = self.requested, self._rescue, self.signal or number
-            # A parent that asks for a stop and goes away at once asks only once.
-            urgent = again and number != self.READER_GONE and time.monotonic() - first > self.ECHO_S
-            if not rescue or urgent:
-                self.leave()
-            if not again:
-                first = time.monotonic()
-                threading.Thread(target=self._wait, args=(rescue,), name="grace", daemon=True).start()
+            if number in self._numbers:  # else a library handles it: the descriptor hears of every signal
+                self.heed(number)
 
     def _wait(self, rescue: Callable[[], bool]) -> None:
         """Give the main thread its time; leave when that is over, or once its work is saved from here."""
@@ -1052,6 +1082,255 @@ class StopWatcher:
                     asked.add(number)
                     file.unlink()
                     asked.discard(number)
+
+
+# ======================================================================================
+# several processes
+# ======================================================================================
+
+
+class Group:
+    """The processes that train together, as `accelerate launch` or torchrun start them; most runs are a group of one.
+
+    The main process (rank 0) does what the world sees: events, files, samples. Tensors and other values go over
+    torch.distributed (gloo; NCCL between GPUs), where a process that is gone lets the others wait. So each of them
+    holds a connection to the main one too: over it go warnings, failures and requests to stop, and that it closes is
+    noticed at once, whatever else hangs. The main process ends first, and the others follow it.
+    """
+
+    JOIN_S = 600.0  # for all to have started
+    PATIENCE_S = 10.0  # for the main process to end us, once something has failed
+    LAUNCHER_S = 0.2  # a launcher sends a signal when a process has died: that it has is heard before
+    FOREVER = datetime.timedelta(days=30)  # the others wait while the main process draws samples
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.is_main = rank == 0
+        self.end: int | None = None  # the exit code of all, once the main process ends
+        self._lines: dict[int, socket.socket] = {}  # to the others, or to the main process
+        self._hearing: list[threading.Thread] = []
+        self._sending = threading.Lock()
+        self._joined = False
+
+    @classmethod
+    def from_environment(cls) -> Group:
+        """Read what a launcher tells its processes."""
+        try:
+            rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except ValueError:
+            return cls()
+        return cls(rank, size, local_rank) if size > 1 else cls()
+
+    def join(self, events: EventStream, stop: StopWatcher) -> None:
+        """Find the other processes. Raises `device_unavailable` where they do not come."""
+        if self.size == 1:
+            return
+        events.info(f"Waiting for all {self.size} processes.", phase="joining")
+        self._events, self._stop, self._joined = events, stop, True
+        try:
+            self._meet()
+            self._connect()
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            message = f"The {self.size} processes did not find each other: {error}"
+            hint = "Start them with accelerate launch or torchrun; between machines, every port must be open."
+            raise TrainerError("device_unavailable", message, hint) from error
+        stop.leaving = self.leave
+        if self.is_main:
+            stop.passed_on = self._pass_on
+
+    def _meet(self) -> None:
+        import torch.distributed
+
+        self._torch: Any = torch
+        self._collective: Any = torch.distributed
+        wait = datetime.timedelta(seconds=self.JOIN_S)
+        store = next(self._collective.rendezvous("env://", self.rank, self.size, timeout=wait))[0]
+        # Else NCCL aborts the process that has yet to tell of another one's end.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and self._collective.is_nccl_available() else "gloo"
+        own = {"store": store, "rank": self.rank, "world_size": self.size, "timeout": self.FOREVER}
+        self._collective.init_process_group(backend, **own)
+
+    def _connect(self) -> None:
+        """Connect each of the others to the main process."""
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
+        server = socket.create_server(("127.0.0.1" if one_machine else "", 0)) if self.is_main else None
+        port, secret = self.share(lambda: (server.getsockname()[1] if server else 0, uuid.uuid4().hex))
+        if server is None:
+            host = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
+            line = socket.create_connection((host, port), timeout=self.JOIN_S)
+            line.sendall(f"{secret} {self.rank}\n".encode())
+            return self._hold(0, line, line.makefile("rb"))
+        server.settimeout(self.JOIN_S)
+        while len(self._lines) < self.size - 1:
+            line, _ = server.accept()
+            with contextlib.suppress(OSError, ValueError):  # a stranger
+                line.settimeout(self.PATIENCE_S)
+                told, rank = (file := line.makefile("rb")).readline(200).decode().split()
+                if told == secret:
+                    self._hold(int(rank), line, file)
+        return server.close()
+
+    def _hold(self, rank: int, line: socket.socket, file: IO[bytes]) -> None:
+        """Keep a connection, and hear what comes over it."""
+        line.settimeout(None)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that loses its network says no goodbye
+        for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}.items():
+            if option := getattr(socket, name, None):
+                line.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._lines[rank] = line
+        self._hearing.append(threading.Thread(target=self._hear, args=(rank, line, file), daemon=True))
+        self._hearing[-1].start()
+
+    def _hear(self, rank: int, line: socket.socket, file: IO[bytes]) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            for message in file:
+                self._heed(rank, **json.loads(message))
+                line.settimeout(None if self.end is None else self.PATIENCE_S)
+        if not self.is_main:
+            os._exit(1 if self.end is None else self.end)
+        if self.end is None:
+            hint = "The system may have killed it for lack of memory; stderr may say more."
+            self._stop.fail(TrainerError("internal", f"Process {rank} of {self.size} has gone.", hint))
+
+    def _heed(
+        self, rank: int, stop: int = 0, end: int | None = None, warning: JSON | None = None, error: JSON | None = None
+    ) -> None:
+        if error:
+            message = f"Process {rank}: {error['message']}"
+            self._stop.fail(TrainerError(error["code"], message, error["hint"], error["problems"]))
+        if warning:
+            self._events.relay(**warning)
+        if stop and self.is_main:
+            self._stop.request(stop)
+        elif stop:
+            self._stop.signal = stop
+        self.end = self.end if end is None else end
+
+    def send(self, **message: Any) -> bool:
+        """Send to the main process, or from it to all; False where they have not met yet."""
+        with self._sending:
+            for line in self._lines.values():
+                with contextlib.suppress(OSError):  # it is gone: `_hear` notices
+                    line.sendall(json.dumps(strict(message)).encode() + b"\n")
+        return bool(self._lines)
+
+    def _pass_on(self, number: int) -> None:
+        self.send(stop=number)
+        time.sleep(self.LAUNCHER_S)
+
+    def report(self, failure: TrainerError, events: EventStream, stop: StopWatcher) -> None:
+        """Give a failure of this process to the main one, which tells of it and ends all; there, do nothing."""
+        if self.is_main:
+            return
+        stop.failure = failure
+        with contextlib.suppress(Exception):
+            if not self._joined:
+                self.JOIN_S = 60.0  # the main one may have failed in the same way, and never come
+                self.join(events, stop)
+            time.sleep(1.0)  # most failures are everybody's: the main process tells of its own meanwhile
+            if self.send(error=failure.fields(0)):
+                self._hearing[0].join(self.PATIENCE_S)
+        print(f"train_lora.py, process {self.rank}: {failure.message} {failure.hint}", file=sys.stderr)
+
+    def leave(self, code: int) -> int:
+        """End all processes where there are several: the main one, whose reader has everything, before the others.
+
+        An interpreter that takes itself down could wait for processes that wait for it (NCCL).
+        """
+        if self._lines and self.is_main:
+            self.end = code
+            self.send(end=code)
+            sys.stderr.flush()
+            os._exit(code)
+        elif self._lines:
+            self._hearing[0].join()
+        return code
+
+    def _do(self, collective: str, *values: Any) -> None:
+        try:
+            getattr(self._collective, collective)(*values)
+        except RuntimeError:
+            time.sleep(self.PATIENCE_S)  # one is gone: who hears of it says so, and ends us meanwhile
+            raise
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Give to all what `make` gives in the main process; it is called there only."""
+        held: list[Any] = [make() if self.is_main else None]
+        if self.size > 1:
+            self._do("broadcast_object_list", held)
+        shared: T = held[0]
+        return shared
+
+    def gather(self, value: T) -> list[T]:
+        """Give to all what each has, by rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            self._do("all_gather_object", values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Tell all whether one of them says yes. Waits for all of them, and for no GPU."""
+        if self.size == 1:
+            return flag
+        flags = self._torch.tensor([flag], dtype=self._torch.uint8)
+        self._do("all_reduce", flags, self._collective.ReduceOp.MAX)
+        return bool(flags)
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """Call `make` in one process of each machine before the others, who find in a cache what that one fetched."""
+        made = [make()] if self.local_rank == 0 else []
+        self.any(False)
+        return made[0] if made else make()
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add tensors up over all processes, in place: one flat all-reduce."""
+        if self.size == 1:
+            return
+        flat: Any = self._torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._do("all_reduce", flat)
+        sums = flat.split([tensor.numel() for tensor in tensors])
+        self._torch._foreach_copy_(list(tensors), [one.view_as(t) for one, t in zip(sums, tensors, strict=True)])
+
+    def part(self, count: int) -> slice:
+        """Say which of a batch's `count` samples are this process's; of few it may get none."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+
+def main_only(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+    """Let a method of something with a `group` do its work in the main process, and nothing in the others."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, /, *args: P.args, **options: P.kwargs) -> None:
+        if self.group.is_main:
+            method(self, *args, **options)
+
+    return guarded
+
+
+class Relay(EventStream):
+    """The stream of a process that is not the main one: its warnings go to that one, other events nowhere."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self._group = group
+
+    def emit(self, event_type: str, **fields: Any) -> None:
+        self.ended = self.ended or (event_type if event_type in LAST_TYPES else "")
+        if event_type == "warning":
+            self._group.send(warning=fields)
+
+
+class Follower(StopWatcher):
+    """The watcher of a process that is not the main one: requests go to that one, which stops all."""
+
+    def __init__(self, events: EventStream, group: Group) -> None:
+        super().__init__(events)
+        self._group = group
+
+    def heed(self, number: int) -> None:
+        if not self._group.send(stop=number):
+            super().heed(number)
 
 
 # ======================================================================================
@@ -2293,14 +2572,18 @@ def has_nvidia_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
 
 
-def choose_device(wish: str) -> Hardware:
-    """Take CUDA (ROCm too), MPS, the CPU, or what the config names; needs torch. Raises `device_unavailable`."""
+def choose_device(wish: str, local_rank: int = 0) -> Hardware:
+    """Take CUDA (ROCm too), MPS, the CPU, or what the config names; needs torch. Raises `device_unavailable`.
+
+    Of several GPUs, each of the processes on a machine takes the one of its number.
+    """
     family, _, index = wish.partition(":")
+    index = index or str(local_rank)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wish == "auto":
         family = "cuda" if cuda else "mps" if mps else "cpu"
-    if family == "cuda" and cuda and int(index or 0) < torch.cuda.device_count():
-        name = f"cuda:{int(index or 0)}"
+    if family == "cuda" and cuda and int(index) < torch.cuda.device_count():
+        name = f"cuda:{int(index)}"
         torch.cuda.set_device(name)  # bf16 support and peak memory are asked of the current device
         free, total = torch.cuda.mem_get_info(name)
         free = min(total, free + CONTEXT)  # asking has made the context, which the estimate counts
@@ -2315,6 +2598,8 @@ def choose_device(wish: str) -> Hardware:
 
 
 def gpu_trouble() -> str:
+    if torch.cuda.is_available():
+        return f"torch sees {torch.cuda.device_count()} GPUs here"
     if not has_nvidia_gpu():
         return "this machine shows no such device"
     if torch.version.cuda is None and torch.version.hip is None:
@@ -2393,18 +2678,20 @@ def bytes_saved(config: TrainingConfig, source: ModelSource, width: int) -> int:
 def check_quantizer(config: TrainingConfig, device: str) -> None:
     """Try bitsandbytes where the config asks for nf4: many a version has no code for a device. Raises `config_invalid`.
 
-    The product with a vector is what it does otherwise than the rest.
+    It has code of its own for a single row and for many.
     """
     if config.quantize_base == "none":
         return
     try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-        weight, state = bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
-        inputs = torch.ones(1, 64, device=device, requires_grad=True)
-        output = bitsandbytes.matmul_4bit(inputs, weight, quant_state=state)
-        (gradient,) = torch.autograd.grad(output.sum(), inputs)
-        if output.flatten().tolist() + gradient.flatten().tolist() != [64.0] * 128:
-            raise ValueError("its products are wrong")
+        bitsandbytes, (dtype, _) = importlib.import_module("bitsandbytes"), choose_dtype(config.mixed_precision, device)
+        ones = torch.ones(64, 64, device=device, dtype=dtype)
+        weight, state = bitsandbytes.functional.quantize_4bit(ones, quant_type="nf4", compress_statistics=True)
+        for count in (1, 2048):
+            inputs = torch.ones(count, 64, device=device, dtype=dtype, requires_grad=True)
+            output = bitsandbytes.matmul_4bit(inputs, weight, quant_state=state)
+            (gradient,) = torch.autograd.grad(output.sum(), inputs)
+            if not bool((output == 64).all() and (gradient == 64).all()):
+                raise ValueError("its products are wrong")
     except Exception as error:  # a broken or missing library of kernels shows in many classes
         message = f"nf4 cannot be used on {device}: bitsandbytes fails ({type(error).__name__}: {error})"
         hint = "pip install -U bitsandbytes, or set quantize_base to none."
@@ -3401,7 +3688,7 @@ class CacheChoice:
 class Plan:
     """What a run will do, decided from configs and headers before any weight is loaded."""
 
-    config: TrainingConfig
+    config: TrainingConfig  # its batch_size is that of all processes together
     source: ModelSource
     dataset: Dataset
     resolution: int
@@ -3659,7 +3946,13 @@ def quantization_reason(config: TrainingConfig, source: ModelSource, width: int)
 
 
 def make_plan(
-    config: TrainingConfig, dataset: Dataset, source: ModelSource, hardware: Hardware | None, *, half: bool
+    config: TrainingConfig,
+    dataset: Dataset,
+    source: ModelSource,
+    hardware: Hardware | None,
+    *,
+    half: bool,
+    processes: int = 1,
 ) -> Plan:
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
     check_settings(config, source)
@@ -3668,13 +3961,14 @@ def make_plan(
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
     sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
     buckets = make_buckets(dataset, sizes)
-    total_steps = count_steps(config, buckets)
-    epochs = math.ceil(epochs_done(config, buckets, total_steps))
+    together = dataclasses.replace(config, batch_size=config.batch_size * processes)
+    total_steps = count_steps(together, buckets)
+    epochs = math.ceil(epochs_done(together, buckets, total_steps))
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
     captions = list(dict.fromkeys(itertools.chain([""], *variants)))
     prompts = list({*config.sample_prompts, config.sample_negative_prompt} - {*captions})
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
-    needed = cache_size(config, source, sizes, texts)
+    needed = cache_size(config, source, sizes, texts) * processes
     cache = choose_cache(config, needed, free_memory_bytes())
     options: JSON = {"half": half, "gpu": is_gpu(hardware), "cached": needed if cache.in_memory else 0}
     plain = estimate_vram(config, source, resolution, checkpointing=False, **options)
@@ -3687,9 +3981,10 @@ def make_plan(
         f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
         f"Cache: {cache.why}.",
         *quantization_reason(config, source, 2 if half else 4),
+        *([f"{processes} processes train together, on batches of {together.batch_size}."] if processes > 1 else ()),
     )
     return Plan(
-        config=config,
+        config=together,
         source=source,
         dataset=dataset,
         resolution=resolution,
@@ -3842,7 +4137,8 @@ class CachedImage:
 class Batch:
     """One micro-batch on the device: latents' mean and std [B, C, h, w], the UNet's conditions, the loss's weights.
 
-    `weights` [B] are those of whole samples, `mask` [B, 1, h, w] those of their pixels.
+    `weights` [B] are those of whole samples, `mask` [B, 1, h, w] those of their pixels. Of the `total` samples of all
+    processes' micro-batch, these are the ones in `part`.
     """
 
     mean: Tensor
@@ -3851,6 +4147,8 @@ class Batch:
     conditions: dict[str, Tensor] | None
     weights: Tensor
     mask: Tensor | None
+    total: int
+    part: slice
 
 
 def component_class(family: ModelFamily, name: str) -> Any:
@@ -4209,27 +4507,26 @@ def lean_linear() -> Any:
         def forward(
             ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
         ) -> Tensor:
-            """[..., in] -> [..., out] with the frozen weight [out, in], down [rank, in], up [out, rank]."""
-            rows = x.flatten(0, -2)
-            middle = rows @ down.t() if scale == 1 else (rows @ down.t()).mul_(scale)
+            """[N, in] -> [N, out] with the frozen weight [out, in], down [rank, in], up [out, rank]."""
+            middle = x @ down.t() if scale == 1 else (x @ down.t()).mul_(scale)
             ctx.save_for_backward(x, weight, down, up, middle)
             ctx.scale = scale
-            product = torch.nn.functional.linear(rows, weight, bias).addmm_(middle, up.t())
-            return product.view(*x.shape[:-1], len(up))
+            return torch.nn.functional.linear(x, weight, bias).addmm_(middle, up.t())
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             x, weight, down, up, middle = ctx.saved_tensors
-            gradient = gradients[0].flatten(0, -2)
+            (gradient,) = gradients
             of_middle = gradient @ up if ctx.scale == 1 else (gradient @ up).mul_(ctx.scale)
-            of_x = (gradient @ weight).addmm_(of_middle, down).view(x.shape) if ctx.needs_input_grad[0] else None
-            return of_x, None, None, of_middle.t() @ x.flatten(0, -2), gradient.t() @ middle, None
+            of_x = (gradient @ weight).addmm_(of_middle, down) if ctx.needs_input_grad[0] else None
+            return of_x, None, None, of_middle.t() @ x, gradient.t() @ middle, None
 
     class LeanLinear(peft.tuners.lora.Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             frozen, down, up = self.base_layer, self.lora_A["default"].weight, self.lora_B["default"].weight
             product: Any = Product.apply  # torch gives it no type
-            return product(x, frozen.weight, frozen.bias, down, up, self.scaling["default"])
+            rows = product(x.flatten(0, -2), frozen.weight, frozen.bias, down, up, self.scaling["default"])
+            return rows.view(*x.shape[:-1], rows.shape[-1])
 
     return LeanLinear
 
@@ -4327,16 +4624,20 @@ def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str 
     return keys | {view: entry_key("image", viewer, device, vae_dtype, *view.identity()) for view in plan.views()}
 
 
+def on_cpu(entry: TextEmbedding | CachedImage) -> TextEmbedding | CachedImage:
+    return dataclasses.replace(entry, **{name: value.cpu() for name, value in vars(entry).items() if value is not None})
+
+
 class Cache:
     """What was encoded, by key: in memory, in a folder that outlives the run, or in both.
 
-    Where memory is too small for all of it, entries are mapped from their files.
+    Where memory is too small for all of it, entries are mapped from their files. Of several processes one writes them.
     """
 
     STALE_S = 24 * 3600.0  # a temporary file that old is a killed run's; a younger one may be another run's
 
-    def __init__(self, choice: CacheChoice, warn: Callable[[str, str, str], None]) -> None:
-        self._folder, self._in_memory, self._warn = choice.folder, choice.in_memory, warn
+    def __init__(self, choice: CacheChoice, warn: Callable[[str, str, str], None], writes: bool = True) -> None:
+        self._folder, self._in_memory, self._warn, self._writes = choice.folder, choice.in_memory, warn, writes
         self._entries: dict[str, dict[str, Tensor]] = {}
         for left in self._folder.glob("*/.*.train_lora.tmp") if self._folder else ():
             with contextlib.suppress(OSError):
@@ -4354,10 +4655,10 @@ class Cache:
 
     def put(self, key: str, entry: TextEmbedding | CachedImage) -> None:
         """Keep an entry. Raises `disk_full`, `output_not_writable` where memory does not hold it too."""
-        tensors = {name: value.cpu().contiguous() for name, value in vars(entry).items() if value is not None}
+        tensors = {name: value.contiguous() for name, value in vars(on_cpu(entry)).items() if value is not None}
         if self._in_memory:
             self._entries[key] = tensors
-        if self._folder is None:
+        if self._folder is None or not self._writes:
             return
         try:
             write_file(self._path(key), serialize(tensors, {"key": key, "sha256": content_hash(tensors, key)}))
@@ -4883,6 +5184,7 @@ class LoRATrainer:
     stop: StopWatcher
     folder: OutputFolder
     fresh: bool = False
+    group: Group = dataclasses.field(default_factory=Group)
 
     MOST_BAD_STEPS = 5  # in a row, before the run ends
     VALIDATION_PARTS = 4  # of the schedule: each held-out image is tried in the middle of each
@@ -4920,43 +5222,50 @@ class LoRATrainer:
 
     def setup(self) -> bool:
         """Plan, cache, load; True when the run is finished already and there is nothing to do."""
-        self.hardware = hardware = choose_device(self.config.device)
-        self.dtype, why = choose_dtype(self.config.mixed_precision, hardware.device)
+        group = self.group
+        self.hardware = hardware = choose_device(self.config.device, group.local_rank)
+        set_determinism(self.config.deterministic)  # before any product: cuBLAS reads its setting once
+        self.dtype, why = group.share(lambda: choose_dtype(self.config.mixed_precision, hardware.device))
         self.half = self.dtype != torch.float32
         self.autocasts = self.half and self.config.lora_type != "lora"  # see make_masters
         self.device = torch.device(hardware.device)
         check_quantizer(self.config, hardware.device)
         self.events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
-        source = locate_model(self.config, self.events, weights=True, half=self.half)
+        source = group.in_turn(lambda: locate_model(self.config, self.events, weights=True, half=self.half))
         check_single_file(source)
         self.base = weights_fingerprint(source)
         self.events.info("Planning the run.", phase="planning")
-        self.plan = make_plan(self.config, self.dataset, source, hardware, half=self.half)
+        make = functools.partial(make_plan, half=self.half, processes=group.size)
+        plan = group.share(lambda: make(self.config, self.dataset, source, hardware))
+        self.plan = dataclasses.replace(plan, source=source)  # whose files may lie elsewhere on another machine
         self.events.info(f"Device: {hardware.device}, {hardware.name} ({hardware.why}).")
         self.events.info(f"Compute dtype: {str(self.dtype).removeprefix('torch.')} ({why}).")
-        order = functools.partial(epoch_batches, self.plan.buckets, self.config.batch_size, self.config.seed)
+        order = functools.partial(epoch_batches, self.plan.buckets, self.plan.config.batch_size, self.config.seed)
         self.order = functools.lru_cache(maxsize=2)(order)  # so as not to shuffle at each step
         for reason in self.plan.reasons:
             self.events.info(reason)
         for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.plan)):
             self.events.warning(*warning)
-        point = self.find_point()
+        point = group.share(self.find_point)
         if point and not source.prediction_told:
             self.predict_as(point.record.get("prediction_type", source.prediction_type))  # older states lack it
-        if point and point.state.step >= self.plan.total_steps and self.is_finished(point.state.step):
+        if point and group.share(functools.partial(self.is_finished, point.state.step)):
             self.state = point.state
             return True
-        set_determinism(self.config.deterministic)
         self.cache()
         self.adapt()
         if point:
             self.restore(point)
         self.check_disk_space()
         self.write_config()  # only now: a --fresh that fails to load must not cut the old run off from its states
+        self.open_trackers()
+        return False
+
+    @main_only
+    def open_trackers(self) -> None:
         for name in self.config.report_to:
             self.events.info(f"Opening {name}.", phase="tracking")
             self.trackers.open(name, self.folder.path, self.run_id, self.config, self.state.step)
-        return False
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event and hand it on to the trackers."""
@@ -4997,6 +5306,7 @@ class LoRATrainer:
     def lora_path(self, step: int) -> Path:
         return self.folder.checkpoints / f"{self.config.output_name}_step_{step}.safetensors"
 
+    @main_only
     def write_config(self) -> None:
         document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved()}
         if self.replaced:
@@ -5005,6 +5315,8 @@ class LoRATrainer:
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the final LoRA is on disk and whole, of this run and step, and as the config wants it now."""
+        if step < self.plan.total_steps:
+            return False
         header = read_header(self.final_path)
         if header.get("train_lora.run_id") != self.run_id:
             return False
@@ -5021,9 +5333,10 @@ class LoRATrainer:
         tokenizers = load_tokenizers(source)
         for warning in token_warnings(token_report(plan, tokenizers)):
             self.events.warning(*warning)
-        self.cached = Cache(plan.cache, self.events.warning)
+        self.cached = Cache(plan.cache, self.events.warning, writes=self.group.is_main)
         self.vae_dtype = torch.float32 if source.vae.get("force_upcast") else self.dtype
-        self.keys = entry_keys(plan, self.device.type, str(self.dtype), str(self.vae_dtype))
+        dtypes = (str(self.dtype), str(self.vae_dtype))
+        self.keys = self.group.share(lambda: entry_keys(plan, self.device.type, *dtypes))
         self.cache_texts(tokenizers)
         free_memory()
         self.cache_images()
@@ -5033,14 +5346,14 @@ class LoRATrainer:
         # Apart: prompts may change on a resume, and captions must not get other bits by that.
         groups = [part for texts in (self.plan.captions, self.plan.prompts) for part in split(texts, self.at_once(32))]
         training = self.config.train_text_encoder
-        missing = [] if training else self.missing("texts", groups)
+        missing = [] if training else self.group.share(lambda: self.missing("texts", groups))
         if not (missing or training):
             return
         self.events.info("Loading the text encoders.", phase="loading")
         encoder = PromptEncoder(self.config, self.plan.source, tokenizers, self.dtype, self.device)
         with torch.no_grad():
-            for group in self.track("Encoding captions.", missing) if missing else ():
-                self.keep(group, encoder.encode(group, torch.float16))
+            ours = missing[self.group.rank :: self.group.size]
+            self.encode("Encoding captions.", missing, (encoder.encode(group, torch.float16) for group in ours))
         if training:
             self.encoder = encoder
 
@@ -5049,20 +5362,33 @@ class LoRATrainer:
         unique = {self.keys[view]: view for view in self.plan.views()}.values()
         for (width, height), views in grouped(unique, lambda view: view.size).items():
             groups += split(views, self.at_once(1024**2 // (width * height)))
-        missing = self.missing("images", groups)
-        if not (missing or self.config.validation_steps or self.config.sample_at_start):
+        missing = self.group.share(lambda: self.missing("images", groups))
+        draws = self.group.is_main and (self.config.validation_steps or self.config.sample_at_start)
+        if not (missing or draws):
             return  # nobody needs the VAE
         self.events.info("Loading the VAE.", phase="loading")
         self.vae = load_component(source, "vae", self.vae_dtype, self.device)
-        pictures = map_ahead(lambda group: [view.load() for view in group], missing)
-        for group, loaded in zip(self.track("Encoding images.", missing), pictures, strict=True):
-            self.keep(group, encode_images(self.vae, loaded))
+        ours = missing[self.group.rank :: self.group.size]
+        pictures = map_ahead(lambda group: [view.load() for view in group], ours)
+        self.encode("Encoding images.", missing, (encode_images(self.vae, loaded) for loaded in pictures))
         self.vae.encoder = self.vae.quant_conv = None
         room, resolution = self.plan.memory["activations"], self.plan.resolution
         if (side := decode_side(source, resolution, room, half=self.half)) < resolution:
             self.vae.enable_tiling()
             self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // source.vae_factor
         self.vae.to("cpu")
+        if not self.group.is_main:
+            del self.vae
+
+    def encode(self, message: str, missing: Sequence[list[Any]], ours: Iterator[Sequence[Any]]) -> None:
+        """Put what is missing into the cache; of n processes each encodes every n-th group, and gets all."""
+        rounds = split(missing, self.group.size)
+        total = sum(map(len, missing))
+        counted = self.events.track(message, rounds, total, phase="caching", count=lambda some: sum(map(len, some)))
+        for groups in counted if missing else ():
+            mine = [on_cpu(entry) for entry in next(ours)] if self.group.rank < len(groups) else []
+            for group, entries in zip(groups, self.group.gather(mine), strict=False):  # the last round may be shorter
+                self.keep(group, entries)
 
     def at_once(self, most: int) -> int:
         """Give how many are encoded together: on the CPU one, so that no bit depends on the others in the batch."""
@@ -5125,19 +5451,20 @@ class LoRATrainer:
         their weights, for which 16 bits are too few: they stay in fp32, under autocast.
         """
         config = self.config
-        self.masters = {key: torch.nn.Parameter(weight.detach()) for key, weight in self.parameters.items()}
         # `evaluating` lends the modules other tensors; these are the ones that train, whatever is lent.
-        self.live: dict[str, Tensor] = {key: weight.data for key, weight in self.masters.items()}
+        self.all_live, self.live = one_piece(self.parameters)
+        torch._foreach_copy_([*self.live.values()], [weight.detach() for weight in self.parameters.values()])
+        self.masters = {key: torch.nn.Parameter(weight) for key, weight in self.live.items()}
         self.working = {k: w if self.autocasts else w.to(self.dtype) for k, w in self.live.items()}
         self.lend(self.working)
         for component in self.components.values():
             speed_up(component)
-        self.ema = {key: weight.clone() for key, weight in self.live.items()} if config.ema_decay else {}
-        self.gradient, self.gradient_parts = one_piece(self.live.values())
-        accumulates = config.gradient_accumulation_steps > 1
-        self.incoming, self.incoming_parts = one_piece(self.live.values() if accumulates else ())
-        for weight, part in zip(self.masters.values(), self.gradient_parts, strict=True):
-            weight.grad = part
+        self.all_ema, self.ema = one_piece(self.live if config.ema_decay else {})
+        self.all_ema.copy_(self.all_live) if config.ema_decay else None
+        self.gradient, self.gradients = one_piece(self.live)
+        self.incoming, self.incoming_parts = one_piece(self.live if config.gradient_accumulation_steps > 1 else {})
+        for key, weight in self.masters.items():
+            weight.grad = self.gradients[key]
         self.rates = learning_rates(config)
         groups = [
             {
@@ -5207,6 +5534,7 @@ class LoRATrainer:
         source = dataclasses.replace(self.plan.source, prediction_type=prediction, prediction_told=True)
         self.plan = dataclasses.replace(self.plan, source=source)
 
+    @main_only
     def check_disk_space(self) -> None:
         """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
         config, left = self.config, self.plan.total_steps - self.state.step
@@ -5250,7 +5578,7 @@ class LoRATrainer:
         """Give what else decides the last bits."""
         machine = {"torch": str(torch.__version__), "device": self.hardware.name, "threads": torch.get_num_threads()}
         machine |= {"dtype": str(self.dtype), "checkpointing": self.plan.checkpointing}
-        return machine | {"compile": self.config.compile}
+        return machine | {"compile": self.config.compile, "processes": self.group.size}
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -5265,14 +5593,17 @@ class LoRATrainer:
             step = self.state.step
             rates = self.set_learning_rates(step)
             loss = self.accumulate(step)
-            if loss is None:  # a stop was asked for: this step is abandoned, the state before it is whole
+            # A stop was asked for: this step is abandoned, the state before it is whole.
+            if self.group.any(loss is None) or loss is None:
                 return False
+            self.group.sum_([self.gradient, loss])
             self.advance(step, loss, rates)
             self.settle(leave=self.late)
             self.periodic()
         self.settle()
         return True
 
+    @main_only
     def catch_up(self) -> None:
         """Make what was due at the step we resume from, where a kill came before it was on disk."""
         config, step = self.config, self.state.step
@@ -5294,32 +5625,45 @@ class LoRATrainer:
         return rates
 
     def accumulate(self, step: int) -> Tensor | None:
-        """Forward and backward over the step's micro-batches; the mean loss, or None when asked to stop."""
-        losses = []
+        """Forward and backward over this process's part of the step's micro-batches.
+
+        Gives its share of the mean loss, or None when asked to stop.
+        """
+        losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
             if self.stop.requested:
                 return None
-            seed_global(draw_key("dropout", self.config.seed, step, index), self.device)
-            batch = self.collate(step * self.config.gradient_accumulation_steps + index)
-            loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
-            self.add_gradients(self.scaler.scale(loss), first=index == 0)
+            seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
+            number = step * self.config.gradient_accumulation_steps + index
+            if not self.has_part(number):
+                continue
+            loss = self.loss(self.collate(number), step, index) / self.config.gradient_accumulation_steps
+            self.add_gradients(self.scaler.scale(loss), first=not losses)
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        if not losses:
+            self.gradient.zero_()
+        return torch.stack(losses or [torch.zeros((), device=self.device)]).sum()
 
     def add_gradients(self, loss: Tensor, first: bool) -> None:
         """Run the backward pass; its gradients, in fp32, take the place of the step's so far, or are added to these."""
         gradients = torch.autograd.grad(loss, [*self.parameters.values()], materialize_grads=True)
-        torch._foreach_copy_(self.gradient_parts if first else self.incoming_parts, gradients)
+        target = self.gradients if first else self.incoming_parts
+        torch._foreach_copy_([*target.values()], gradients)
         if not first:
             self.gradient += self.incoming
 
     def batch_at(self, micro_batch: int) -> tuple[int, list[int]]:
         """Give (epoch, images) of a micro-batch, counted from the run's start: pure, so a resume needs no replay."""
-        epoch, position = divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.config.batch_size))
+        epoch, position = divmod(micro_batch, batches_per_epoch(self.plan.buckets, self.plan.config.batch_size))
         return epoch, self.order(epoch)[position]
 
+    def has_part(self, micro_batch: int) -> bool:
+        """Tell whether this process has samples of a micro-batch: a bucket's last one may be smaller than the group."""
+        part = self.group.part(len(self.batch_at(micro_batch)[1]))
+        return bool(part.start < part.stop)
+
     def collate(self, micro_batch: int) -> Batch:
-        """Put a micro-batch together from the cache. Shapes as in Batch."""
+        """Put this process's part of a micro-batch together from the cache. Shapes as in Batch."""
         plan, views, texts, weights = self.plan, [], [], []
         epoch, indices = self.batch_at(micro_batch)
         for position, index in enumerate(indices):
@@ -5328,28 +5672,42 @@ class LoRATrainer:
             views.append(plan.view(index, mirrored))
             texts.append("" if dropped else variants[epoch % len(variants)])
             weights.append(self.config.prior_loss_weight if views[-1].example.role == "prior" else 1.0)
-        return self.assemble(views, texts, weights)
+        return self.assemble(views, texts, weights, self.group.part(len(views)))
 
-    def assemble(self, views: Sequence[View], texts: Sequence[str], weights: Sequence[float]) -> Batch:
+    def assemble(
+        self, views: Sequence[View], texts: Sequence[str], weights: Sequence[float], part: slice | None = None
+    ) -> Batch:
+        part, total = part or slice(0, len(views)), len(views)
+        longest = max(map(self.context_length, [*texts[: part.start], *texts[part.stop :]]), default=0)
+        views, texts, weights = views[part], texts[part], weights[part]
         images = [CachedImage(**self.cached[self.keys[view]]) for view in views]
         mean = to_device(torch.stack([image.mean for image in images]), self.device).float()
         std = to_device(torch.stack([image.std for image in images]), self.device).float()
-        context, conditions = self.conditions(texts, torch.stack([image.time_ids for image in images]))
+        context, conditions = self.conditions(texts, torch.stack([image.time_ids for image in images]), longest)
         mask = None
         if self.config.masked_loss:
             full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
             trained = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
             mask = to_device(trained + (1 - trained) * self.config.unmasked_weight, self.device)
-        return Batch(mean, std, context, conditions, to_device(torch.tensor(weights), self.device), mask)
+        shares = to_device(torch.tensor(weights), self.device)
+        return Batch(mean, std, context, conditions, shares, mask, total, part)
 
-    def conditions(self, texts: Sequence[str], time_ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def context_length(self, text: str) -> int:
+        """Count a text's tokens, with the padding."""
+        if self.encoder:
+            return int(len(self.encoder.windows(text)) * self.encoder.length)
+        return int(self.cached[self.keys[text]]["context"].shape[1])
+
+    def conditions(
+        self, texts: Sequence[str], time_ids: Tensor, longest: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Stack what the UNet is conditioned on: context [B, tokens, width], and SDXL's pooled text and time ids.
 
-        Texts of fewer windows are filled up with the empty text's, as A1111 does.
+        Texts of fewer windows than these or the `longest` are filled up with the empty text's, as A1111 does.
         """
         embeddings = self.embeddings(texts)
         contexts = [one.context for one in embeddings]
-        length = max(context.shape[1] for context in contexts)
+        length = max(longest, *(context.shape[1] for context in contexts))
         if any(context.shape[1] < length for context in contexts):
             empty = self.embeddings([""])[0].context
             missing = [(length - context.shape[1]) // empty.shape[1] for context in contexts]
@@ -5369,16 +5727,20 @@ class LoRATrainer:
         return [TextEmbedding(**self.cached[self.keys[text]]) for text in texts]
 
     def loss(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
-        """Give the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only."""
+        """Give the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only.
+
+        Of several processes each gives its samples' share of the mean, from its part of the draws for all.
+        """
 
         def draw(purpose: str, shape: Sequence[int]) -> Tensor:
             source = generator(purpose, config.seed, step, micro_batch)
-            return to_device(torch.randn(shape, generator=source), self.device)
+            return to_device(torch.randn(shape, generator=source)[batch.part], self.device)
 
-        config, shape = self.config, batch.mean.shape
+        config, shape = self.config, (batch.total, *batch.mean.shape[1:])
         end = config.max_timestep or len(self.alpha_bar)
         source = generator("timesteps", config.seed, step, micro_batch)
         timesteps = torch.randint(config.min_timestep, end, shape[:1], generator=source)  # on the CPU, as the tables
+        timesteps = timesteps[batch.part]
         latents = batch.mean + batch.std * draw("posterior", shape)
         noise = draw("noise", shape)
         if config.noise_offset:
@@ -5386,7 +5748,7 @@ class LoRATrainer:
             noise = noise + config.noise_offset * draw("offset", (*shape[:2], 1, 1))
         huber_c = config.huber_c if config.loss_type == "huber" else None
         losses = self.sample_losses(batch, latents, noise, timesteps, huber_c)
-        return (losses * batch.weights * to_device(self.weight_of[timesteps], self.device)).mean()
+        return (losses * batch.weights * to_device(self.weight_of[timesteps], self.device)).sum() / batch.total
 
     def sample_losses(
         self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, huber_c: float | None = None
@@ -5417,14 +5779,15 @@ class LoRATrainer:
         """Lend the components the evaluation weights, or others; the ones that train are put back as they were."""
         for component in self.components.values():
             component.eval()
-        self.lend(lent or self.evaluation_weights())
         try:
+            self.lend(lent or self.evaluation_weights())
             yield
         finally:
             self.lend(self.working)
             for component in self.components.values():
                 component.train()
 
+    @main_only
     def validate(self, step: int) -> None:
         """Tell the held-out images' mean loss, at the same noise and timesteps every time; not after a stop request."""
         held_out = [index for index, example in enumerate(self.plan.dataset.examples) if example.role == "validation"]
@@ -5467,7 +5830,7 @@ class LoRATrainer:
             self.refresh()
             if self.config.ema_decay:
                 share = 1 - ema_decay_at(self.config.ema_decay, step)
-                torch._foreach_lerp_([*self.ema.values()], [*self.live.values()], share)
+                self.all_ema.lerp_(self.all_live, share * numbers.isfinite().all())  # a bad step's share is 0
             before, self.clock = self.clock, time.monotonic()  # samples and saves are in, so the time left is honest
             self.laps.append(self.clock - before)
             self.state = self.state.after(self.laps[-1])
@@ -5496,11 +5859,14 @@ class LoRATrainer:
 
         With all of them read the state is whole, and can be saved.
         """
-        while len(self.unread) > leave:
+        while True:
             with self.changing:
-                outcome = self.unread.popleft()
+                if len(self.unread) <= leave:
+                    return
+                outcome = self.unread[0]
                 loss, grad_norm = outcome.read()
                 self.state = self.state.judged(loss, self.verdict(outcome.step, loss, grad_norm))
+                self.unread.popleft()
             self.report(outcome.step + 1, loss, grad_norm, outcome.rates)
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> bool | None:
@@ -5519,12 +5885,13 @@ class LoRATrainer:
             raise TrainerError("loss_not_finite", message)
         return False
 
+    @main_only
     def report(self, step: int, loss: float, grad_norm: float, rates: Mapping[str, float]) -> None:
         state, total = self.state, self.plan.total_steps
         if step % self.config.log_steps and step != total:
             return
         speed = len(self.laps) / sum(self.laps) if sum(self.laps) else None
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         fields: JSON = {"step": step, "total_steps": total, "percent": round(100 * step / total, 2)}
         fields |= {"loss": loss, "loss_avg": state.loss_avg, "learning_rate": rates["unet"], "grad_norm": grad_norm}
         fields |= {"learning_rates": rates}
@@ -5532,6 +5899,7 @@ class LoRATrainer:
         fields |= {"eta_seconds": (total - step) / speed if speed else None, "vram_gb": gigabytes(peak)}
         self.tell("progress", **fields)
 
+    @main_only
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
         config, step = self.config, self.state.step
@@ -5545,6 +5913,7 @@ class LoRATrainer:
             self.validate(step)
             self.sample(step)
 
+    @main_only
     def sample(self, step: int) -> None:
         """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
         self.events.info(f"Sampling at step {step}.", phase="sampling")
@@ -5605,6 +5974,7 @@ class LoRATrainer:
         else:
             self.failed_saves = 0
 
+    @main_only
     def save(self, lora: bool = True) -> None:
         """Write the state, then (with `lora`) the LoRA, and tell of them; older files go only after that."""
         with self.changing:
@@ -5697,6 +6067,7 @@ class LoRATrainer:
             self.replaced = []
             self.write_config()
 
+    @main_only
     def finish(self) -> None:
         """Write the final LoRA."""
         if self.state.step and not self.state.losses:
@@ -5799,12 +6170,12 @@ class LoRATrainer:
 COMPILE_HINT = "Install a C++ compiler (on a GPU also Triton: pip install triton), or set compile to false."
 
 
-def one_piece(tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Give zeros in one piece of memory, and views of it in the tensors' shapes."""
-    like = [*tensors]
-    sizes = [tensor.numel() for tensor in like]
-    whole = torch.zeros(sum(sizes), device=like[0].device if like else "cpu")
-    return whole, [part.view_as(tensor) for part, tensor in zip(torch.split(whole, sizes), like, strict=True)]
+def one_piece(like: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give fp32 zeros in one piece of memory, and views of it in the tensors' shapes."""
+    sizes = [tensor.numel() for tensor in like.values()]
+    whole = torch.zeros(sum(sizes), device=next((tensor.device for tensor in like.values()), None))
+    parts = zip(like.items(), torch.split(whole, sizes), strict=True)
+    return whole, {key: part.view_as(tensor) for (key, tensor), part in parts}
 
 
 def is_due(step: int, every: int) -> bool:
@@ -5847,6 +6218,7 @@ EXAMPLES = """examples:
   train_lora.py --config my_lora.json --set steps=2000    the same with one key changed
   train_lora.py --config my_lora.json --fresh             start over instead of going on
   generate_config | train_lora.py --config -              read the config from stdin
+  accelerate launch train_lora.py --config my_lora.json   train on all GPUs of this machine
 """
 
 
@@ -5868,7 +6240,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def validate(config: TrainingConfig, events: EventStream) -> None:
+def validate(config: TrainingConfig, events: EventStream, processes: int = 1) -> None:
     """Check all that a run needs, also without torch. Raises the first problem's code, with every problem listed."""
     failures: list[TrainerError] = []
 
@@ -5891,7 +6263,7 @@ def validate(config: TrainingConfig, events: EventStream) -> None:
         problems = [item for error in failures for item in (error.problems or [problem(error.code, error.message)])]
         message = " ".join(error.message for error in failures)
         raise TrainerError(failures[0].code, message, " ".join(error.hint for error in failures), problems)
-    plan = make_plan(config, dataset, source, hardware, half=half)
+    plan = make_plan(config, dataset, source, hardware, half=half, processes=processes)
     for reason in plan.reasons:
         events.info(reason)
     if hardware:
@@ -5964,23 +6336,37 @@ def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None
     return report | {"hardware": hardware.report() if hardware else None, "config": plan.resolved()}
 
 
-def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> None:
+def check_sharing(config: TrainingConfig, group: Group) -> None:
+    """Raise `config_invalid` for a device that several processes cannot share."""
+    if group.size > 1 and config.device not in ("auto", "cuda", "cpu"):
+        message = f"must be auto, cuda or cpu: {group.size} processes train together, each on a GPU of its own"
+        raise TrainerError("config_invalid", f"device {message}.", problems=[problem("device", message)])
+
+
+def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, group: Group) -> None:
     import_checkers()
     config = load_config(options.config, options.set)
+    check_sharing(config, group)
     if options.validate_only:
-        return validate(config, events)
-    events.info("Checking the dataset and the model.", phase="checking")
-    if locate_model(config, events, weights=False, half=True).guessed:
-        raise hub_unreachable(config)
-    dataset = scan_dataset(config, events)
+        return validate(config, events, group.size) if group.is_main else events.emit("validated")
+    group.join(events, stop)
     folder = OutputFolder(Path(config.output_path))
-    folder.open()
-    with blame("output_not_writable"):
-        events.open_log(folder.path / "events.jsonl")
-        stop.watch_folder(folder.path)
+
+    def check() -> Dataset:
+        events.info("Checking the dataset and the model.", phase="checking")
+        if locate_model(config, events, weights=False, half=True).guessed:
+            raise hub_unreachable(config)
+        dataset = scan_dataset(config, events)
+        folder.open()
+        with blame("output_not_writable"):
+            events.open_log(folder.path / "events.jsonl")
+            stop.watch_folder(folder.path)
+        return dataset
+
+    dataset = group.share(check)
     events.info("Importing torch and diffusers.", phase="importing")
     import_libraries(unused_packages(config))
-    trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh)
+    trainer = LoRATrainer(config, dataset, events, stop, folder, options.fresh, group)
     try:
         return trainer.run()
     except Exception as error:
@@ -5990,8 +6376,11 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit code. Whatever happens, the last event says how it ended."""
     usage: TrainerError | None = None
+    group = Group.from_environment()
     try:
         options = parse_arguments(argv)  # --help and --version print and leave here
+        if options.config == "-" and group.size > 1:
+            raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
     except TrainerError as error:
         usage, options = error, argparse.Namespace(config=None, debug=False)
     if not options.debug:
@@ -5999,22 +6388,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
         os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         warnings.simplefilter("ignore")
-    events = EventStream()
-    stop = StopWatcher(events)
+    events = EventStream() if group.is_main else Relay(group)
+    stop = StopWatcher(events) if group.is_main else Follower(events, group)
     stop.install()
     events.start(lambda: stop.request(stop.READER_GONE), options.config)
     stop.listen()
     try:
         if usage:
             raise usage
-        run(options, events, stop)
+        run(options, events, stop, group)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:
             print(hide_secrets(traceback.format_exc()), file=sys.stderr)
         failure = as_trainer_error(error, events.phase)
+        group.report(failure, events, stop)
         events.emit("error", **failure.fields(stop.saved.step))
     events.close(timeout=stop.GRACE_S if stop.requested else None)
-    return 2 if usage else stop.exit_code()
+    return group.leave(2 if usage else stop.exit_code())
 
 
 if __name__ == "__main__":
