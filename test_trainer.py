@@ -413,6 +413,7 @@ class Recorder(trainer.EventStream):
         self.events: list[Json] = []
         self.warnings: list[Json] = []
         self.phase = "test"
+        self._lock = threading.RLock()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         self.events.append({"type": event_type, **fields})
@@ -1568,6 +1569,21 @@ def test_a_signal_to_either_process_stops_both_and_the_resumed_run_has_the_same_
 
 
 SLOWLY = "t.LoRATrainer.periodic = lambda self: time.sleep(0.1)"
+
+
+def test_a_warning_that_two_processes_give_at_once_is_told_once() -> None:
+    class Slow(Recorder):
+        def emit(self, event_type: str, **fields: Any) -> None:
+            time.sleep(0.1)
+            super().emit(event_type, **fields)
+
+    events = Slow()
+    other = threading.Thread(target=events.relay, args=("code", "message", ""))
+    other.start()
+    time.sleep(0.02)
+    events.warning("code", "message")
+    other.join()
+    assert len(events.events) == len(events.warnings) == 1
 
 
 @posix

@@ -836,15 +836,17 @@ class EventStream:
             self.info(message, phase, current=done, total=total)
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
-        if (code, message) not in self.relayed:
-            self.warnings.append({"code": code, "message": message, "hint": hint})
-            self.emit("warning", code=code, message=message, hint=hint)
+        with self._lock:
+            if (code, message) not in self.relayed:
+                self.warnings.append({"code": code, "message": message, "hint": hint})
+                self.emit("warning", code=code, message=message, hint=hint)
 
     def relay(self, code: str, message: str, hint: str) -> None:
         """Pass on another process's warning; what several of them find is told once."""
-        if all((told["code"], told["message"]) != (code, message) for told in self.warnings):
-            self.warning(code, message, hint)
-            self.relayed |= {(code, message)}
+        with self._lock:
+            if all((told["code"], told["message"]) != (code, message) for told in self.warnings):
+                self.warning(code, message, hint)
+                self.relayed |= {(code, message)}
 
     def open_log(self, path: Path) -> None:
         """Append to events.jsonl from here on, after what was emitted so far; a torn last line goes."""
