@@ -3198,6 +3198,15 @@ def test_a_run_that_nothing_makes_fit_is_told_how_much_it_needs_at_least(images:
     assert "resolution 256" in hint
 
 
+def test_a_gpu_without_memory_of_its_own_is_held_against_main_memory_and_told_of_no_cuda_settings(images: Path) -> None:
+    config = memory.make_config(dataset_path=str(images), caption_separator=",")
+    hardware = trainer.Hardware("mps", "Apple GPU", "", 24 * 1024**3, 5 * 1024**3)
+    plan = trainer.make_plan(config, scan_quietly(config), memory.make_source("sdxl"), hardware, half=True)
+    assert plan.memory["host"] == plan.memory["total"]
+    (hint,) = [hint for code, _, hint in trainer.plan_warnings(plan) if code == "memory_short"]
+    assert "nf4" not in hint and "adamw8bit" not in hint
+
+
 @needs_torch
 def test_a_run_on_the_cpu_is_held_against_main_memory(tmp_path: Path, images: Path, models: Path) -> None:
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", batch_size=4, device="cpu"))

@@ -2592,7 +2592,9 @@ def choose_device(wish: str, local_rank: int = 0) -> Hardware:
         return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
     if family == "mps" and mps:
         total, used = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
-        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, total - used)
+        main = free_memory_bytes()  # the GPU has no other
+        free = total - used if main is None else min(total - used, main)
+        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
     if family == "cpu":
         why = "auto: no GPU that torch can use" if wish == "auto" else wish
         return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, free_memory_bytes())
@@ -2971,8 +2973,8 @@ def estimate_vram(
 
 
 def is_gpu(hardware: Hardware | None) -> bool:
-    """Tell whether the device has a memory of its own; one that is not known yet is taken to have."""
-    return hardware is None or hardware.device != "cpu"
+    """Tell whether the device has a memory of its own (Apple's has not); one that is not known is taken to have."""
+    return hardware is None or hardware.device.startswith("cuda")
 
 
 def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware | None) -> tuple[bool, str]:
@@ -3778,7 +3780,7 @@ def memory_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if free is not None and plan.memory["total"] > free:
         message = f"The run needs about {gigabytes(plan.memory['total'])} GB, and {gigabytes(free)} GB are free"
         yield "memory_short", f"{message} ({where}).", memory_advice(plan, free)
-    host = free_memory_bytes() if where not in ("", "cpu") else None
+    host = free_memory_bytes() if plan.hardware and is_gpu(plan.hardware) else None
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
