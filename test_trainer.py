@@ -3207,6 +3207,12 @@ def test_a_gpu_without_memory_of_its_own_is_held_against_main_memory_and_told_of
     assert "nf4" not in hint and "adamw8bit" not in hint
 
 
+def test_a_run_that_starts_from_a_lora_is_not_told_another_rank(images: Path) -> None:
+    plan = planned(images, "sdxl", 1.5, init_lora_path="lora.safetensors", lora_rank=64)
+    (hint,) = [hint for code, _, hint in trainer.plan_warnings(plan) if code == "memory_short"]
+    assert "resolution 256" in hint and "lora_rank" not in hint
+
+
 @needs_torch
 def test_a_run_on_the_cpu_is_held_against_main_memory(tmp_path: Path, images: Path, models: Path) -> None:
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", batch_size=4, device="cpu"))

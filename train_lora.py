@@ -3002,7 +3002,8 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
     if gpu and OPTIMIZERS[config.optimizer].state_bytes > OPTIMIZERS["adamw8bit"].state_bytes:
         yield {"optimizer": "adamw8bit"}
     yield from ({"resolution": side} for side in (896, 768, 640, 512, 384, 256) if side < resolution)
-    yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
+    if not config.init_lora_path:  # which has this rank
+        yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
 
 
 def fitting_settings(
