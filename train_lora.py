@@ -3006,31 +3006,6 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
         yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
 
 
-def fitting_settings(
-    config: TrainingConfig, resolution: int, free: int, *, checkpointing: bool, gpu: bool, needed: Callable[..., int]
-) -> tuple[JSON, int]:
-    """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it.
-
-    `needed` gives the bytes for (config, resolution, checkpointing).
-    """
-
-    def total(changes: Iterable[JSON]) -> int:
-        merged = {key: value for change in changes for key, value in change.items()}
-        changed = dataclasses.replace(config, **merged)
-        side, checkpointed = merged.get("resolution", resolution), "gradient_checkpointing" in merged or checkpointing
-        return needed(changed, side, checkpointed)
-
-    taken: list[JSON] = []
-    for change in memory_savers(config, resolution, checkpointing=checkpointing, gpu=gpu):
-        taken = [*(earlier for earlier in taken if earlier.keys() != change.keys()), change]
-        if total(taken) <= free:
-            break
-    for change in taken[-2::-1] if total(taken) <= free else ():  # what a later one made needless, the dearest first
-        fewer = [other for other in taken if other is not change]
-        taken = fewer if total(fewer) <= free else taken
-    return {key: value for change in taken for key, value in change.items()}, total(taken)
-
-
 # ======================================================================================
 # images
 # ======================================================================================
@@ -3756,18 +3731,31 @@ def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> Cache
     return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}")
 
 
+def fitting_settings(plan: Plan, free: int) -> tuple[JSON, int]:
+    """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it."""
+    config = dataclasses.replace(plan.config, batch_size=plan.config.batch_size // plan.processes)
+    options: JSON = {"half": plan.half, "gpu": is_gpu(plan.hardware), "cached": plan.memory["cache"]}
+
+    def total(changes: Iterable[JSON]) -> int:
+        merged = {key: value for change in changes for key, value in change.items()}
+        changed, side = dataclasses.replace(config, **merged), merged.get("resolution", plan.resolution)
+        checkpointing = plan.checkpointing or "gradient_checkpointing" in merged
+        return estimate_vram(changed, plan.source, side, checkpointing=checkpointing, **options)["total"]
+
+    taken: list[JSON] = []
+    for change in memory_savers(config, plan.resolution, checkpointing=plan.checkpointing, gpu=options["gpu"]):
+        taken = [*(earlier for earlier in taken if earlier.keys() != change.keys()), change]
+        if total(taken) <= free:
+            break
+    for change in taken[-2::-1] if total(taken) <= free else ():  # what a later one made needless, the dearest first
+        fewer = [other for other in taken if other is not change]
+        taken = fewer if total(fewer) <= free else taken
+    return {key: value for change in taken for key, value in change.items()}, total(taken)
+
+
 def memory_advice(plan: Plan, free: int) -> str:
     """Say what to change for a run to need no more than the free bytes."""
-    gpu = is_gpu(plan.hardware)
-    options: JSON = {"source": plan.source, "half": plan.half, "gpu": gpu, "cached": plan.memory["cache"]}
-
-    def needed(config: TrainingConfig, resolution: int, checkpointing: bool) -> int:
-        return estimate_vram(config, resolution=resolution, checkpointing=checkpointing, **options)["total"]
-
-    config = dataclasses.replace(plan.config, batch_size=plan.config.batch_size // plan.processes)
-    changes, total = fitting_settings(
-        config, plan.resolution, free, checkpointing=plan.checkpointing, gpu=gpu, needed=needed
-    )
+    changes, total = fitting_settings(plan, free)
     listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in changes.items())
     if total > free:
         most = f"even with {listed} it needs" if listed else "it needs"
