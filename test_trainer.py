@@ -4251,7 +4251,7 @@ def test_what_nf4_saves_is_told_and_that_it_is_little_for_sd15(tmp_path: Path, i
         source = trainer.ModelSource("x", family, family.unet, {}, {}, "epsilon")
         plan = trainer.make_plan(config, scan_quietly(config), source, None, half=True)
         codes = [code for code, _, _ in trainer.plan_warnings(plan)]
-        said[family.name] = ("quantization_saves_little" in codes, plan.reasons[-1])
+        said[family.name] = ("quantization_saves_little" in codes, [*plan.reasons()][-1])
     sentence = "The UNet's weights take {} GB with nf4 instead of {} GB.".format
     assert said == {
         "sd15": (True, sentence(1.23, 1.6)),

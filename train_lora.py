@@ -3681,10 +3681,24 @@ class Plan:
     prompts: Sequence[str]  # what the samples need besides
     cache: CacheChoice
     checkpointing: bool
+    checkpointing_why: str
     half: bool
     hardware: Hardware | None
     memory: Mapping[str, int]
-    reasons: tuple[str, ...]
+
+    def reasons(self) -> Iterator[str]:
+        """Say what was decided, and why."""
+        source, config, width = self.source, self.config, 2 if self.half else 4
+        doubt = "" if source.prediction_told else " (a guess that is measured before training)"
+        yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {self.resolution}."
+        yield f"Gradient checkpointing: {'on' if self.checkpointing else 'off'} ({self.checkpointing_why})."
+        yield f"Dataset: {len(self.dataset.examples)} images in {len(self.buckets)} buckets."
+        yield f"Cache: {self.cache.why}."
+        if saved := bytes_saved(config, source, width):
+            before = unet_weights(source)[0] * width
+            yield f"The UNet's weights take {gigabytes(before - saved)} GB with nf4 instead of {gigabytes(before)} GB."
+        if self.processes > 1:
+            yield f"{self.processes} processes train together, on batches of {config.batch_size}."
 
     def epoch(self, step: int) -> float:
         return round(epochs_done(self.config, self.buckets, step), 3)
@@ -3934,12 +3948,6 @@ def fits(parts: Mapping[str, Sequence[int]], shape: Sequence[int], rank: int) ->
     return [down, up] == wanted and scale in ([], [squeezed(shape[:1])])
 
 
-def quantization_reason(config: TrainingConfig, source: ModelSource, width: int) -> Iterator[str]:
-    if saved := bytes_saved(config, source, width):
-        before = unet_weights(source)[0] * width
-        yield f"The UNet's weights take {gigabytes(before - saved)} GB with nf4 instead of {gigabytes(before)} GB."
-
-
 def plan_memory(
     config: TrainingConfig, source: ModelSource, resolution: int, hardware: Hardware | None, options: JSON
 ) -> tuple[bool, str, Mapping[str, int]]:
@@ -3963,11 +3971,10 @@ def make_plan(
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
     check_settings(config, source)
     resolution = config.resolution or source.native_resolution
-    square = [(resolution, resolution)]
+    square, together = [(resolution, resolution)], dataclasses.replace(config, batch_size=config.batch_size * processes)
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
     sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
     buckets = make_buckets(dataset, sizes)
-    together = dataclasses.replace(config, batch_size=config.batch_size * processes)
     total_steps = count_steps(together, buckets)
     epochs = math.ceil(epochs_done(together, buckets, total_steps))
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
@@ -3978,15 +3985,6 @@ def make_plan(
     cache = choose_cache(config, needed, free_memory_bytes())
     options: JSON = {"half": half, "gpu": is_gpu(hardware), "cached": needed if cache.in_memory else 0}
     checkpointing, why, memory = plan_memory(config, source, resolution, hardware, options)
-    doubt = "" if source.prediction_told else " (a guess that is measured before training)"
-    reasons = (
-        f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {resolution}.",
-        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
-        f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
-        f"Cache: {cache.why}.",
-        *quantization_reason(config, source, 2 if half else 4),
-        *([f"{processes} processes train together, on batches of {together.batch_size}."] if processes > 1 else ()),
-    )
     return Plan(
         config=together,
         processes=processes,
@@ -4001,10 +3999,10 @@ def make_plan(
         prompts=sorted(prompts),
         cache=cache,
         checkpointing=checkpointing,
+        checkpointing_why=why,
         half=half,
         hardware=hardware,
         memory=memory,
-        reasons=reasons,
     )
 
 
@@ -5247,7 +5245,7 @@ class LoRATrainer:
         self.events.info(f"Compute dtype: {str(self.dtype).removeprefix('torch.')} ({why}).")
         order = functools.partial(epoch_batches, self.plan.buckets, self.plan.config.batch_size, self.config.seed)
         self.order = functools.lru_cache(maxsize=2)(order)  # so as not to shuffle at each step
-        for reason in self.plan.reasons:
+        for reason in self.plan.reasons():
             self.events.info(reason)
         for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.plan)):
             self.events.warning(*warning)
@@ -6269,7 +6267,7 @@ def validate(config: TrainingConfig, events: EventStream, processes: int = 1) ->
         message = " ".join(error.message for error in failures)
         raise TrainerError(failures[0].code, message, " ".join(error.hint for error in failures), problems)
     plan = make_plan(config, dataset, source, hardware, half=half, processes=processes)
-    for reason in plan.reasons:
+    for reason in plan.reasons():
         events.info(reason)
     if hardware:
         check_single_file(source)
