@@ -3207,6 +3207,18 @@ def test_a_gpu_without_memory_of_its_own_is_held_against_main_memory_and_told_of
     assert "nf4" not in hint and "adamw8bit" not in hint
 
 
+def test_main_memory_need_not_hold_what_is_read_weight_by_weight() -> None:
+    def host(source: trainer.ModelSource, quantize_base: str = "none") -> int:
+        config = memory.make_config(quantize_base=quantize_base)
+        return trainer.estimate_vram(config, source, 1024, half=True, checkpointing=True)["host"]
+
+    folder = memory.make_source("sdxl")
+    *_, second, largest = sorted(folder.family.parameters.values())
+    assert host(folder) - host(folder, "nf4") == 2 * (largest - second)
+    parts = {name: trainer.Part(Path(), {"w": [size]}, config={}) for name, size in folder.family.parameters.items()}
+    assert host(folder) - host(dataclasses.replace(folder, parts=parts)) == 2 * largest
+
+
 def test_a_run_that_starts_from_a_lora_is_not_told_another_rank(images: Path) -> None:
     plan = planned(images, "sdxl", 1.5, init_lora_path="lora.safetensors", lora_rank=64)
     (hint,) = [hint for code, _, hint in trainer.plan_warnings(plan) if code == "memory_short"]

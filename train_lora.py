@@ -2928,6 +2928,13 @@ def caching_bytes(config: TrainingConfig, source: ModelSource, resolution: int, 
     return max(encoders + text_bytes(config, source, width, texts=32 if gpu else 1), images)
 
 
+def loading_bytes(config: TrainingConfig, source: ModelSource, width: int) -> int:
+    """Give the largest component that main memory holds whole on its way to a GPU; see load_component."""
+    one_by_one = {name for name, part in source.parts.items() if part.config is not None}  # in a single file
+    one_by_one |= {"unet"} if config.quantize_base == "nf4" else set()
+    return max((size * width for name, size in part_sizes(source).items() if name not in one_by_one), default=0)
+
+
 def estimate_vram(
     config: TrainingConfig,
     source: ModelSource,
@@ -2969,7 +2976,7 @@ def estimate_vram(
     terms["allocated"] = max(resident + most, terms["caching"] + terms["workspaces"])
     terms["overhead"] = int(terms["allocated"] * FRAGMENTS) + (CONTEXT if gpu else LIBRARIES + cached)
     terms["total"] = terms["allocated"] + terms["overhead"]
-    return terms | {"host": LIBRARIES + max(sizes.values()) * width + cached if gpu else terms["total"]}
+    return terms | {"host": LIBRARIES + loading_bytes(config, source, width) + cached if gpu else terms["total"]}
 
 
 def is_gpu(hardware: Hardware | None) -> bool:
