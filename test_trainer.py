@@ -6382,6 +6382,16 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
     assert len(emitted(again, "progress")) == 6 - (saved or 0)
 
 
+def test_main_memory_that_runs_out_beside_a_gpu_is_told_apart_from_the_gpus(tmp_path: Path, images: Path) -> None:
+    plan = planned(images, "sdxl", 8)
+    made = trainer.LoRATrainer(plan.config, plan.dataset, Recorder(), Quiet(), trainer.OutputFolder(tmp_path))
+    made.plan = plan
+    hints = {
+        text: made.explained(RuntimeError(text)).hint for text in ("DefaultCPUAllocator: no", "CUDA out of memory")
+    }
+    assert ["main memory ran out" in hint for hint in hints.values()] == [True, False]
+
+
 @needs_torch
 @pytest.mark.parametrize("trouble", ["path", "memory"])
 def test_a_sample_that_cannot_be_made_does_not_end_the_run(
@@ -6475,6 +6485,7 @@ def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
             OSError(errno.ENOMEM, "Cannot allocate memory"),
             ImportError("libgomp.so.1: failed to map segment from shared object"),
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."),  # on Windows
             RuntimeError("could not create a primitive"),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
         ],

@@ -165,7 +165,7 @@ UNREADABLE = "Give the user that runs this the right to read it."
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
 # the dynamic linker fails an import ("segment").
-MEMORY_SIGNS = ("out of memory", "alloc_failed", "allocate memory", "failed to map segment", "create a primitive")
+MEMORY_SIGNS = ("out of memory", "alloc_failed", "cpuallocator", "allocate memory", "map segment", "a primitive")
 
 
 @contextlib.contextmanager
@@ -6160,6 +6160,9 @@ class LoRATrainer:
         failure, plan = as_trainer_error(error, self.events.phase), getattr(self, "plan", None)
         if failure.code != "out_of_memory" or plan is None:
             return failure
+        if is_gpu(plan.hardware) and (isinstance(error, MemoryError) or "CPUAllocator" in str(error)):
+            hint = f"Close other programs: main memory ran out, {gigabytes(plan.memory['host'])} GB of it are needed."
+            return TrainerError("out_of_memory", failure.message, hint)
         config, total = self.config, plan.memory["total"]
         sizes = f"resolution {plan.resolution}, batch_size {config.batch_size}, lora_rank {config.lora_rank}, "
         sizes += f"gradient checkpointing {'on' if plan.checkpointing else 'off'}: estimated at {gigabytes(total)} GB"
@@ -6167,9 +6170,7 @@ class LoRATrainer:
         # It was too much, whatever was free at the start: what is advised must take clearly less.
         advice = memory_advice(plan, int(min(total * 0.9, math.inf if free is None else free)))
         if self.stop.saved.step:
-            advice += (
-                " Other than gradient_checkpointing, they need another output_path or --fresh: this run has begun."
-            )
+            advice += " This run has begun: more than gradient_checkpointing needs another output_path or --fresh."
         return TrainerError("out_of_memory", f"{failure.message} ({sizes}).", advice)
 
     def complete(self) -> None:
