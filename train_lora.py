@@ -2727,15 +2727,12 @@ class Stage:
     gradients: float = 0.0
 
 
-def per_level(value: int | Sequence[int], levels: int) -> list[int]:
-    return [value] * levels if isinstance(value, int) else [*value]
-
-
 def unet_layers(unet: Mapping[str, Any], latent_pixels: int) -> Iterator[Layer]:
     """Lay out a UNet in the order of its forward pass over so many latent pixels."""
     pixels = float(latent_pixels)
     widths = unet.get("block_out_channels", SD_UNET["block_out_channels"])
-    depths = per_level(unet.get("transformer_layers_per_block", 1), len(widths))
+    depth = unet.get("transformer_layers_per_block", 1)
+    depths = [depth] * len(widths) if isinstance(depth, int) else depth
     attends = [kind.startswith("CrossAttn") for kind in unet.get("down_block_types", SD_UNET["down_block_types"])]
     layers, width, skips = int(unet.get("layers_per_block", 2)), widths[0], [widths[0]]
     for level, wide in enumerate(widths):
@@ -5470,7 +5467,8 @@ class LoRATrainer:
         for component in self.components.values():
             speed_up(component)
         self.all_ema, self.ema = one_piece(self.live if config.ema_decay else {})
-        self.all_ema.copy_(self.all_live) if config.ema_decay else None
+        if config.ema_decay:
+            self.all_ema.copy_(self.all_live)
         self.gradient, self.gradients = one_piece(self.live)
         self.incoming, self.incoming_parts = one_piece(self.live if config.gradient_accumulation_steps > 1 else {})
         for key, weight in self.masters.items():
