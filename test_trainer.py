@@ -3207,6 +3207,16 @@ def test_a_gpu_without_memory_of_its_own_is_held_against_main_memory_and_told_of
     assert "nf4" not in hint and "adamw8bit" not in hint
 
 
+@pytest.mark.parametrize("free_gib", [1.0, 3.0, 6.0])
+def test_what_is_advised_is_within_the_bounds_of_its_keys(images: Path, free_gib: float) -> None:
+    definitions = trainer.load_schema()["definitions"]
+    for keys in ({"resolution": 2048, "lora_rank": 3}, {"batch_size": 32, "gradient_accumulation_steps": 64}):
+        plan = planned(images, "sdxl", free_gib, **keys)
+        changes, _ = trainer.fitting_settings(plan, int(free_gib * 1024**3))
+        assert changes
+        assert trainer.check_values(changes, {key: definitions[key] for key in changes}) == []
+
+
 def test_main_memory_need_not_hold_what_is_read_weight_by_weight() -> None:
     def host(source: trainer.ModelSource, quantize_base: str = "none") -> int:
         config = memory.make_config(quantize_base=quantize_base)

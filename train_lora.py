@@ -2998,9 +2998,10 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
     if not checkpointing:
         yield {"gradient_checkpointing": True}
     batch, images = config.batch_size, config.batch_size * config.gradient_accumulation_steps
+    most = load_schema()["definitions"]["gradient_accumulation_steps"]["maximum"]
     while batch > 1:
         batch = (batch + 1) // 2
-        yield {"batch_size": batch, "gradient_accumulation_steps": math.ceil(images / batch)}
+        yield {"batch_size": batch, "gradient_accumulation_steps": min(most, math.ceil(images / batch))}
     if gpu and config.quantize_base == "none" and config.lora_type != "lokr":
         yield {"quantize_base": "nf4"}
     if gpu and OPTIMIZERS[config.optimizer].state_bytes > OPTIMIZERS["adamw8bit"].state_bytes:
