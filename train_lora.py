@@ -2966,7 +2966,7 @@ def estimate_vram(
     decoding = decode_bytes(source, side**2, half=half)
     drawing = max(2 * answer + lora * copies, decoding) if sampled else 0
     terms |= {"activations": int(activations), "sampling": int(drawing)}
-    terms |= {"finishing": int(answer + lora * (8 + copies))}  # what was trained, rounded and strengthened
+    terms |= {"finishing": int(answer + lora * ((copies or 4) + (0 if gpu else 8)))}  # what the file holds, lent
     terms |= {"caching": caching_bytes(config, source, resolution, half=half, gpu=gpu), "cache": cached}
     most = max(terms[phase] for phase in ("activations", "sampling", "finishing"))
     terms["training"] = resident + terms["activations"]
@@ -5510,7 +5510,7 @@ class LoRATrainer:
     def lend(self, weights: Mapping[str, Tensor]) -> None:
         """Let the modules compute with these weights."""
         for key, weight in weights.items():
-            self.parameters[key].data = weight.to(self.working[key].dtype)
+            self.parameters[key].data = weight.to(self.working[key])  # its dtype and device
 
     def measure_prediction(self) -> None:
         """Ask the UNet what it predicts: pure noise at the last timestep comes back from an epsilon model only."""
@@ -6119,7 +6119,7 @@ class LoRATrainer:
 
         def answer(weights: Mapping[str, Tensor], strength: float) -> Tensor:
             factors = {key: strength if key.rpartition("/")[2] in START_AT_ZERO else 1.0 for key in weights}
-            return self.answer({key: weight.to(self.device) * factors[key] for key, weight in weights.items()})
+            return self.answer({key: weight * factors[key] for key, weight in weights.items()})
 
         def as_in_file(key: str, weight: Tensor) -> Tensor:
             scale = adapter_scale(self.config) if key.endswith("lokr_w1") else 1
@@ -6128,8 +6128,9 @@ class LoRATrainer:
         def share(strength: float) -> float:
             return float((answer(rounded, strength) - plain).norm() / plain.norm())
 
-        rounded = {key: as_in_file(key, weight) for key, weight in self.evaluation_weights().items()}
-        same = all(torch.equal(weights[key].to(self.device), weight) for key, weight in rounded.items())
+        # In main memory, all but what is lent: beside the optimizer's state it could be the peak of the run.
+        rounded = {key: as_in_file(key, weight).cpu() for key, weight in self.evaluation_weights().items()}
+        same = all(torch.equal(weights[key], weight) for key, weight in rounded.items())
         plain = answer(rounded, 0.0)
         strength = 1.0
         while not math.isfinite(share(strength)) and strength > 1e-6:
