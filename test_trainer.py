@@ -1571,6 +1571,21 @@ def test_a_signal_to_either_process_stops_both_and_the_resumed_run_has_the_same_
 SLOWLY = "t.LoRATrainer.periodic = lambda self: time.sleep(0.1)"
 
 
+def test_a_warning_that_two_processes_give_at_once_is_told_once() -> None:
+    class Slow(Recorder):
+        def emit(self, event_type: str, **fields: Any) -> None:
+            time.sleep(0.1)
+            super().emit(event_type, **fields)
+
+    events = Slow()
+    other = threading.Thread(target=events.relay, args=("code", "message", ""))
+    other.start()
+    time.sleep(0.02)
+    events.warning("code", "message")
+    other.join()
+    assert len(events.events) == len(events.warnings) == 1
+
+
 @posix
 @needs_torch
 def test_a_failure_of_one_process_is_the_one_error_of_all(tmp_path: Path, images: Path, models: Path) -> None:
@@ -3203,6 +3218,43 @@ def test_a_run_that_nothing_makes_fit_is_told_how_much_it_needs_at_least(images:
     assert "resolution 256" in hint
 
 
+def test_a_gpu_without_memory_of_its_own_is_held_against_main_memory_and_told_of_no_cuda_settings(images: Path) -> None:
+    config = memory.make_config(dataset_path=str(images), caption_separator=",")
+    hardware = trainer.Hardware("mps", "Apple GPU", "", 24 * 1024**3, 5 * 1024**3)
+    plan = trainer.make_plan(config, scan_quietly(config), memory.make_source("sdxl"), hardware, half=True)
+    assert plan.memory["host"] == plan.memory["total"]
+    (hint,) = [hint for code, _, hint in trainer.plan_warnings(plan) if code == "memory_short"]
+    assert "nf4" not in hint and "adamw8bit" not in hint
+
+
+@pytest.mark.parametrize("free_gib", [1.0, 3.0, 6.0])
+def test_what_is_advised_is_within_the_bounds_of_its_keys(images: Path, free_gib: float) -> None:
+    definitions = trainer.load_schema()["definitions"]
+    for keys in ({"resolution": 2048, "lora_rank": 3}, {"batch_size": 32, "gradient_accumulation_steps": 64}):
+        plan = planned(images, "sdxl", free_gib, **keys)
+        changes, _ = trainer.fitting_settings(plan, int(free_gib * 1024**3))
+        assert changes
+        assert trainer.check_values(changes, {key: definitions[key] for key in changes}) == []
+
+
+def test_main_memory_need_not_hold_what_is_read_weight_by_weight() -> None:
+    def host(source: trainer.ModelSource, quantize_base: str = "none") -> int:
+        config = memory.make_config(quantize_base=quantize_base)
+        return trainer.estimate_vram(config, source, 1024, half=True, checkpointing=True)["host"]
+
+    folder = memory.make_source("sdxl")
+    *_, second, largest = sorted(folder.family.parameters.values())
+    assert host(folder) - host(folder, "nf4") == 2 * (largest - second)
+    parts = {name: trainer.Part(Path(), {"w": [size]}, config={}) for name, size in folder.family.parameters.items()}
+    assert host(folder) - host(dataclasses.replace(folder, parts=parts)) == 2 * largest
+
+
+def test_a_run_that_starts_from_a_lora_is_not_told_another_rank(images: Path) -> None:
+    plan = planned(images, "sdxl", 1.5, init_lora_path="lora.safetensors", lora_rank=64)
+    (hint,) = [hint for code, _, hint in trainer.plan_warnings(plan) if code == "memory_short"]
+    assert "resolution 256" in hint and "lora_rank" not in hint
+
+
 @needs_torch
 def test_a_run_on_the_cpu_is_held_against_main_memory(tmp_path: Path, images: Path, models: Path) -> None:
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", batch_size=4, device="cpu"))
@@ -4241,7 +4293,7 @@ def test_what_nf4_saves_is_told_and_that_it_is_little_for_sd15(tmp_path: Path, i
         source = trainer.ModelSource("x", family, family.unet, {}, {}, "epsilon")
         plan = trainer.make_plan(config, scan_quietly(config), source, None, half=True)
         codes = [code for code, _, _ in trainer.plan_warnings(plan)]
-        said[family.name] = ("quantization_saves_little" in codes, plan.reasons[-1])
+        said[family.name] = ("quantization_saves_little" in codes, [*plan.reasons()][-1])
     sentence = "The UNet's weights take {} GB with nf4 instead of {} GB.".format
     assert said == {
         "sd15": (True, sentence(1.23, 1.6)),
@@ -6361,6 +6413,16 @@ def test_out_of_memory_says_where_and_what_was_trained_is_saved(
     assert len(emitted(again, "progress")) == 6 - (saved or 0)
 
 
+def test_main_memory_that_runs_out_beside_a_gpu_is_told_apart_from_the_gpus(tmp_path: Path, images: Path) -> None:
+    plan = planned(images, "sdxl", 8)
+    made = trainer.LoRATrainer(plan.config, plan.dataset, Recorder(), Quiet(), trainer.OutputFolder(tmp_path))
+    made.plan = plan
+    hints = {
+        text: made.explained(RuntimeError(text)).hint for text in ("DefaultCPUAllocator: no", "CUDA out of memory")
+    }
+    assert ["main memory ran out" in hint for hint in hints.values()] == [True, False]
+
+
 @needs_torch
 @pytest.mark.parametrize("trouble", ["path", "memory"])
 def test_a_sample_that_cannot_be_made_does_not_end_the_run(
@@ -6459,6 +6521,7 @@ def test_out_of_memory_and_a_full_disk_have_their_own_codes() -> None:
             OSError(errno.ENOMEM, "Cannot allocate memory"),
             ImportError("libgomp.so.1: failed to map segment from shared object"),
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."),  # on Windows
             RuntimeError("could not create a primitive"),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
             caused_by(OSError("Unable to load weights from checkpoint file"), OSError("Cannot allocate memory")),

@@ -165,7 +165,7 @@ UNREADABLE = "Give the user that runs this the right to read it."
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch has its own class on CUDA, a plain RuntimeError on MPS, on the CPU, from cuBLAS and from oneDNN ("primitive");
 # the dynamic linker fails an import ("segment").
-MEMORY_SIGNS = ("out of memory", "alloc_failed", "allocate memory", "failed to map segment", "create a primitive")
+MEMORY_SIGNS = ("out of memory", "alloc_failed", "cpuallocator", "allocate memory", "map segment", "a primitive")
 
 
 @contextlib.contextmanager
@@ -2613,7 +2613,9 @@ def choose_device(wish: str, local_rank: int = 0) -> Hardware:
         return Hardware(name, torch.cuda.get_device_name(name), f"{wish}: a CUDA device is there", total, free)
     if family == "mps" and mps:
         total, used = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
-        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, total - used)
+        main = free_memory_bytes()  # the GPU has no other
+        free = total - used if main is None else min(total - used, main)
+        return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
     if family == "cpu":
         why = "auto: no GPU that torch can use" if wish == "auto" else wish
         return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, free_memory_bytes())
@@ -2746,15 +2748,12 @@ class Stage:
     gradients: float = 0.0
 
 
-def per_level(value: int | Sequence[int], levels: int) -> list[int]:
-    return [value] * levels if isinstance(value, int) else [*value]
-
-
 def unet_layers(unet: Mapping[str, Any], latent_pixels: int) -> Iterator[Layer]:
     """Lay out a UNet in the order of its forward pass over so many latent pixels."""
     pixels = float(latent_pixels)
     widths = unet.get("block_out_channels", SD_UNET["block_out_channels"])
-    depths = per_level(unet.get("transformer_layers_per_block", 1), len(widths))
+    depth = unet.get("transformer_layers_per_block", 1)
+    depths = [depth] * len(widths) if isinstance(depth, int) else depth
     attends = [kind.startswith("CrossAttn") for kind in unet.get("down_block_types", SD_UNET["down_block_types"])]
     layers, width, skips = int(unet.get("layers_per_block", 2)), widths[0], [widths[0]]
     for level, wide in enumerate(widths):
@@ -2947,6 +2946,13 @@ def caching_bytes(config: TrainingConfig, source: ModelSource, resolution: int, 
     return max(encoders + text_bytes(config, source, width, texts=32 if gpu else 1), images)
 
 
+def loading_bytes(config: TrainingConfig, source: ModelSource, width: int) -> int:
+    """Give the largest component that main memory holds whole on its way to a GPU; see load_component."""
+    one_by_one = {name for name, part in source.parts.items() if part.config is not None}  # in a single file
+    one_by_one |= {"unet"} if config.quantize_base == "nf4" else set()
+    return max((size * width for name, size in part_sizes(source).items() if name not in one_by_one), default=0)
+
+
 def estimate_vram(
     config: TrainingConfig,
     source: ModelSource,
@@ -2988,12 +2994,12 @@ def estimate_vram(
     terms["allocated"] = max(resident + most, terms["caching"] + terms["workspaces"])
     terms["overhead"] = int(terms["allocated"] * FRAGMENTS) + (CONTEXT if gpu else LIBRARIES + cached)
     terms["total"] = terms["allocated"] + terms["overhead"]
-    return terms | {"host": LIBRARIES + max(sizes.values()) * width + cached if gpu else terms["total"]}
+    return terms | {"host": LIBRARIES + loading_bytes(config, source, width) + cached if gpu else terms["total"]}
 
 
 def is_gpu(hardware: Hardware | None) -> bool:
-    """Tell whether the device has a memory of its own; one that is not known yet is taken to have."""
-    return hardware is None or hardware.device != "cpu"
+    """Tell whether the device has a memory of its own (Apple's has not); one that is not known is taken to have."""
+    return hardware is None or hardware.device.startswith("cuda")
 
 
 def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware | None) -> tuple[bool, str]:
@@ -3013,40 +3019,17 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
     if not checkpointing:
         yield {"gradient_checkpointing": True}
     batch, images = config.batch_size, config.batch_size * config.gradient_accumulation_steps
+    most = load_schema()["definitions"]["gradient_accumulation_steps"]["maximum"]
     while batch > 1:
         batch = (batch + 1) // 2
-        yield {"batch_size": batch, "gradient_accumulation_steps": math.ceil(images / batch)}
+        yield {"batch_size": batch, "gradient_accumulation_steps": min(most, math.ceil(images / batch))}
     if gpu and config.quantize_base == "none" and config.lora_type != "lokr":
         yield {"quantize_base": "nf4"}
     if gpu and OPTIMIZERS[config.optimizer].state_bytes > OPTIMIZERS["adamw8bit"].state_bytes:
         yield {"optimizer": "adamw8bit"}
     yield from ({"resolution": side} for side in (896, 768, 640, 512, 384, 256) if side < resolution)
-    yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
-
-
-def fitting_settings(
-    config: TrainingConfig, resolution: int, free: int, *, checkpointing: bool, gpu: bool, needed: Callable[..., int]
-) -> tuple[JSON, int]:
-    """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it.
-
-    `needed` gives the bytes for (config, resolution, checkpointing).
-    """
-
-    def total(changes: Iterable[JSON]) -> int:
-        merged = {key: value for change in changes for key, value in change.items()}
-        changed = dataclasses.replace(config, **merged)
-        side, checkpointed = merged.get("resolution", resolution), "gradient_checkpointing" in merged or checkpointing
-        return needed(changed, side, checkpointed)
-
-    taken: list[JSON] = []
-    for change in memory_savers(config, resolution, checkpointing=checkpointing, gpu=gpu):
-        taken = [*(earlier for earlier in taken if earlier.keys() != change.keys()), change]
-        if total(taken) <= free:
-            break
-    for change in taken[-2::-1] if total(taken) <= free else ():  # what a later one made needless, the dearest first
-        fewer = [other for other in taken if other is not change]
-        taken = fewer if total(fewer) <= free else taken
-    return {key: value for change in taken for key, value in change.items()}, total(taken)
+    if not config.init_lora_path:  # which has this rank
+        yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
 
 
 # ======================================================================================
@@ -3724,10 +3707,24 @@ class Plan:
     prompts: Sequence[str]  # what the samples need besides
     cache: CacheChoice
     checkpointing: bool
+    checkpointing_why: str
     half: bool
     hardware: Hardware | None
     memory: Mapping[str, int]
-    reasons: tuple[str, ...]
+
+    def reasons(self) -> Iterator[str]:
+        """Say what was decided, and why."""
+        source, config, width = self.source, self.config, 2 if self.half else 4
+        doubt = "" if source.prediction_told else " (a guess that is measured before training)"
+        yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {self.resolution}."
+        yield f"Gradient checkpointing: {'on' if self.checkpointing else 'off'} ({self.checkpointing_why})."
+        yield f"Dataset: {len(self.dataset.examples)} images in {len(self.buckets)} buckets."
+        yield f"Cache: {self.cache.why}."
+        if saved := bytes_saved(config, source, width):
+            before = unet_weights(source)[0] * width
+            yield f"The UNet's weights take {gigabytes(before - saved)} GB with nf4 instead of {gigabytes(before)} GB."
+        if self.processes > 1:
+            yield f"{self.processes} processes train together, on batches of {config.batch_size}."
 
     def epoch(self, step: int) -> float:
         return round(epochs_done(self.config, self.buckets, step), 3)
@@ -3774,18 +3771,31 @@ def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> Cache
     return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}")
 
 
+def fitting_settings(plan: Plan, free: int) -> tuple[JSON, int]:
+    """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it."""
+    config = dataclasses.replace(plan.config, batch_size=plan.config.batch_size // plan.processes)
+    options: JSON = {"half": plan.half, "gpu": is_gpu(plan.hardware), "cached": plan.memory["cache"]}
+
+    def total(changes: Iterable[JSON]) -> int:
+        merged = {key: value for change in changes for key, value in change.items()}
+        changed, side = dataclasses.replace(config, **merged), merged.get("resolution", plan.resolution)
+        checkpointing = plan.checkpointing or "gradient_checkpointing" in merged
+        return estimate_vram(changed, plan.source, side, checkpointing=checkpointing, **options)["total"]
+
+    taken: list[JSON] = []
+    for change in memory_savers(config, plan.resolution, checkpointing=plan.checkpointing, gpu=options["gpu"]):
+        taken = [*(earlier for earlier in taken if earlier.keys() != change.keys()), change]
+        if total(taken) <= free:
+            break
+    for change in taken[-2::-1] if total(taken) <= free else ():  # what a later one made needless, the dearest first
+        fewer = [other for other in taken if other is not change]
+        taken = fewer if total(fewer) <= free else taken
+    return {key: value for change in taken for key, value in change.items()}, total(taken)
+
+
 def memory_advice(plan: Plan, free: int) -> str:
     """Say what to change for a run to need no more than the free bytes."""
-    gpu = is_gpu(plan.hardware)
-    options: JSON = {"source": plan.source, "half": plan.half, "gpu": gpu, "cached": plan.memory["cache"]}
-
-    def needed(config: TrainingConfig, resolution: int, checkpointing: bool) -> int:
-        return estimate_vram(config, resolution=resolution, checkpointing=checkpointing, **options)["total"]
-
-    config = dataclasses.replace(plan.config, batch_size=plan.config.batch_size // plan.processes)
-    changes, total = fitting_settings(
-        config, plan.resolution, free, checkpointing=plan.checkpointing, gpu=gpu, needed=needed
-    )
+    changes, total = fitting_settings(plan, free)
     listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in changes.items())
     if total > free:
         most = f"even with {listed} it needs" if listed else "it needs"
@@ -3799,7 +3809,7 @@ def memory_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if free is not None and plan.memory["total"] > free:
         message = f"The run needs about {gigabytes(plan.memory['total'])} GB, and {gigabytes(free)} GB are free"
         yield "memory_short", f"{message} ({where}).", memory_advice(plan, free)
-    host = free_memory_bytes() if where not in ("", "cpu") else None
+    host = free_memory_bytes() if plan.hardware and is_gpu(plan.hardware) else None
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
@@ -3964,12 +3974,6 @@ def fits(parts: Mapping[str, Sequence[int]], shape: Sequence[int], rank: int) ->
     return [down, up] == wanted and scale in ([], [squeezed(shape[:1])])
 
 
-def quantization_reason(config: TrainingConfig, source: ModelSource, width: int) -> Iterator[str]:
-    if saved := bytes_saved(config, source, width):
-        before = unet_weights(source)[0] * width
-        yield f"The UNet's weights take {gigabytes(before - saved)} GB with nf4 instead of {gigabytes(before)} GB."
-
-
 def plan_memory(
     config: TrainingConfig, source: ModelSource, resolution: int, hardware: Hardware | None, options: JSON
 ) -> tuple[bool, str, Mapping[str, int]]:
@@ -3993,11 +3997,10 @@ def make_plan(
     """Decide everything that follows from config, dataset, model and hardware (None: unknown, without torch)."""
     check_settings(config, source)
     resolution = config.resolution or source.native_resolution
-    square = [(resolution, resolution)]
+    square, together = [(resolution, resolution)], dataclasses.replace(config, batch_size=config.batch_size * processes)
     allowed = bucket_sizes(resolution, config.bucket_step) if config.aspect_ratio_bucketing else square
     sizes = [choose_bucket(example.width, example.height, allowed) for example in dataset.examples]
     buckets = make_buckets(dataset, sizes)
-    together = dataclasses.replace(config, batch_size=config.batch_size * processes)
     total_steps = count_steps(together, buckets)
     epochs = math.ceil(epochs_done(together, buckets, total_steps))
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
@@ -4008,15 +4011,6 @@ def make_plan(
     cache = choose_cache(config, needed, free_memory_bytes())
     options: JSON = {"half": half, "gpu": is_gpu(hardware), "cached": needed if cache.in_memory else 0}
     checkpointing, why, memory = plan_memory(config, source, resolution, hardware, options)
-    doubt = "" if source.prediction_told else " (a guess that is measured before training)"
-    reasons = (
-        f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {resolution}.",
-        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
-        f"Dataset: {len(dataset.examples)} images in {len(buckets)} buckets.",
-        f"Cache: {cache.why}.",
-        *quantization_reason(config, source, 2 if half else 4),
-        *([f"{processes} processes train together, on batches of {together.batch_size}."] if processes > 1 else ()),
-    )
     return Plan(
         config=together,
         processes=processes,
@@ -4031,10 +4025,10 @@ def make_plan(
         prompts=sorted(prompts),
         cache=cache,
         checkpointing=checkpointing,
+        checkpointing_why=why,
         half=half,
         hardware=hardware,
         memory=memory,
-        reasons=reasons,
     )
 
 
@@ -5277,7 +5271,7 @@ class LoRATrainer:
         self.events.info(f"Compute dtype: {str(self.dtype).removeprefix('torch.')} ({why}).")
         order = functools.partial(epoch_batches, self.plan.buckets, self.plan.config.batch_size, self.config.seed)
         self.order = functools.lru_cache(maxsize=2)(order)  # so as not to shuffle at each step
-        for reason in self.plan.reasons:
+        for reason in self.plan.reasons():
             self.events.info(reason)
         for warning in (*hardware_warnings(hardware, self.config.device), *plan_warnings(self.plan)):
             self.events.warning(*warning)
@@ -5495,7 +5489,8 @@ class LoRATrainer:
         for component in self.components.values():
             speed_up(component)
         self.all_ema, self.ema = one_piece(self.live if config.ema_decay else {})
-        self.all_ema.copy_(self.all_live) if config.ema_decay else None
+        if config.ema_decay:
+            self.all_ema.copy_(self.all_live)
         self.gradient, self.gradients = one_piece(self.live)
         self.incoming, self.incoming_parts = one_piece(self.live if config.gradient_accumulation_steps > 1 else {})
         for key, weight in self.masters.items():
@@ -6187,6 +6182,9 @@ class LoRATrainer:
         failure, plan = as_trainer_error(error, self.events.phase), getattr(self, "plan", None)
         if failure.code != "out_of_memory" or plan is None:
             return failure
+        if is_gpu(plan.hardware) and (isinstance(error, MemoryError) or "CPUAllocator" in str(error)):
+            hint = f"Close other programs: main memory ran out, {gigabytes(plan.memory['host'])} GB of it are needed."
+            return TrainerError("out_of_memory", failure.message, hint)
         config, total = self.config, plan.memory["total"]
         sizes = f"resolution {plan.resolution}, batch_size {config.batch_size}, lora_rank {config.lora_rank}, "
         sizes += f"gradient checkpointing {'on' if plan.checkpointing else 'off'}: estimated at {gigabytes(total)} GB"
@@ -6194,9 +6192,7 @@ class LoRATrainer:
         # It was too much, whatever was free at the start: what is advised must take clearly less.
         advice = memory_advice(plan, int(min(total * 0.9, math.inf if free is None else free)))
         if self.stop.saved.step:
-            advice += (
-                " Other than gradient_checkpointing, they need another output_path or --fresh: this run has begun."
-            )
+            advice += " This run has begun: more than gradient_checkpointing needs another output_path or --fresh."
         return TrainerError("out_of_memory", f"{failure.message} ({sizes}).", advice)
 
     def complete(self) -> None:
@@ -6301,7 +6297,7 @@ def validate(config: TrainingConfig, events: EventStream, processes: int = 1) ->
         message = " ".join(error.message for error in failures)
         raise TrainerError(failures[0].code, message, " ".join(error.hint for error in failures), problems)
     plan = make_plan(config, dataset, source, hardware, half=half, processes=processes)
-    for reason in plan.reasons:
+    for reason in plan.reasons():
         events.info(reason)
     if hardware:
         check_single_file(source)
