@@ -2618,7 +2618,8 @@ def choose_device(wish: str, local_rank: int = 0) -> Hardware:
         return Hardware("mps", "Apple GPU", f"{wish}: Apple's GPU is there", total, free)
     if family == "cpu":
         why = "auto: no GPU that torch can use" if wish == "auto" else wish
-        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, free_memory_bytes())
+        main, sharing = free_memory_bytes(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes
+        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, main and main // sharing)
     raise TrainerError("device_unavailable", f"device {wish!r} cannot be used: {gpu_trouble()}.")
 
 
@@ -3773,7 +3774,8 @@ def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> Cache
 
 def fitting_settings(plan: Plan, free: int) -> tuple[JSON, int]:
     """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it."""
-    config = dataclasses.replace(plan.config, batch_size=plan.config.batch_size // plan.processes)
+    largest = min(plan.config.batch_size, max(map(len, plan.buckets.values())))
+    config = dataclasses.replace(plan.config, batch_size=math.ceil(largest / plan.processes))
     options: JSON = {"half": plan.half, "gpu": is_gpu(plan.hardware), "cached": plan.memory["cache"]}
 
     def total(changes: Iterable[JSON]) -> int:
@@ -4010,7 +4012,9 @@ def make_plan(
     needed = cache_size(config, source, sizes, texts) * processes
     cache = choose_cache(config, needed, free_memory_bytes())
     options: JSON = {"half": half, "gpu": is_gpu(hardware), "cached": needed if cache.in_memory else 0}
-    checkpointing, why, memory = plan_memory(config, source, resolution, hardware, options)
+    largest = math.ceil(max(map(len, buckets.values())) / processes)  # more than that is in no batch
+    alone = dataclasses.replace(config, batch_size=min(config.batch_size, largest))
+    checkpointing, why, memory = plan_memory(alone, source, resolution, hardware, options)
     return Plan(
         config=together,
         processes=processes,
@@ -5465,9 +5469,9 @@ class LoRATrainer:
         self.make_masters()
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
+        self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
         if config.compile:
             self.compile_blocks()
-        self.weight_of = loss_weights(self.alpha_bar, source.prediction_type, config.snr_gamma).float()
         count = sum(weight.numel() for weight in self.live.values())
         modules = {key.rpartition("/")[0] for key in self.live}
         self.events.info(f"Training {len(modules)} modules with {count:,} weights.")
@@ -5515,19 +5519,26 @@ class LoRATrainer:
             torch._foreach_copy_([*self.working.values()], [*self.live.values()])
 
     def compile_blocks(self) -> None:
-        """Compile the blocks that the UNet repeats, for all sizes at once; without a compiler it stays as it is."""
-        self.events.info("Compiling the UNet's blocks; the first step takes long.", phase="compiling")
+        """Compile the blocks that the UNet repeats, for all sizes at once; where that fails it stays as it is.
+
+        One step is tried here, as compiling waits for the first use: a stop now ends the run at once, and a resumed run
+        compiles for the same sizes.
+        """
+        self.events.info("Compiling the UNet's blocks.", phase="compiling")
+        torch._dynamo.config.recompile_limit = 64  # blocks of every width and mode count as one function's
+        torch.fx.experimental._config.use_duck_shape = False  # square latents are not the only ones
         try:
-            torch.compile(torch.nn.functional.silu)(torch.ones(8, device=self.device))
-        except Exception as error:  # no compiler, no Triton, a Python that dynamo does not know: each its own class
+            self.unet.compile_repeated_blocks(dynamic=True)
+            self.accumulate(0)
+        except Exception as error:  # no compiler, no Triton, no space: each its own class
+            if as_trainer_error(error, "").code == "out_of_memory":
+                raise
+            for block in self.unet.modules():
+                block._compiled_call_impl = None
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             message = f"torch.compile does not work here, so nothing is compiled: {reason}"
             self.events.warning("compile_unavailable", message, COMPILE_HINT)
-            return
-        torch._dynamo.config.recompile_limit = 64  # blocks of every width and mode count as one function's
-        torch.fx.experimental._config.use_duck_shape = False  # square latents are not the only ones
-        torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
-        self.unet.compile_repeated_blocks(dynamic=True)
+        torch._dynamo.config.suppress_errors = True  # what fails for another size only runs as it is
 
     def lend(self, weights: Mapping[str, Tensor]) -> None:
         """Let the modules compute with these weights."""
