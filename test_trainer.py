@@ -3156,7 +3156,7 @@ def planned(images: Path, family: str, free_gib: float, **keys: Any) -> trainer.
         ("sd15", 4, {"resolution": 512, "gradient_checkpointing": False, "batch_size": 4}, {"gradient_checkpointing"}),
         ("sd21", 3.3, {"batch_size": 8}, {"batch_size", "gradient_accumulation_steps"}),
         ("sdxl", 6, {}, {"quantize_base"}),
-        ("sdxl", 11, {"lora_rank": 128, "lora_targets": "all"}, {"quantize_base", "optimizer"}),
+        ("sdxl", 9, {"lora_rank": 128, "lora_targets": "all"}, {"quantize_base", "optimizer"}),
         ("sdxl", 3.2, {"lora_rank": 8}, {"quantize_base", "optimizer", "resolution"}),
     ],
 )
