@@ -3734,6 +3734,10 @@ class Plan:
         """Give the config with every null that has a meaning replaced by what it came to."""
         return dataclasses.asdict(self.config) | {"steps": self.total_steps, "resolution": self.resolution}
 
+    def repeatable(self) -> JSON:
+        """Give the same as a config that starts this run again, with one process's batch."""
+        return self.resolved() | {"batch_size": self.config.batch_size // self.processes}
+
     def view(self, index: int, mirrored: bool = False) -> View:
         return View(self.dataset.examples[index], self.sizes[index], mirrored, self.config.masked_loss)
 
@@ -5341,7 +5345,7 @@ class LoRATrainer:
 
     @main_only
     def write_config(self) -> None:
-        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.resolved()}
+        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.repeatable()}
         if self.replaced:
             document["replaces"] = self.replaced
         write_file(self.folder.path / "config.json", json.dumps(strict(document), indent=2).encode() + b"\n")
@@ -6377,7 +6381,7 @@ def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None
     model |= {"native_resolution": source.native_resolution}
     memory = {f"{term}_gb": gigabytes(count) for term, count in plan.memory.items()}
     report = {"valid": True, "model": model, "dataset": dataset_report(plan, tokens), "memory": memory}
-    return report | {"hardware": hardware.report() if hardware else None, "config": plan.resolved()}
+    return report | {"hardware": hardware.report() if hardware else None, "config": plan.repeatable()}
 
 
 def check_sharing(config: TrainingConfig, group: Group) -> None:
