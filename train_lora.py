@@ -2552,7 +2552,7 @@ def file_prefix(style: str, name: str, source: ModelSource) -> str:
 CONTEXT = 500 * 1024**2  # of CUDA: no tensor lies in it, and no process works without
 WORKSPACES = 100 * 1024**2  # of cuBLAS and cuDNN, among the tensors
 FRAGMENTS = 0.05  # of the tensors' memory: gaps between them
-LIBRARIES = 800 * 1024**2  # torch and diffusers themselves, in main memory
+LIBRARIES = 500 * 1024**2  # torch and diffusers themselves, in main memory
 VAE_WIDTHS = (128, 256, 512, 512)
 VAE_DECODER = 0.6  # of the VAE's weights; its encoder is gone by the time pictures are drawn
 DECODE_SIDES = (1024, 768, 512, 384, 256)  # of tiles, in pixels
