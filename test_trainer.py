@@ -681,7 +681,6 @@ def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> Non
         assert definition["description"], key
         if "default" in definition:
             jsonschema.validate(definition["default"], definition)
-            assert definition["default"] in definition.get("x-available", [definition["default"]])
         for example in definition.get("examples", []):
             jsonschema.validate(example, definition)
 
@@ -796,19 +795,6 @@ def test_a_byte_order_mark_and_whole_floats_are_accepted(tmp_path: Path) -> None
     config = parse(tmp_path, b"\xef\xbb\xbf" + json.dumps(REQUIRED | {"steps": 1000.0}).encode())
     assert config.steps == 1000
     assert isinstance(config.steps, int)
-
-
-@pytest.mark.parametrize(
-    "key", [key for key, definition in SCHEMA["definitions"].items() if "x-available" in definition]
-)
-def test_what_comes_later_is_refused_and_never_ignored(tmp_path: Path, key: str) -> None:
-    definition = SCHEMA["definitions"][key]
-    candidates = [*definition.get("enum", []), *definition.get("examples", []), True, 0.25, 2, "x", ["wandb"]]
-    valid = [value for value in candidates if jsonschema.Draft7Validator(definition).is_valid(value)]
-    later = next(value for value in valid if value not in definition["x-available"])
-    assert "not available yet" in problems_of(tmp_path, REQUIRED | {key: later})[key]
-    for value in definition["x-available"]:
-        parse(tmp_path, REQUIRED | {key: value})
 
 
 def test_set_overrides_a_key_wherever_it_stands(tmp_path: Path) -> None:
@@ -6653,13 +6639,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 def table_row(key: str, definition: Json) -> str:
     default = f"`{json.dumps(definition['default'])}`" if "default" in definition else "required"
-    meaning = definition["description"]
-    available = definition.get("x-available")
-    if available is not None and len(available) == 1:
-        meaning += " Only the default works yet."
-    elif available is not None:
-        meaning += f" Available: {', '.join(f'`{json.dumps(value)}`' for value in available)}."
-    return f"| `{key}` | {default} | {meaning} |"
+    return f"| `{key}` | {default} | {definition['description']} |"
 
 
 def test_the_readme_table_is_the_schema() -> None:

@@ -545,7 +545,7 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
 
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
-    """Hold every value against its definition, and against what works in this version."""
+    """Hold every value against its definition."""
     missing = [key for key in definitions if key not in values]
     problems = [problem(key, f"is required: {definitions[key]['description']}") for key in missing]
     for key, value in values.items():
@@ -556,9 +556,6 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
             if found.validator == "additionalProperties":
                 message += f"; allowed are {', '.join(definition['properties'])}"
             problems.append(problem(key + found.json_path.removeprefix("$"), message))
-        if not errors and value not in definition.get("x-available", [value]):
-            allowed = ", ".join(map(show, definition["x-available"]))
-            problems.append(problem(key, f"{show(value)} is not available yet; this version takes {allowed}"))
         # Lone surrogates; file names that are not UTF-8 come as such, U+DC80 to U+DCFF.
         unfit = "[\ud800-\udc7f\udd00-\udfff]" if "format" in definition else "[\ud800-\udfff]"
         if not errors and re.search(unfit, json.dumps(value, ensure_ascii=False)):
