@@ -6173,6 +6173,37 @@ def test_a_compiled_unet_computes_what_it_did_for_every_bucket(
 
 
 @needs_torch
+def test_cublas_hears_of_determinism_before_anything_is_multiplied(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the variable once, at its first product; trying nf4 is one."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+    monkeypatch.setattr(trainer, "check_quantizer", lambda *_: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    try:
+        prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [":4096:8"]
+
+
+@needs_torch
+@needs("bitsandbytes")
+def test_what_a_run_does_not_need_is_not_imported(tmp_path: Path) -> None:
+    plain, eight = (parse(tmp_path, REQUIRED | {"optimizer": name}) for name in ("adamw", "adamw8bit"))
+    assert trainer.unused_packages(plain) == ["kernels", "bitsandbytes"]
+    assert trainer.unused_packages(eight) == ["kernels"]
+    code = (
+        "import sys, train_lora; train_lora.import_libraries(['bitsandbytes'])\n"
+        "train_lora.peft.inject_adapter_in_model(train_lora.peft.LoraConfig(target_modules=['0']), "
+        "train_lora.torch.nn.Sequential(train_lora.torch.nn.Linear(2, 2)))\n"
+        "print([name for name in sys.modules if name.startswith('bitsandbytes.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@needs_torch
 def test_without_a_compiler_a_run_warns_and_goes_on(
     tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
