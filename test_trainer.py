@@ -1611,8 +1611,9 @@ def test_a_killed_process_ends_the_other_at_once(tmp_path: Path, images: Path, m
 
 @posix
 @needs_torch
-def test_under_accelerate_launch_a_killed_process_is_an_error_and_no_stop(
-    tmp_path: Path, images: Path, models: Path
+@pytest.mark.parametrize("victim", ["process", "launcher"])
+def test_under_accelerate_launch_a_killed_process_is_an_error_and_a_killed_launcher_a_stop(
+    tmp_path: Path, images: Path, models: Path, victim: str
 ) -> None:
     psutil = pytest.importorskip("psutil")
     config = write_config(
@@ -1622,13 +1623,17 @@ def test_under_accelerate_launch_a_killed_process_is_an_error_and_no_stop(
     launch += ["--num_machines", "1", "--main_process_port", "0", *command("--config", config)[1:]]
     with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
 
-        def kill_second() -> None:
+        def kill() -> None:
             ranks = psutil.Process(process.pid).children()
-            next(child for child in ranks if child.environ().get("RANK") == "1").kill()
+            second = next(child for child in ranks if child.environ().get("RANK") == "1")
+            (second if victim == "process" else process).kill()
 
-        result = stop_when(process, lambda event: event.get("phase") == "loading", kill_second)
-    assert result.code == 1
-    assert (result.last["type"], result.last["message"]) == ("error", "Process 1 of 2 has gone.")
+        result = stop_when(process, lambda event: event.get("phase") == "loading", kill)
+    if victim == "process":
+        assert result.code == 1
+        assert (result.last["type"], result.last["message"]) == ("error", "Process 1 of 2 has gone.")
+    else:
+        assert (result.last["type"], result.last["signal"]) == ("interrupted", "SIGTERM")
 
 
 def test_what_several_processes_cannot_share_is_refused_before_they_wait(tmp_path: Path, images: Path) -> None:

@@ -1150,6 +1150,7 @@ class Group:
         stop.leaving = self.leave
         if self.is_main:
             stop.passed_on = self._pass_on
+            threading.Thread(target=self._outlive, args=(os.getppid(),), daemon=True).start()
 
     def _meet(self) -> None:
         import torch.distributed
@@ -1227,6 +1228,12 @@ class Group:
                 with contextlib.suppress(OSError):  # it is gone: `_hear` notices
                     line.sendall(json.dumps(strict(message)).encode() + b"\n")
         return bool(self._lines)
+
+    def _outlive(self, launcher: int) -> None:
+        """Ask for a stop once the launcher was killed: nobody would know of us any more."""
+        while os.getppid() == launcher:
+            time.sleep(1)
+        self._stop.request(signal.SIGTERM)
 
     def _pass_on(self, number: int) -> None:
         self.send(stop=number)
