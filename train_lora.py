@@ -3758,6 +3758,11 @@ def epochs_done(config: TrainingConfig, buckets: Mapping[Size, Bucket], step: in
     return step * config.gradient_accumulation_steps / batches_per_epoch(buckets, config.batch_size)
 
 
+def own_batch(together: TrainingConfig, buckets: Mapping[Size, Bucket], processes: int) -> int:
+    """Give the most samples that one process has at once: no batch holds more than its bucket."""
+    return math.ceil(min(together.batch_size, max(map(len, buckets.values()))) / processes)
+
+
 def count_steps(config: TrainingConfig, buckets: Mapping[Size, Bucket]) -> int:
     if config.steps is None and config.epochs is not None:
         micro_batches = config.epochs * batches_per_epoch(buckets, config.batch_size)
@@ -3784,8 +3789,7 @@ def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> Cache
 
 def fitting_settings(plan: Plan, free: int) -> tuple[JSON, int]:
     """Find what to change so that a run fits: (the changes, the estimate with them). Where nothing helps, all of it."""
-    largest = min(plan.config.batch_size, max(map(len, plan.buckets.values())))
-    config = dataclasses.replace(plan.config, batch_size=math.ceil(largest / plan.processes))
+    config = dataclasses.replace(plan.config, batch_size=own_batch(plan.config, plan.buckets, plan.processes))
     options: JSON = {"half": plan.half, "gpu": is_gpu(plan.hardware), "cached": plan.memory["cache"]}
 
     def total(changes: Iterable[JSON]) -> int:
@@ -4022,8 +4026,7 @@ def make_plan(
     needed = cache_size(config, source, sizes, texts) * processes
     cache = choose_cache(config, needed, free_memory_bytes())
     options: JSON = {"half": half, "gpu": is_gpu(hardware), "cached": needed if cache.in_memory else 0}
-    largest = math.ceil(max(map(len, buckets.values())) / processes)  # more than that is in no batch
-    alone = dataclasses.replace(config, batch_size=min(config.batch_size, largest))
+    alone = dataclasses.replace(config, batch_size=own_batch(together, buckets, processes))
     checkpointing, why, memory = plan_memory(alone, source, resolution, hardware, options)
     return Plan(
         config=together,
@@ -4697,8 +4700,8 @@ class Cache:
         return entry
 
     def put(self, key: str, entry: TextEmbedding | CachedImage) -> None:
-        """Keep an entry. Raises `disk_full`, `output_not_writable` where memory does not hold it too."""
-        tensors = {name: value.contiguous() for name, value in vars(on_cpu(entry)).items() if value is not None}
+        """Keep an entry of CPU tensors. Raises `disk_full`, `output_not_writable` where memory does not hold it too."""
+        tensors = {name: value.contiguous() for name, value in vars(entry).items() if value is not None}
         if self._in_memory:
             self._entries[key] = tensors
         if self._folder is None or not self._writes:
