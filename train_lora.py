@@ -1420,8 +1420,8 @@ class HealthServer:
     """
 
     STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
-    CONNECTION_S = 2.0
     CONNECTIONS = 32
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
     HEAD_BYTES = 8192
     ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
 
@@ -1489,7 +1489,7 @@ class HealthServer:
         return response(200, body, bodiless=bodiless)
 
     async def _accept(self, server: socket.socket) -> None:
-        loop, talks = asyncio.get_running_loop(), dict[Any, None]()
+        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
         loop.set_exception_handler(lambda *_: None)
         while True:
             await asyncio.sleep(self.ACCEPT_PAUSE_S)
@@ -1499,9 +1499,11 @@ class HealthServer:
                 await asyncio.sleep(0.1)
                 continue
             if len(talks) >= self.CONNECTIONS:
-                next(iter(talks)).cancel()
+                oldest, since = next(iter(talks.items()))
+                await asyncio.sleep(since + self.HURRY_S - loop.time())
+                oldest.cancel()
             talk = loop.create_task(self._talk(connection))
-            talks[talk] = None
+            talks[talk] = loop.time()
             talk.add_done_callback(talks.pop)
             loop.call_later(self.CONNECTION_S, talk.cancel)
 
