@@ -1871,6 +1871,16 @@ def test_who_hangs_up_early_is_let_go(served: Served, request_: bytes) -> None:
     assert served.get("/health")[0] == 200
 
 
+def test_a_client_that_takes_a_moment_is_heard_after_however_long_a_silence(served: Served) -> None:
+    time.sleep(trainer.HealthServer.CONNECTION_S + 0.1)
+    with served.connect() as connection:
+        time.sleep(0.1)
+        connection.sendall(AT_HOME[:20])
+        time.sleep(0.1)
+        connection.sendall(AT_HOME[20:] + b"\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_drip_does_not_extend_the_time_of_a_connection(served: Served) -> None:
     with served.connect(AT_HOME) as connection:
         start, sent = time.monotonic(), 0

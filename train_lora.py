@@ -87,15 +87,13 @@ import traceback
 import unicodedata
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    import asyncio
-
     import accelerate
     import diffusers
     import peft
@@ -1416,15 +1414,15 @@ class HealthServer:
     """Answers GET /health and GET /status, from a thread that nothing waits for.
 
     Who connects may be broken or hostile. So a connection is good for one answer within two seconds; where there are
-    many, the oldest is dropped, and slow ones shut nobody out; and all that comes is taken in small pieces with pauses
-    between them, so that it cannot take the interpreter away from the training.
+    many, the oldest are dropped, and slow ones shut nobody out; and all of them are looked after together, a hundred
+    times a second, so that they cannot take the interpreter away from the training.
     """
 
     STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
-    CONNECTIONS = 32
-    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
+    TICK_S = 0.01
+    CONNECTIONS, NEWCOMERS = 32, 8  # at once, and in a tick
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there is no room
     HEAD_BYTES = 8192
-    ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
 
     def __init__(self, events: EventStream, stop: StopWatcher) -> None:
         self._events, self._stop = events, stop
@@ -1432,9 +1430,6 @@ class HealthServer:
 
     def start(self, host: str, port: int) -> None:
         """Serve, and tell where. Where that fails, warn: no run is lost for its monitor."""
-        global asyncio
-        import asyncio  # takes half as long as all else up to here
-
         try:
             family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
@@ -1443,12 +1438,10 @@ class HealthServer:
             message = f"/health and /status cannot be served on {host}, port {port}: {error}"
             hint = f"The run goes on without them. {ADDRESS_HINT}"
             return self._events.warning("health_unavailable", message, hint)
-        server.setblocking(False)
         host, port = server.getsockname()[:2]
         self.local = host == "::1" or host.startswith("127.")
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        serve = functools.partial(asyncio.run, self._accept(server), debug=False)
-        threading.Thread(target=serve, name="health", daemon=True).start()
+        threading.Thread(target=self._serve, args=(server,), name="health", daemon=True).start()
         return self._events.info(f"Serving http://{address}/health and /status.", address=address)
 
     def report(self) -> JSON:
@@ -1489,37 +1482,45 @@ class HealthServer:
         body = json.dumps(report).encode()[:-1] + b', "events": [' + b", ".join(lines) + b"]}"
         return response(200, body, bodiless=bodiless)
 
-    async def _accept(self, server: socket.socket) -> None:
-        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
-        loop.set_exception_handler(lambda *_: None)
+    def _serve(self, server: socket.socket) -> None:
+        talks: dict[Generator[None, None, None], float] = {}  # and when they began; the oldest is the first
         while True:
-            await asyncio.sleep(self.ACCEPT_PAUSE_S)
-            try:
-                connection, _ = await loop.sock_accept(server)
-            except OSError:  # no descriptor is left, say
-                await asyncio.sleep(0.1)
-                continue
-            if len(talks) >= self.CONNECTIONS:
-                oldest, since = next(iter(talks.items()))
-                await asyncio.sleep(since + self.HURRY_S - loop.time())
-                oldest.cancel()
-            talk = loop.create_task(self._talk(connection))
-            talks[talk] = loop.time()
-            talk.add_done_callback(talks.pop)
-            loop.call_later(self.CONNECTION_S, talk.cancel)
+            server.setblocking(not talks)  # with nobody to look after, sleep until somebody comes
+            with contextlib.suppress(OSError):  # nobody has come, or no descriptor is left
+                for _ in range(min(self.NEWCOMERS, self.CONNECTIONS - len(talks))):
+                    talk = self._talk(server.accept()[0])
+                    talks[talk] = time.monotonic()
+                    server.setblocking(False)
+            for talk, since in [*talks.items()]:
+                ended, age = next(talk, True), time.monotonic() - since
+                crowded = len(talks) > self.CONNECTIONS - self.NEWCOMERS
+                if ended or age > (self.HURRY_S if crowded else self.CONNECTION_S):
+                    talks.pop(talk)
+                    talk.close()
+            time.sleep(self.TICK_S)
 
-    async def _talk(self, connection: socket.socket) -> None:
-        """Read a request's head, and answer."""
-        loop, head, piece = asyncio.get_running_loop(), b"", b"-"
+    def _talk(self, connection: socket.socket) -> Generator[None, None, None]:
+        """Read a request's head, and answer; yields when there is something to wait for."""
         with connection, contextlib.suppress(OSError):
+            connection.setblocking(False)
+            head, piece = b"", b"-"
             while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
-                await asyncio.sleep(self.READ_PAUSE_S if head else 0)
-                piece = await loop.sock_recv(connection, self.HEAD_BYTES)
-                head += piece
-            await loop.sock_sendall(connection, self.answer(head))
+                try:
+                    piece = connection.recv(self.HEAD_BYTES)
+                    head += piece
+                except BlockingIOError:
+                    yield
+            answer = self.answer(head)
+            while answer:
+                try:
+                    answer = answer[connection.send(answer) :]
+                except BlockingIOError:
+                    yield
             connection.shutdown(socket.SHUT_WR)
-            while await loop.sock_recv(connection, 65536):  # closed with bytes unread, it could lose the answer
-                await asyncio.sleep(self.READ_PAUSE_S)
+            while piece:  # closed with bytes unread, it could lose the answer
+                with contextlib.suppress(BlockingIOError):
+                    piece = connection.recv(65536)
+                yield
 
 
 # ======================================================================================
