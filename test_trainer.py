@@ -6783,6 +6783,103 @@ def test_docker_files_agree_with_the_tree() -> None:
 
 
 # ======================================================================================
+# embedding, contributing, changelog
+# ======================================================================================
+
+EMBEDDING = (ROOT / "docs/embedding.md").read_text("utf-8")
+PARENTS = {"python": ".py", "js": ".mjs"}
+
+
+def parent(folder: Path, language: str, config: Path, cwd: Path) -> subprocess.Popen[str]:
+    """Start a parent of docs/embedding.md as it stands there; it writes to folder/out."""
+    interpreter = sys.executable if language == "python" else shutil.which("node")
+    if not interpreter:
+        pytest.skip("node is not installed")
+    path = folder / f"parent{PARENTS[language]}"
+    path.write_text(fenced(EMBEDDING, language), "utf-8")
+    return subprocess.Popen(
+        [interpreter, path, config, folder / "out"],
+        env=os.environ | {"PYTHON": sys.executable},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )
+
+
+def fenced(text: str, language: str) -> str:
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
+def told_until(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout
+    assert any(words in line for line in process.stdout), words
+
+
+@pytest.mark.parametrize("language", PARENTS)
+def test_a_parent_takes_under_40_lines(language: str) -> None:
+    assert len(fenced(EMBEDDING, language).splitlines()) < 40
+
+
+@needs_torch
+@posix
+@pytest.mark.parametrize("language", PARENTS)
+def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -> None:
+    demo = json.loads((ROOT / "demo/config.json").read_text("utf-8"))
+    demo |= {key: str(ROOT / "demo" / demo[key]) for key in ("dataset_path", "base_model")}
+    demo |= {"validation_steps": 0, "sample_at_start": False, "batch_size": 1}
+    with parent(tmp_path, language, write_config(tmp_path, **demo | {"steps": 100_000}), ROOT) as process:
+        told_until(process, "step 3 of 100000, ")
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    assert rest.endswith("last event: interrupted, exit code: 143\n")
+    saved = int(re.findall(r"saved at step (\d+)", rest)[0])
+    with parent(tmp_path, language, write_config(tmp_path, **demo | {"steps": saved + 2}), ROOT) as process:
+        told, _ = process.communicate(timeout=120)
+    assert re.findall(r"^step (\d+) of", told, re.MULTILINE) == [str(saved + 1), str(saved + 2)]
+    assert told.endswith("last event: complete, exit code: 0\n")
+    assert not (tmp_path / "out/stop").exists()
+
+
+HOSTILE = """
+import json, os, sys, time
+def say(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    time.sleep(0.1)
+say('{"type": "start", "protocol": 1}\\n{"type": "pro')
+say('gress", "step": 1, "total_steps": 2, "eta_seconds": null, "new": [1]}\\n{"type": "news", "what": 1}\\n')
+say(json.dumps({"type": "info", "message": "x" * 300_000}) + "\\n")
+"""
+
+
+@posix
+@pytest.mark.parametrize("language", PARENTS)
+def test_a_parent_takes_pieces_long_lines_and_unknown_ones_and_sees_a_child_die(tmp_path: Path, language: str) -> None:
+    dies = 'say(\'{"type": "comp\')\nos.kill(os.getpid(), 9)'
+    (tmp_path / "train_lora.py").write_text(HOSTILE + dies, "utf-8")
+    with parent(tmp_path, language, tmp_path / "x.json", tmp_path) as process:
+        told, _ = process.communicate(timeout=60)
+    first, long, last = told.splitlines()
+    assert (first, long.strip()) == ("step 1 of 2, 0 s left", "x" * 300_000)
+    assert last == f"last event: info, exit code: {-9 if language == 'python' else 'SIGKILL'}"
+
+
+@posix
+@pytest.mark.torture
+@pytest.mark.parametrize("language", PARENTS)
+def test_a_parent_kills_a_child_that_does_not_stop(tmp_path: Path, language: str) -> None:
+    (tmp_path / "train_lora.py").write_text(f"{HOSTILE}\ntime.sleep(60)", "utf-8")
+    with parent(tmp_path, language, tmp_path / "x.json", tmp_path) as process:
+        told_until(process, "xxx")
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=30)
+    assert "exit code: -9" in told or "exit code: SIGKILL" in told
+    assert not (tmp_path / "out/stop").exists()
+
+
+# ======================================================================================
 # the torture run: python test_trainer.py -m torture -s
 # ======================================================================================
 
