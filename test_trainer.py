@@ -638,6 +638,52 @@ def test_the_top_level_holds_only_what_the_design_lists() -> None:
     assert {name for name in top if not name.startswith(".")} == expected
 
 
+def table_row(key: str, definition: Json) -> str:
+    default = f"`{json.dumps(definition['default'])}`" if "default" in definition else "required"
+    return f"| `{key}` | {default} | {definition['description']} |"
+
+
+def with_lines(pattern: str, lines: list[str], text: str) -> str:
+    """Replace a block of lines that all match by other ones; the last keeps its comma or has none, as it was."""
+    block = re.search(rf"(?:^{pattern},?\n)+", text, re.MULTILINE)
+    assert block
+    end = ",\n" if block[0].endswith(",\n") else "\n"
+    return text[: block.start()] + ",\n".join(lines) + end + text[block.end() :]
+
+
+def derived() -> dict[Path, str]:
+    """What follows from TrainingConfig, the definitions of the config's keys and those of the events."""
+    paths = [ROOT / name for name in ("config_schema.json", "docs/events.schema.json", "example_config.json")]
+    schema, events, example = (path.read_text("utf-8") for path in paths)
+    keys, shown = json.loads(schema)["definitions"], json.loads(example)
+    for indent in ("    ", "        "):
+        refs = [f'{indent}"{key}": {{"$ref": "#/definitions/{key}"}}' for key in keys]
+        schema = with_lines(indent + r'"\w+": \{"\$ref": "#/definitions/\w+"\}', refs, schema)
+    named = json.loads(events)["definitions"].items()
+    types = [name for name, value in named if "const" in value.get("properties", {}).get("type", {})]
+    events = with_lines(r'      "enum": \["start".*\]', [f'      "enum": {json.dumps(types)}'], events)
+    rule = '    {{"if": {{"properties": {{"type": {{"const": "{0}"}}}}}}, "then": {{"$ref": "#/definitions/{0}"}}}}'
+    events = with_lines(r'    \{"if": .*\}', [rule.format(name) for name in types], events)
+    shown["training_params"] = {
+        key: shown["training_params"].get(key, value["default"]) for key, value in keys.items() if key not in shown
+    }
+    texts = dict(zip(paths, (schema, events, json.dumps(shown, indent=2) + "\n"), strict=True))
+    rows = "".join(f"{table_row(key, value)}\n" for key, value in keys.items())
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        before, mark, rest = page.read_text("utf-8").partition("<!-- parameters -->\n")
+        if mark:
+            head = "".join(rest.splitlines(keepends=True)[:2])
+            texts[page] = f"{before}{mark}{head}{rows}<!-- /parameters -->{rest.partition('<!-- /parameters -->')[2]}"
+    return texts
+
+
+def test_what_follows_from_the_definitions_is_written_down() -> None:
+    texts = derived()
+    assert len(texts) == 4, "the table of parameters stands in one page"
+    stale = [path.name for path, text in texts.items() if path.read_text("utf-8") != text]
+    assert not stale, "python test_trainer.py --write"
+
+
 # ======================================================================================
 # config
 # ======================================================================================
@@ -675,8 +721,9 @@ def test_the_config_class_and_the_schema_have_the_same_keys() -> None:
 def test_the_schema_is_valid_and_defines_every_key_once_for_both_shapes() -> None:
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     refs = {key: {"$ref": f"#/definitions/{key}"} for key in SCHEMA["definitions"]}
+    both = {"$schema", "training_params"}
     assert SCHEMA["properties"]["training_params"]["properties"] == refs
-    assert {key: value for key, value in SCHEMA["properties"].items() if key in refs} == refs
+    assert {key: value for key, value in SCHEMA["properties"].items() if key not in both} == refs
     for key, definition in SCHEMA["definitions"].items():
         assert definition["description"], key
         if "default" in definition:
@@ -869,8 +916,9 @@ def test_settings_that_cannot_work_together_are_refused(
 def test_a_missing_optional_package_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packages = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "lion": "lion-pytorch"}
-    packages["schedulefree_adamw"] = "schedulefree"
+    packages = {name: row.package for name, row in trainer.OPTIMIZERS.items() if row.package}
+    listed = (ROOT / "requirements.txt").read_text("utf-8")
+    assert all(re.search(rf"^# {package} .*\b{name}\b", listed, re.MULTILINE) for name, package in packages.items())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for optimizer, package in packages.items():
         with pytest.raises(trainer.TrainerError) as caught:
@@ -887,10 +935,9 @@ def test_a_missing_optional_package_is_named_with_the_command_that_installs_it(
 
 def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
-    rates = {"adamw": 1e-4, "adamw8bit": 1e-4, "adafactor": 1e-4, "prodigy": 1.0, "lion": 3e-5}
-    rates["schedulefree_adamw"] = 1e-4
+    rates = SCHEMA["definitions"]["learning_rate"]["x-when-null"]
     assert list(rates) == SCHEMA["definitions"]["optimizer"]["enum"] == list(trainer.OPTIMIZERS)
-    assert rates == SCHEMA["definitions"]["learning_rate"]["x-when-null"]
+    assert (rates["adamw"], rates["prodigy"], rates["lion"]) == (1e-4, 1.0, 3e-5)
     for optimizer, rate in rates.items():
         config = parse(tmp_path, REQUIRED | {"optimizer": optimizer})
         assert config.learning_rate == rate
@@ -2587,11 +2634,10 @@ def full_size_encoder(row: trainer.TextEncoder) -> Any:
 
 
 @needs_torch
-@pytest.mark.parametrize(("name", "count"), [("sd15", 1131), ("sd21", 1228), ("sdxl", 2515)])
-def test_a_full_size_checkpoint_has_every_weight_and_no_other(name: str, count: int) -> None:
-    family = next(family for family in trainer.FAMILIES if family.name == name)
+@pytest.mark.parametrize("family", trainer.FAMILIES, ids=lambda family: family.name)
+def test_a_full_size_checkpoint_has_every_weight_and_no_other(family: trainer.ModelFamily) -> None:
     headers = original_header(family)
-    assert len(headers) == count  # as published
+    assert len(headers) == FULL_SIZE[family.name].weights
     found, parts, scheduler = trainer.read_single_file(Path("x.safetensors"), headers, {})
     configs = [parts[part].config or {} for part in ("unet", "vae")]
     source = trainer.ModelSource("x", found, configs[0], configs[1], scheduler, "epsilon", parts=parts)
@@ -2984,34 +3030,17 @@ def test_the_device_is_chosen_in_order_and_a_missing_one_is_an_error() -> None:
 
 def full_size_unet(family: trainer.ModelFamily) -> Any:
     """The family's real UNet on the meta device: right names and shapes, no memory."""
-    heads = {"sd15": 8, "sd21": [5, 10, 20, 20], "sdxl": [5, 10, 20]}[family.name]
-    xl = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-    down = list(family.unet["down_block_types"])
-    up = [name.replace("Down", "Up") for name in reversed(down)]
     with torch.device("meta"):
         owner: Any = diffusers.UNet2DConditionModel
-        return owner(
-            **family.unet,
-            up_block_types=up,
-            attention_head_dim=heads,
-            use_linear_projection=family.linear_projection,
-            **(xl if family.time_ids else {}),
-        )
+        return owner(**memory.full_size(family.name))
 
 
 @needs_torch
-@pytest.mark.parametrize(
-    ("name", "counts"), [("sd15", (128, 192, 278)), ("sd21", (128, 192, 278)), ("sdxl", (560, 722, 788))]
-)
-def test_full_size_models_have_the_expected_modules_and_sizes(name: str, counts: tuple[int, ...]) -> None:
-    family = next(family for family in trainer.FAMILIES if family.name == name)
-    unet = full_size_unet(family)
+@pytest.mark.parametrize("family", trainer.FAMILIES, ids=lambda family: family.name)
+def test_full_size_models_have_the_expected_modules_and_sizes(family: trainer.ModelFamily) -> None:
+    unet, counts = full_size_unet(family), FULL_SIZE[family.name].counts
     assert sum(weight.numel() for weight in unet.parameters()) == family.parameters["unet"]
-    for targets, count in zip(trainer.TARGETS, counts, strict=True):
+    for targets, count in zip(trainer.TARGETS, counts[:3], strict=True):
         pattern = re.compile(trainer.TARGETS[targets][0] + r"\.weight")
         shapes = {key: weight.shape for key, weight in unet.named_parameters() if pattern.fullmatch(key)}
         assert len(shapes) == count
@@ -4268,7 +4297,7 @@ def test_a_file_trained_on_nf4_is_like_any_other_and_says_so(tmp_path: Path, ima
 @needs("bitsandbytes")
 def test_what_nf4_saves_is_told_and_that_it_is_little_for_sd15(tmp_path: Path, images: Path) -> None:
     said = {}
-    for family in trainer.FAMILIES:
+    for family in trainer.FAMILIES[:3]:
         config = parse(tmp_path, small(images, tmp_path, tmp_path / "out", quantize_base="nf4", resolution=512))
         source = trainer.ModelSource("x", family, family.unet, {}, {}, "epsilon")
         plan = trainer.make_plan(config, scan_quietly(config), source, None, half=True)
@@ -4303,30 +4332,22 @@ def test_a_bitsandbytes_that_fails_on_the_device_is_told_before_anything_is_load
 
 
 @needs_torch
-@needs("bitsandbytes", "prodigyopt", "lion_pytorch", "schedulefree")
-def test_optimizers_are_the_libraries_own_with_the_settings_of_the_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", trainer.OPTIMIZERS)
+def test_an_optimizer_is_the_librarys_own_with_the_settings_of_the_config(tmp_path: Path, name: str) -> None:
+    kind = trainer.OPTIMIZERS[name]
+    owner = getattr(pytest.importorskip(kind.module), kind.class_name)
     weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
     settings = {"weight_decay": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
-    names = {}
-    for name in trainer.OPTIMIZERS:
-        config = parse(tmp_path, REQUIRED | settings | {"optimizer": name})
-        groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, (0.5, 0.25), strict=True)]
-        made = trainer.make_optimizer(config, groups, torch.device("cpu"))
-        names[name] = f"{type(made).__module__.partition('.')[0]}.{type(made).__name__}"
-        for group, rate in zip(made.param_groups, (0.5, 0.25), strict=True):
-            assert (group["lr"], group["weight_decay"]) == (rate, 0.2)
-            assert name in ("lion", "adafactor") or (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
-            assert name != "adafactor" or (group["scale_parameter"], group["relative_step"]) == (False, False)
-            assert name != "prodigy" or (group["decouple"] and group["use_bias_correction"])
-            assert name != "schedulefree_adamw" or group["train_mode"]
-    assert names == {
-        "adamw": "torch.AdamW",
-        "adamw8bit": "bitsandbytes.AdamW8bit",
-        "adafactor": "transformers.Adafactor",
-        "prodigy": "prodigyopt.Prodigy",
-        "lion": "lion_pytorch.Lion",
-        "schedulefree_adamw": "schedulefree.AdamWScheduleFree",
-    }
+    config = parse(tmp_path, REQUIRED | settings | {"optimizer": name})
+    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, (0.5, 0.25), strict=True)]
+    made = trainer.make_optimizer(config, groups, torch.device("cpu"))
+    assert type(made) is owner
+    for group, rate in zip(made.param_groups, (0.5, 0.25), strict=True):
+        assert (group["lr"], group["weight_decay"]) == (rate, 0.2)
+        assert not kind.adam or (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+        assert {key: group[key] for key in kind.fixed} == kind.fixed
+        assert name != "prodigy" or group["decouple"]
+        assert not kind.averages or group["train_mode"]
 
 
 @needs_torch
@@ -4820,16 +4841,19 @@ class FullSize:
     middle: int  # and between the two halves
     context: int  # width of the text
     encoders: dict[str, tuple[int, int]]  # prefix of the keys -> layers, width
-    counts: tuple[int, ...]  # the UNet's layers for the targets transformer and all; then each text encoder's
+    counts: tuple[int, ...]  # the UNet's layers for the targets attention, transformer, all; then each text encoder's
+    weights: int  # of a checkpoint in one file, as published
     linear: bool = True  # the ends of a transformer; else convolutions
     original: bool = False  # keys number the UNet's blocks through, input_blocks_4_1_...
 
 
 SD_TEXT, XL_TEXT = {"lora_te": (12, 768)}, {"lora_te1": (12, 768), "lora_te2": (32, 1280)}
 FULL_SIZE = {  # CompVis v1-inference.yaml, Stability-AI v2-inference.yaml and sd_xl_base.yaml
-    "sd15": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768, SD_TEXT, (192, 278, 72), linear=False),
-    "sd21": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 1024, {"lora_te": (23, 1024)}, (192, 278, 138)),
-    "sdxl": FullSize((320, 640, 1280), (0, 2, 10), 10, 2048, XL_TEXT, (722, 788, 72, 192), original=True),
+    "sd15": FullSize((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768, SD_TEXT, (128, 192, 278, 72), 1131, linear=False),
+    "sd21": FullSize(
+        (320, 640, 1280, 1280), (1, 1, 1, 0), 1, 1024, {"lora_te": (23, 1024)}, (128, 192, 278, 138), 1228
+    ),
+    "sdxl": FullSize((320, 640, 1280), (0, 2, 10), 10, 2048, XL_TEXT, (560, 722, 788, 72, 192), 2515, original=True),
 }
 
 
@@ -5006,7 +5030,7 @@ def test_full_size_files_have_every_layer_that_readers_know_and_no_other(
         counts = [len(group.keys() & found.keys()) for group in groups]
         print(f"{name} {kind} {targets}: {counts}, {len(missing)} missing, {len(unexpected)} unexpected")
         assert not missing and not unexpected
-        assert counts == [size.counts[targets == "all"], *(size.counts[2:] if with_text else ())]
+        assert counts == [size.counts[[*trainer.TARGETS].index(targets)], *(size.counts[3:] if with_text else ())]
         lokr = {layer: (shape[0], math.prod(shape[1:])) for layer, shape in expected.items()}
         assert found == (lokr if kind == "lokr" else expected)
         assert invokeai_base(shapes) == name
@@ -5285,6 +5309,12 @@ RESUMED_ALSO: list[tuple[str, Json, str]] = [
     ("sdxl", {"train_text_encoder": True, "ema_decay": 0.8, "mixed_precision": "bf16", "snr_gamma": 5}, "torch"),
     ("sdxl", {"quantize_base": "nf4", "lora_type": "dora", "validation_steps": 3}, "bitsandbytes"),
     ("sd15", {"quantize_base": "nf4", "mixed_precision": "bf16", "lora_dropout": 0.2}, "bitsandbytes"),
+]
+TESTED = {changes.get("optimizer", "adamw") for _, changes, _ in RESUMED_ALSO}
+RESUMED_ALSO += [
+    ("sd15", {"optimizer": name}, row.module.partition(".")[0])
+    for name, row in trainer.OPTIMIZERS.items()
+    if name not in TESTED
 ]
 
 
@@ -6662,16 +6692,6 @@ def test_a_bug_of_ours_is_one_internal_error_and_a_traceback_only_with_debug(tmp
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def table_row(key: str, definition: Json) -> str:
-    default = f"`{json.dumps(definition['default'])}`" if "default" in definition else "required"
-    return f"| `{key}` | {default} | {definition['description']} |"
-
-
-def test_the_readme_table_is_the_schema() -> None:
-    table = README.partition("<!-- parameters -->")[2].partition("<!-- /parameters -->")[0].strip().splitlines()
-    assert table[2:] == [table_row(key, definition) for key, definition in SCHEMA["definitions"].items()]
-
-
 def test_the_readme_says_who_draws_a_dora_otherwise() -> None:
     match = re.search(r"LyCORIS: (.+) draw slightly other pictures, (.+?) wrong ones", README)
     assert match
@@ -6723,9 +6743,8 @@ def test_the_readme_explains_every_error_code() -> None:
 
 
 def test_every_event_type_is_in_the_schema_and_the_readme() -> None:
-    types = {"start", "info", "warning", "progress", "validation", "sample", "checkpoint", *trainer.LAST_TYPES}
-    described = set(re.findall(r'"const": "(\w+)"', json.dumps(EVENT_SCHEMA)))
-    assert described == types
+    types = set(re.findall(r'\b(?:emit|tell)\(\s*"(\w+)"', SCRIPT.read_text("utf-8")))
+    assert set(EVENT_SCHEMA["properties"]["type"]["enum"]) == types > set(trainer.LAST_TYPES)
     for name in types:
         assert f"`{name}`" in README.partition("## Monitoring")[2]
 
@@ -7152,6 +7171,10 @@ def test_a_reader_that_sleeps_a_minute_finds_all_but_the_dropped_progress(
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        for path, text in derived().items():
+            path.write_text(text, "utf-8")
+        sys.exit()
     # Side by side where pytest-xdist is installed; it would hide what -s is to show.
     workers = (
         ["-n", "auto", "--dist", "worksteal"] if importlib.util.find_spec("xdist") and "-s" not in sys.argv else []

