@@ -6937,8 +6937,8 @@ def check_command(words: list[str]) -> None:
     """Hold a command against what its program takes: ours by its own parser, others by the forms that we use."""
     if "train_lora.py" in words:  # behind python, accelerate launch, torchrun and their options
         check_call(words[words.index("train_lora.py") + 1 :])
-    elif "train-lora" in words and "--config" in words:  # the Docker image, whose entry point is the script
-        check_call(words[words.index("train-lora") + 1 :])
+    elif words[0] == "docker" and "--config" in words:  # the image's entry point is the script
+        check_call(words[min(words.index(option) for option in script_options() if option in words) :])
     else:
         line = " ".join([words[0].rpartition("/")[2], *words[1:]])
         found = next(filter(None, (re.fullmatch(form, line) for form in KNOWN_COMMANDS)), None)
@@ -6955,8 +6955,8 @@ KNOWN_COMMANDS = [  # `names` are files of ours or packages in requirements.txt,
     r"pip install (-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
     r"python3? (?P<ours>test_trainer\.py)( -m torture -s)?",
     r"python3? (?P<ours>(benchmarks|demo)/\w+\.py)( .+)?",
-    r"docker build (-t train-lora|--\w[\w-]* \S+|\.| )+",
-    r"docker run --rm (--gpus all )?--entrypoint python train-lora -c .+",
+    r"docker (build|compose|exec|inspect|logs|ps|run|stop) .+",
+    r"curl (-\w )?http://127\.0\.0\.1:\d+/(health|status)",
     r"mkdir -p \w+( \w+)*",
     r"tensorboard --logdir \w+",
     r"tail -n 1 \S+",
@@ -6971,6 +6971,20 @@ def check_call(arguments: list[str]) -> None:
         assert (ROOT / options.config).exists()
 
 
+def check_yaml(text: str, _: Path) -> None:
+    """A file for a container engine: it can be read, and the script takes the arguments in it."""
+    yaml = pytest.importorskip("yaml")
+    waiting = [yaml.safe_load(text)]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+            if "--config" in part:
+                check_call(part)
+
+
 CHECKS: dict[str, Callable[[str, Path], None]] = {
     "bash": check_bash,
     "json": check_json,
@@ -6978,6 +6992,7 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
     "powershell": check_powershell,
     "python": check_python,
     "text": check_text,
+    "yaml": check_yaml,
 }
 
 
