@@ -32,6 +32,7 @@ import socket
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -636,52 +637,6 @@ def test_the_top_level_holds_only_what_the_design_lists() -> None:
     }
     expected = files | {"test_trainer.py", "LICENSE", "demo", "docs", "benchmarks"}
     assert {name for name in top if not name.startswith(".")} == expected
-
-
-def table_row(key: str, definition: Json) -> str:
-    default = f"`{json.dumps(definition['default'])}`" if "default" in definition else "required"
-    return f"| `{key}` | {default} | {definition['description']} |"
-
-
-def with_lines(pattern: str, lines: list[str], text: str) -> str:
-    """Replace a block of lines that all match by other ones; the last keeps its comma or has none, as it was."""
-    block = re.search(rf"(?:^{pattern},?\n)+", text, re.MULTILINE)
-    assert block
-    end = ",\n" if block[0].endswith(",\n") else "\n"
-    return text[: block.start()] + ",\n".join(lines) + end + text[block.end() :]
-
-
-def derived() -> dict[Path, str]:
-    """What follows from TrainingConfig, the definitions of the config's keys and those of the events."""
-    paths = [ROOT / name for name in ("config_schema.json", "docs/events.schema.json", "example_config.json")]
-    schema, events, example = (path.read_text("utf-8") for path in paths)
-    keys, shown = json.loads(schema)["definitions"], json.loads(example)
-    for indent in ("    ", "        "):
-        refs = [f'{indent}"{key}": {{"$ref": "#/definitions/{key}"}}' for key in keys]
-        schema = with_lines(indent + r'"\w+": \{"\$ref": "#/definitions/\w+"\}', refs, schema)
-    named = json.loads(events)["definitions"].items()
-    types = [name for name, value in named if "const" in value.get("properties", {}).get("type", {})]
-    events = with_lines(r'      "enum": \["start".*\]', [f'      "enum": {json.dumps(types)}'], events)
-    rule = '    {{"if": {{"properties": {{"type": {{"const": "{0}"}}}}}}, "then": {{"$ref": "#/definitions/{0}"}}}}'
-    events = with_lines(r'    \{"if": .*\}', [rule.format(name) for name in types], events)
-    shown["training_params"] = {
-        key: shown["training_params"].get(key, value["default"]) for key, value in keys.items() if key not in shown
-    }
-    texts = dict(zip(paths, (schema, events, json.dumps(shown, indent=2) + "\n"), strict=True))
-    rows = "".join(f"{table_row(key, value)}\n" for key, value in keys.items())
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        before, mark, rest = page.read_text("utf-8").partition("<!-- parameters -->\n")
-        if mark:
-            head = "".join(rest.splitlines(keepends=True)[:2])
-            texts[page] = f"{before}{mark}{head}{rows}<!-- /parameters -->{rest.partition('<!-- /parameters -->')[2]}"
-    return texts
-
-
-def test_what_follows_from_the_definitions_is_written_down() -> None:
-    texts = derived()
-    assert len(texts) == 4, "the table of parameters stands in one page"
-    stale = [path.name for path, text in texts.items() if path.read_text("utf-8") != text]
-    assert not stale, "python test_trainer.py --write"
 
 
 # ======================================================================================
@@ -6689,81 +6644,489 @@ def test_a_bug_of_ours_is_one_internal_error_and_a_traceback_only_with_debug(tmp
 # README, docs and the demo
 # ======================================================================================
 
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+EVENTS_PAGE, DATASETS_PAGE, VRAM_PAGE = (TEXTS[f"docs/{name}.md"] for name in ("events", "datasets", "vram"))
 
 
-def test_the_readme_says_who_draws_a_dora_otherwise() -> None:
-    match = re.search(r"LyCORIS: (.+) draw slightly other pictures, (.+?) wrong ones", README)
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, to the next of its level."""
+    level = heading.partition(" ")[0]
+    found = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^{level} |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, heading
+    return found[1]
+
+
+def marked(text: str, mark: str) -> list[str]:
+    """The lines of the table below a mark, without its head."""
+    found = re.search(rf"^<!-- {mark} -->\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert found, mark
+    return found[1].splitlines()[2:]
+
+
+def headings(text: str, level: str = "##") -> list[str]:
+    return re.findall(rf"^{level} (.+)$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S), re.MULTILINE)
+
+
+def test_the_docs_say_who_draws_a_dora_otherwise() -> None:
+    text = " ".join(TEXTS["docs/output.md"].split())
+    match = re.search(r"LyCORIS: (.+) draw slightly other pictures, (.+?) wrong ones", text)
     assert match
     for name, reader in READERS.items():
         assert (name in match[1], name in match[2]) == (reader.misread == FROZEN, reader.misread == PER_INPUT)
 
 
 def test_the_readme_has_its_headings_and_stays_short() -> None:
-    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
-    assert headings == [
+    assert headings(README) == [
+        "Your first LoRA",
         "Features",
         "Installation",
         "Configuration",
         "Usage",
         "Output",
-        "Datasets",
-        "Monitoring",
+        "Events",
         "Docker",
-        "Troubleshooting",
-        "Performance",
-        "Extension points",
+        "Documentation",
     ]
     assert len(README.splitlines()) <= 350
+    assert all(f"]({name})" in section(README, "## Documentation") for name in TEXTS if name != "README.md")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-
-
-def test_every_json_block_of_the_readme_is_valid() -> None:
-    found = [
-        json.loads(line)
-        for block in blocks("json")
-        for line in ([block] if block.lstrip()[0:2] == "{\n" else block.splitlines())
-    ]
-    assert len(found) >= 2
-    for document in found:
-        if "type" in document:
-            EVENT_VALIDATOR.validate(document)
-        else:
-            jsonschema.validate(document, SCHEMA)
-
-
-def test_the_readme_explains_every_error_code() -> None:
+def test_every_error_code_has_one_entry() -> None:
     codes = set(re.findall(r'TrainerError\(\s*"(\w+)"', SCRIPT.read_text("utf-8"))) | set(trainer.HINTS)
     assert codes == set(trainer.HINTS)
-    for code in codes:
-        assert f"`{code}`" in README.partition("## Troubleshooting")[2], code
+    entries = headings(section(TEXTS["docs/troubleshooting.md"], "## By error code"), "###")
+    assert entries == list(trainer.HINTS) == EVENT_SCHEMA["definitions"]["error"]["properties"]["code"]["enum"]
 
 
-def test_every_event_type_is_in_the_schema_and_the_readme() -> None:
+def told_warnings() -> set[str]:
+    """The codes of warnings in the script: where they are emitted, what a `..._warnings` yields, and the dataset's."""
+    tree, codes = ast.parse(SCRIPT.read_text("utf-8")), list(trainer.DATASET_HINTS)
+    for node in ast.walk(tree):
+        first: Any = None
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("warning", "warn", "_warn"):
+            first = node.args[0]
+        elif isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 3:
+            first = node.value.elts[0]
+        if isinstance(first, ast.Constant):
+            codes.append(str(first.value))
+    return set(codes)
+
+
+def test_every_warning_code_has_one_entry() -> None:
+    entries = [
+        re.findall(r"^\| `(\w+)` \|", section(text, heading), re.MULTILINE)
+        for text, heading in ((EVENTS_PAGE, "## Warning codes"), (DATASETS_PAGE, "## Warnings"))
+    ]
+    assert sorted(itertools.chain(*entries)) == sorted(told_warnings())
+    assert set(trainer.DATASET_HINTS) <= set(entries[1])
+
+
+COMMON_FIELDS = ("type", "seq", "timestamp", "elapsed", "dropped")
+
+
+def event_types(events: Json) -> list[str]:
+    return [name for name, row in events["definitions"].items() if "const" in row.get("properties", {}).get("type", {})]
+
+
+def field_rows(fields: Json, shared: Json) -> list[str]:
+    described = {
+        key: shared[value["$ref"].rpartition("/")[2]] if "$ref" in value else value for key, value in fields.items()
+    }
+    return [f"| `{key}` | {value['description']} |" for key, value in described.items()]
+
+
+def parameter_row(key: str, definition: Json) -> str:
+    default = f"`{json.dumps(definition['default'])}`" if "default" in definition else "required"
+    return f"| `{key}` | {default} | {definition['description']} |"
+
+
+def tables(keys: Json, events: Json) -> dict[str, list[str]]:
+    """The rows of the tables that the two schemas give, by the mark above each."""
+    shared = events["definitions"]
+    types = {name: shared[name]["properties"] for name in event_types(events)}
+    parts = {name: types["validated"][name]["properties"] for name in ("model", "hardware", "dataset")}
+    parts["tokens"] = parts["dataset"]["tokens"]["properties"]
+    for name, fields in types.items():
+        parts[name] = {key: value for key, value in fields.items() if key not in COMMON_FIELDS}
+    parts["common"] = {key: shared[key] for key in COMMON_FIELDS[1:]}
+    rows = {f"fields of {name}": field_rows(fields, shared) for name, fields in parts.items()}
+    return rows | {"parameters": [parameter_row(key, definition) for key, definition in keys.items()]}
+
+
+def with_lines(text: str, pattern: str, lines: list[str]) -> str:
+    """Replace the lines of JSON that all match by other ones; the last keeps its comma or has none, as it was."""
+    block = re.search(rf"(?:^{pattern},?\n)+", text, re.MULTILINE)
+    assert block
+    end = ",\n" if block[0].endswith(",\n") else "\n"
+    return text[: block.start()] + ",\n".join(lines) + end + text[block.end() :]
+
+
+def derived_schemas() -> tuple[str, str]:
+    """The config's schema with a reference to each definition in both shapes, the events' with a rule for each type."""
+    schema, events = ((ROOT / name).read_text("utf-8") for name in ("config_schema.json", "docs/events.schema.json"))
+    for indent in ("    ", "        "):
+        refs = [f'{indent}"{key}": {{"$ref": "#/definitions/{key}"}}' for key in json.loads(schema)["definitions"]]
+        schema = with_lines(schema, indent + r'"\w+": \{"\$ref": "#/definitions/\w+"\}', refs)
+    types = event_types(json.loads(events))
+    events = with_lines(events, r'      "enum": \["start".*\]', [f'      "enum": {json.dumps(types)}'])
+    rule = '    {{"if": {{"properties": {{"type": {{"const": "{0}"}}}}}}, "then": {{"$ref": "#/definitions/{0}"}}}}'
+    return schema, with_lines(events, r'    \{"if": .*\}', [rule.format(name) for name in types])
+
+
+def derived_example(keys: Json) -> str:
+    shown: Json = json.loads((ROOT / "example_config.json").read_text("utf-8"))
+    nested = shown["training_params"]
+    shown["training_params"] = {key: nested.get(key, keys[key]["default"]) for key in keys if key not in shown}
+    return json.dumps(shown, indent=2) + "\n"
+
+
+def derived() -> dict[Path, str]:
+    """All that follows from the definitions in the two schemas; `python test_trainer.py --write` writes it."""
+    schema, events = derived_schemas()
+    keys = json.loads(schema)["definitions"]
+    texts = {ROOT / "config_schema.json": schema, ROOT / "docs/events.schema.json": events}
+    texts[ROOT / "example_config.json"] = derived_example(keys)
+    rows = tables(keys, json.loads(events))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        texts[page] = re.sub(
+            r"^(<!-- ([a-z ]+) -->\n(?:\|.*\n){2})((?:\|.*\n)*)",
+            lambda found: found[1] + ("".join(f"{row}\n" for row in rows[found[2]]) if found[2] in rows else found[3]),
+            page.read_text("utf-8"),
+            flags=re.MULTILINE,
+        )
+    return texts
+
+
+def test_what_follows_from_the_schemas_is_written_down() -> None:
+    stale = [path.name for path, text in derived().items() if path.read_text("utf-8") != text]
+    assert not stale, "python test_trainer.py --write"
+    told = {mark for text in TEXTS.values() for mark in re.findall(r"^<!-- ([a-z ]+) -->", text, re.MULTILINE)}
+    assert told >= tables(SCHEMA["definitions"], EVENT_SCHEMA).keys()
+
+
+def test_every_event_has_a_section_and_each_term_of_the_memory_a_row() -> None:
     types = set(re.findall(r'\b(?:emit|tell)\(\s*"(\w+)"', SCRIPT.read_text("utf-8")))
     assert set(EVENT_SCHEMA["properties"]["type"]["enum"]) == types > set(trainer.LAST_TYPES)
-    for name in types:
-        assert f"`{name}`" in README.partition("## Monitoring")[2]
+    assert headings(section(EVENTS_PAGE, "## Types"), "###") == EVENT_SCHEMA["properties"]["type"]["enum"]
+    terms = re.findall(r"^\| `(\w+)` \|", section(TEXTS["docs/vram.md"], "## Terms"), re.MULTILINE)
+    report = EVENT_SCHEMA["definitions"]["validated"]["properties"]
+    assert {f"{term}_gb" for term in terms} == set(report["memory"]["properties"])
+
+
+def test_what_the_memory_page_sets_for_a_card_leaves_a_tenth_of_it() -> None:
+    rows = [re.findall(r"(\d+) GB|`(\{.*?\})` ([\d.]+)(, checkpointing)?", row) for row in marked(VRAM_PAGE, "cards")]
+    assert [int(row[0][0]) for row in rows] == list(memory.CARDS_GIB)
+    for card, *cells in rows:
+        for (family, side), (_, keys, told, lean) in zip((("sd15", 512), ("sdxl", 1024)), cells, strict=True):
+            row = memory.setting(family, side, bool(lean), **json.loads(keys))
+            fast = memory.setting(family, side, False, **json.loads(keys)).estimate()["total"]
+            needed, most = row.estimate()["total"], 0.9 * int(card[0]) * 1024**3
+            assert (told, bool(lean)) == (f"{needed / 1024**3:.1f}", fast > most)
+            assert needed <= most
+            check_config(json.loads(keys))
+
+
+# Blocks of the pages. Each is executed or validated, by its language; one that nobody checks fails.
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line} {self.language}"
+
+
+def blocks_of(page: str) -> Iterator[Block]:
+    text = TEXTS[page]
+    for found in re.finditer(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", text, re.MULTILINE):
+        yield Block(
+            page, text[: found.start()].count("\n") + 1, found[2], re.sub(f"^{found[1]}", "", found[3], flags=re.M)
+        )
+
+
+BLOCKS = [block for page in TEXTS for block in blocks_of(page)]
+RUN_ELSEWHERE: dict[tuple[str, str], str] = {  # (page, language): the test that runs all of these blocks
+    ("README.md", "python"): "test_the_first_lora_comes_out_as_the_readme_says"
+}
+
+
+def test_no_block_of_the_pages_is_overlooked() -> None:
+    fences = sum(len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) for text in TEXTS.values())
+    assert fences == 2 * len(BLOCKS)
+    assert all(callable(globals()[name]) for name in RUN_ELSEWHERE.values())
+    ours = [block.text for block in BLOCKS if (block.page, block.language) == ("README.md", "bash")]
+    assert ours[0].endswith("train_lora.py --config demo/config.json\n")
+    assert ours[1].endswith(".venv/bin/python test_trainer.py\n")  # .ci/run runs the second one
+
+
+@needs_torch
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_block_of_the_pages_is_run_or_validated_and_docker_and_pip_match_a_pattern(
+    tmp_path: Path, block: Block
+) -> None:
+    if (block.page, block.language) not in RUN_ELSEWHERE:
+        CHECKS[block.language](block.text, tmp_path)
+
+
+def check_config(document: Json, overrides: tuple[str, ...] = ()) -> None:
+    """Let the loader check a config or a part of one, on any machine: packages that are missing do not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            parse(Path(folder), REQUIRED | document, overrides)
+        except trainer.TrainerError as error:
+            faults = [item for item in error.problems if not item["message"].startswith("needs the package")]
+            assert error.problems, error.message
+            assert not faults, faults
+
+
+def check_json(text: str, _: Path) -> None:
+    """An event per line, or a config."""
+    documents = [json.loads(line) for line in text.splitlines()] if '"type"' in text else [json.loads(text)]
+    for document in documents:
+        EVENT_VALIDATOR.validate(document) if "type" in document else check_config(document)
+
+
+def check_jsonl(text: str, _: Path) -> None:
+    assert all(trainer.parse_metadata(line) for line in text.splitlines())
+
+
+def check_text(text: str, folder: Path) -> None:
+    """The options of the script, or files in a folder as a tree; a dataset is scanned, and nothing is wrong with it."""
+    if text.startswith("train_lora.py"):
+        assert {*re.findall(r"--[a-z-]+", text)} == script_options()
+    elif text.startswith("my_photos/"):
+        make_tree(text, folder)
+        document = REQUIRED | {"dataset_path": str(folder / "my_photos"), "masked_loss": "mask" in text}
+        found = scan_quietly(parse(folder, document))
+        pictures = [
+            name for name, _ in tree_lines(text) if re.search(r"[^k]\.(png|jpg)$", name) and "-mask" not in name
+        ]
+        assert [example.name for example in found.examples] == pictures
+        assert not found.flaws
+    else:
+        assert text.startswith("output_path/")  # test_the_first_lora_comes_out_as_the_readme_says
+
+
+def tree_lines(text: str) -> list[tuple[str, str]]:
+    """The files below a tree's first line, with what is said of each."""
+    lines = [line.strip().partition("  ") for line in text.splitlines()[1:]]
+    return [(name, said.strip()) for name, _, said in lines]
+
+
+def make_tree(text: str, folder: Path) -> None:
+    for number, (name, said) in enumerate(tree_lines(text)):
+        path = folder / "my_photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(said, "utf-8") if path.suffix == ".txt" else draw_image(path, (64, 64), number)
+
+
+def script_options() -> set[str]:
+    return {*re.findall(r'add_argument\("(--[a-z-]+)"', SCRIPT.read_text("utf-8")), "--help"}
+
+
+def check_python(text: str, folder: Path) -> None:
+    run_block([sys.executable, "-c", text])
+
+
+def run_block(command: list[str]) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def check_bash(text: str, _: Path) -> None:
+    """Run what makes a folder for itself as it stands; of other blocks look at every command."""
+    if "mktemp" in text:
+        run_block(["bash", "-euo", "pipefail", "-c", text])
+        return
+    commands = [words for line in text.replace("\\\n", " ").splitlines() for words in shell_commands(line)]
+    assert commands
+    for words in commands:
+        check_command(words)
+
+
+def check_powershell(text: str, folder: Path) -> None:
+    check_bash(text.replace("\\", "/"), folder)
+
+
+def shell_commands(line: str) -> list[list[str]]:
+    """Split a line into its commands' words, without assignments in front, redirections and comments."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="<>|&;")
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("|&;"):
+            commands.append([])
+        elif set(word) <= set("<>&"):
+            next(lexer)
+        elif commands[-1] or not re.match(r"\w+=", word):
+            commands[-1].append(word)
+    return [words for words in commands if words]
+
+
+def check_command(words: list[str]) -> None:
+    """Hold a command against what its program takes: ours by its own parser, others by the forms that we use."""
+    if "train_lora.py" in words:  # behind python, accelerate launch, torchrun and their options
+        check_call(words[words.index("train_lora.py") + 1 :])
+    elif words[0] == "docker" and "--config" in words:  # the image's entry point is the script
+        check_call(words[min(words.index(option) for option in script_options() if option in words) :])
+    else:
+        line = " ".join([words[0].rpartition("/")[2], *words[1:]])
+        found = next(filter(None, (re.fullmatch(form, line) for form in KNOWN_COMMANDS)), None)
+        assert found, f"nobody checks: {line}"
+        for name in found.groupdict().get("names", "").split():
+            assert (ROOT / name).exists() or re.search(rf"^(# )?{re.escape(name)}\b", REQUIREMENTS, re.MULTILINE), name
+        for option in re.findall(r"(?<= )--[\w-]+", line) if found.groupdict().get("ours") else ():
+            assert f'"{option}"' in (ROOT / found["ours"]).read_text("utf-8"), option
+
+
+REQUIREMENTS = (ROOT / "requirements.txt").read_text("utf-8")
+KNOWN_COMMANDS = [  # `names` are files of ours or packages in requirements.txt, `ours` a script whose options are known
+    r"(python3?|py) -m (venv \.venv|json\.tool)",
+    r"pip install (-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
+    r"python3? (?P<ours>test_trainer\.py)( -m torture -s)?",
+    r"python3? (?P<ours>(benchmarks|demo)/\w+\.py)( .+)?",
+    r"docker (build|compose|exec|inspect|logs|ps|run|stop) .+",
+    r"curl (-\w )?http://127\.0\.0\.1:\d+/(health|status)",
+    r"mkdir -p \w+( \w+)*",
+    r"tensorboard --logdir \w+",
+    r"tail -n 1 \S+",
+]
+
+
+def check_call(arguments: list[str]) -> None:
+    """Let the script's own parser and loader have the arguments of a call."""
+    options = trainer.parse_arguments(arguments)
+    check_config({}, tuple(options.set))
+    if options.config.startswith("demo/"):
+        assert (ROOT / options.config).exists()
+
+
+def check_yaml(text: str, _: Path) -> None:
+    """A file for a container engine: it can be read, and the script takes the arguments in it."""
+    yaml = pytest.importorskip("yaml")
+    waiting = [yaml.safe_load(text)]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+            if "--config" in part:
+                check_call(part)
+
+
+CHECKS: dict[str, Callable[[str, Path], None]] = {
+    "bash": check_bash,
+    "json": check_json,
+    "jsonl": check_jsonl,
+    "powershell": check_powershell,
+    "python": check_python,
+    "text": check_text,
+    "yaml": check_yaml,
+}
 
 
 @needs_torch
 @posix
-@pytest.mark.parametrize("language", ["python", "bash"])
-def test_the_integration_examples_run_as_they_stand(tmp_path: Path, language: str) -> None:
-    usage = README.partition("## Usage")[2].partition("## Output")[0]
-    found = [block for block in blocks(language) if block in usage and "train_lora.py" in block and len(block) > 200]
-    assert found
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for block in found:
-        interpreter = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
-        done = subprocess.run(
-            [*interpreter, block], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
-        )
+def test_the_first_lora_comes_out_as_the_readme_says(tmp_path: Path, models: Path) -> None:
+    """The section's files and commands in a folder of their own, with a tiny model and two steps for 250."""
+    steps = section(README, "## Your first LoRA")
+    found = {block.language: block.text for block in BLOCKS if block.page == "README.md" and block.text in steps}
+    commands = [block.text for block in BLOCKS if block.language == "bash" and block.text in steps]
+    for name in ("train_lora.py", "config_schema.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    make_tree(found["text"], tmp_path)
+    config = json.loads(found["json"])
+    assert config["base_model"] == "sd15"
+    assert (config["validation_steps"], config["checkpoint_steps"]) == (250, 250)
+    few: Json = {"base_model": str(models / "sd15"), "steps": 4, "validation_steps": 2, "checkpoint_steps": 2}
+    write_json(tmp_path / "my_lora.json", config | few | {"sample_steps": 2})
+
+    def follow(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout
+        return done.stderr
+
+    checked = follow("bash", "-c", commands[0])
+    for start in re.findall(r"^\| `(\w[\w ]+:)` \|", steps, re.MULTILINE):
+        assert re.search(rf"^{start}", checked, re.MULTILINE), start
+    follow("bash", "-c", commands[1])
+    told = re.findall(r"`([\w/]+(?:_250(?:_0)?|_final)\.\w+)`", section(steps, "### 6. Train"))
+    assert len(told) == 3
+    output = tmp_path / config["output_path"]
+    assert all((output / name.replace("250", "2")).is_file() for name in told)
+    code = found["python"].replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(models / "sd15"))
+    follow(sys.executable, "-c", code)
+    assert (tmp_path / "picture.png").is_file()
+
+    tree = next(block.text for block in BLOCKS if block.text.startswith("output_path/"))
+    names = [
+        re.sub(r"\\?\d+", r"\\d+", re.escape(name)).replace("lora_", "(my_)?lora_") for name, _ in tree_lines(tree)
+    ]
+    files = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
+    for name in names:
+        assert any(re.fullmatch(name, file) for file in files), name
+    for file in files:
+        assert file == ".lock" or any(re.fullmatch(name, file) for name in names), file
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
+
+
+OURS = {
+    path: path.read_text("utf-8")
+    for pattern in ("*.py", "*.json", "*.txt", "*/*.py", "docs/*.json", "Dockerfile")
+    for path in ROOT.glob(pattern)
+}
+OTHERS_OPTIONS = {"--build-arg", "--gpus", "--index-url", "--user", "--help"}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_stands_in_backticks_exists(page: str) -> None:
+    """Commands, options, names with an underscore (of keys, fields, codes, functions), paths, values of config keys."""
+    examples = " ".join(block.text for block in BLOCKS)
+    known = {word for text in (*OURS.values(), examples) for word in re.findall(r"\w+", text)}
+    options = {option for text in OURS.values() for option in re.findall(r'add_argument\("(--[\w-]+)"', text)}
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(page)):
+        if re.match(r"\S*(python3?|pip|docker|accelerate|torchrun|tensorboard) -*\w+ ", span) and "…" not in span:
+            check_bash(span, ROOT)
+        else:
+            assert {*re.findall(r"(?<![\w-])--[a-z][\w-]+", span)} <= options | OTHERS_OPTIONS, span
+        for word in re.findall(r"(?<![\w./{-])[a-z]+(?:_[a-z0-9]+)+(?![\w./*…])", span):
+            assert word in known, f"{word} in {span}"
+        if re.match(r"(docs|benchmarks|demo)/[\w/.]+$", span):
+            assert (ROOT / span).exists(), span
+    for key, value in re.findall(r"`(\w+)`:? `(\"[^`]+\"|[\d.e-]+|true|false|null)`", prose(page)):
+        if key in SCHEMA["definitions"]:
+            jsonschema.validate(json.loads(value), SCHEMA["definitions"][key])
+
+
+def slug(heading: str) -> str:
+    """As GitHub makes an anchor of it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_between_the_pages_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page)):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            found = re.findall(r"^#+ (.+)$", prose(os.path.relpath(path, ROOT)), re.MULTILINE)
+            assert anchor in map(slug, found), target
 
 
 @needs_torch

@@ -125,7 +125,7 @@ P = ParamSpec("P")
 class TrainerError(Exception):
     """Something that a user can mend; `main` turns it into the one `error` event.
 
-    `code` is the stable contract (README, Troubleshooting): "Raises" in a docstring names the codes. `problems`
+    `code` is the stable contract (docs/troubleshooting.md): "Raises" in a docstring names the codes. `problems`
     lists every single finding as {"path": where, "message": what is wrong and what is allowed}.
     """
 
