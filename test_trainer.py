@@ -6959,7 +6959,7 @@ REQUIREMENTS = (ROOT / "requirements.txt").read_text("utf-8")
 KNOWN_COMMANDS = [  # `names` are files of ours or packages in requirements.txt, `ours` a script whose options are known
     r"(python3?|py) -m (venv \.venv|json\.tool)",
     r"pip install (-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
-    r"python3? (?P<ours>test_trainer\.py)( -m torture -s)?",
+    r"python3? (?P<ours>test_trainer\.py)( .+)?",
     r"python3? (?P<ours>(benchmarks|demo)/\w+\.py)( .+)?",
     r"docker (build|compose|exec|inspect|logs|ps|run|stop) .+",
     r"curl (-\w )?http://127\.0\.0\.1:\d+/(health|status)",
