@@ -6995,7 +6995,10 @@ def check_command(words: list[str]) -> None:
 
 REQUIREMENTS = (ROOT / "requirements.txt").read_text("utf-8")
 KNOWN_COMMANDS = [  # `names` are files of ours or packages in requirements.txt, `ours` a script whose options are known
-    r"(python3?|py) -m (venv \.venv|json\.tool)",
+    r"(python3?|py) -m (venv (\.venv|build/\w+)|json\.tool)",
+    r"python3? -m pytest -q (-n 0 )?test_trainer\.py( -k [\w ]+)?",
+    r"source \.venv/bin/activate",
+    r"pre-commit install",
     r"pip install (-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
     r"python3? (?P<ours>test_trainer\.py)( .+)?",
     r"python3? (?P<ours>(benchmarks|demo)/\w+\.py)( .+)?",
@@ -7092,7 +7095,7 @@ OURS = {
     for pattern in ("*.py", "*.json", "*.txt", "*/*.py", "docs/*.json", "Dockerfile")
     for path in ROOT.glob(pattern)
 }
-OTHERS_OPTIONS = {"--build-arg", "--gpus", "--index-url", "--user", "--help"}
+OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--index-url", "--user", "--help"}
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -7260,6 +7263,48 @@ def test_a_parent_kills_a_child_that_does_not_stop(tmp_path: Path, language: str
         told, _ = process.communicate(timeout=30)
     assert "exit code: -9" in told or "exit code: SIGKILL" in told
     assert not (tmp_path / "out/stop").exists()
+
+
+CONTRIBUTING = TEXTS["docs/CONTRIBUTING.md"]
+PLACES = {
+    title: re.findall(r"^\d\. `([^`]+)`: (.+)$", body, re.MULTILINE)
+    for title, body in re.findall(r"^### (An? .+)\n((?:(?!#).*\n)*)", CONTRIBUTING, re.MULTILINE)
+}
+
+
+def test_each_addition_takes_at_most_three_places_and_all_that_is_named_is_there() -> None:
+    assert set(PLACES) == {"A config key", "An event", "An optimizer", "A model family"}
+    for title, places in PLACES.items():
+        assert 1 < len(places) <= 3, title
+        for file, told in places:
+            source = (ROOT / file).read_text("utf-8")
+            names = re.findall(r"`([A-Za-z_-]+)`", told)
+            assert [name for name in names if name not in source] == [], (title, file)
+    for name in re.findall(r"`((?:docs|benchmarks|\.ci)/[\w.]+)`", CONTRIBUTING):
+        assert (ROOT / name).exists(), name
+
+
+def test_each_selection_of_tests_finds_some() -> None:
+    tests = [name.lower() for name in globals() if name.startswith("test_")]
+    for selection in re.findall(r'^\|.*`"(.+)"`', section(CONTRIBUTING, "## Checks"), re.MULTILINE):
+        for word in selection.split(" or "):
+            assert any(word in name for name in tests), word
+
+
+def test_the_newest_version_of_the_changelog_is_the_scripts() -> None:
+    versions = re.findall(
+        r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d|unreleased)$", TEXTS["docs/CHANGELOG.md"], re.MULTILINE
+    )
+    assert len(versions) == len(headings(TEXTS["docs/CHANGELOG.md"]))
+    assert versions[0][0] == trainer.VERSION
+    assert "unreleased" not in [date for _, date in versions[1:]]
+
+
+def test_the_hooks_before_a_commit_are_checks_of_ci() -> None:
+    hooks = re.findall(r"^ +entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text("utf-8"), re.MULTILINE)
+    assert len(hooks) == 3
+    ci = (ROOT / ".ci/run").read_text("utf-8")
+    assert [hook for hook in hooks if f".venv/bin/{hook}" not in ci] == []
 
 
 # ======================================================================================
