@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import http.client
 import http.server
 import importlib
 import importlib.util
@@ -413,7 +414,7 @@ class Recorder(trainer.EventStream):
     def __init__(self) -> None:
         self.events: list[Json] = []
         self.warnings: list[Json] = []
-        self.phase = "test"
+        self.phase, self.ended = "test", ""
         self._lock = threading.RLock()
 
     def emit(self, event_type: str, **fields: Any) -> None:
@@ -917,10 +918,26 @@ def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, m
 
 def test_help_shows_every_option_and_examples() -> None:
     done = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
-    for word in ("--config", "--validate-only", "--set", "--fresh", "--debug", "--version", "examples:"):
+    for word in (
+        "--config",
+        "--validate-only",
+        "--set",
+        "--fresh",
+        "--health-port",
+        "--debug",
+        "--version",
+        "examples:",
+    ):
         assert word in done.stdout
     version = subprocess.run(command("--version"), capture_output=True, text=True, check=True)
     assert version.stdout == f"train_lora.py {trainer.VERSION}\n"
+
+
+def test_the_usage_in_the_readme_has_the_options_of_the_script() -> None:
+    shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"^```text\n(train_lora\.py --config FILE.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert usage
+    assert set(re.findall(r"--[a-z-]+", usage[1])) == set(re.findall(r"--[a-z-]+", shown))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--confg", "x"], ["--config"], ["--config", "a", "b"]])
@@ -1674,6 +1691,474 @@ def test_what_no_launcher_says_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch
             False,
             3,
         )
+
+
+# ======================================================================================
+# health
+# ======================================================================================
+
+WAITING = "t.load_config = lambda *_: time.sleep(600)"
+WITH_A_CHILD = """
+import subprocess
+def wait(*_):
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False)
+    print(child.pid, "child", file=sys.stderr, flush=True)
+    time.sleep(600)
+t.load_config = wait
+"""
+
+
+class Served:
+    """The script with --health-port, as it waits or trains; what it answers, and how it ends."""
+
+    def __init__(self, code: str, *arguments: str | Path, port: str = "0", **options: Any) -> None:
+        self.process = patched(code, *arguments, "--health-port", port, **options)
+        assert self.process.stdout
+        self.lines = [self.process.stdout.readline(), self.process.stdout.readline()]
+        told = json.loads(self.lines[1])
+        self.address = str(told.get("address"))
+        host, _, number = self.address.rpartition(":")
+        self.place = (host.strip("[]"), int(number or 0))
+
+    def connect(self, *parts: bytes) -> socket.socket:
+        connection = socket.create_connection(self.place, timeout=20)
+        with contextlib.suppress(OSError):  # it may have heard enough
+            for part in parts:
+                connection.sendall(part)
+        return connection
+
+    def ask(self, *parts: bytes) -> bytes:
+        """Send as it is, and read to the end; nothing is what a closed connection says."""
+        with self.connect(*parts) as connection:
+            return read_all(connection)
+
+    def get(self, page: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], Any]:
+        client = http.client.HTTPConnection(*self.place, timeout=20)
+        client.request(method, page, headers=headers)
+        with contextlib.closing(client), client.getresponse() as answer:
+            content = answer.read()
+        return answer.status, dict(answer.getheaders()), json.loads(content) if content else None
+
+    def stop(self, number: int = signal.SIGTERM) -> Run:
+        self.process.send_signal(number)
+        stdout, stderr = self.process.communicate(timeout=60)
+        return Run(self.process.returncode, b"".join(self.lines) + stdout, stderr or b"")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    content = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            content += piece
+    return content
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One process for all that may be sent to it; none of it leaves a trace in what it tells."""
+    made = Served(WAITING, "--config", tmp_path_factory.mktemp("served") / "none")
+    yield made
+    assert made.get("/health")[0] == 200
+    result = made.stop()
+    assert (result.code, [event["type"] for event in result.events]) == (143, ["start", "info", "interrupted"])
+    assert re.sub(r"127\.0\.0\.1:\d+", "X", result.stderr) == (
+        "Serving http://X/health and /status.\nStopped by SIGTERM: nothing to save.\n"
+    )
+
+
+def test_health_and_status_are_answered_before_anything_is_loaded(served: Served) -> None:
+    status, headers, body = served.get("/health?verbose=1")
+    assert (status, headers["Content-Type"], headers["Cache-Control"]) == (200, "application/json", "no-store")
+    assert list(body) == list(trainer.VITALS)
+    assert (body["status"], body["phase"], body["step"]) == ("ok", "starting", 0)
+    assert body["stalled_after_seconds"] == trainer.HealthServer.STALLED_S == 600
+    assert "after 600 s" in trainer.HEALTH_HELP
+    status, _, body = served.get("/status")
+    assert (status, body["state"], body["pid"]) == (200, "running", served.process.pid)
+    assert [event["type"] for event in body["events"]] == ["start", "info"]
+    for page in ("/health", "/status"):
+        got, head = served.get(page), served.get(page, "HEAD")
+        assert (head[0], head[2]) == (200, None)
+        assert {**head[1], "Content-Length": ""} == {**got[1], "Content-Length": ""}
+        assert int(head[1]["Content-Length"]) > 50
+
+
+BINARY = random.Random(0).randbytes(3000)
+GET = b"GET /health HTTP/1.1\r\n"
+AT_HOME = GET + b"Host: localhost\r\n"
+CLIENT_HELLO = bytes.fromhex("16030100c8010000c40303") + BINARY[:193].replace(b"\r\n\r\n", b"")
+REQUESTS: dict[str, tuple[bytes, int]] = {
+    "GET": (AT_HOME + b"\r\n", 200),
+    "HTTP/1.0 without a host": (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    "HEAD": (b"HEAD /status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 200),
+    "POST": (b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 405),
+    "a body that never comes": (b"PUT /status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n", 405),
+    "a chunked body": (b"POST /status HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFF\r\n" + BINARY, 405),
+    "DELETE": (b"DELETE /health HTTP/1.1\r\n\r\n", 405),
+    "a body that is waited for": (AT_HOME + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", 200),
+    "pipelined": (AT_HOME + b"\r\n" + b"GET /etc/passwd HTTP/1.1\r\n\r\n" * 50, 200),
+    "two slashes": (b"GET //health HTTP/1.1\r\n\r\n", 404),
+    "the root": (b"GET / HTTP/1.1\r\n\r\n", 404),
+    "another file": (b"GET /../../etc/passwd HTTP/1.1\r\n\r\n", 404),
+    "another file in disguise": (b"GET /health/%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\n\r\n", 404),
+    "POST elsewhere": (b"POST /stop HTTP/1.1\r\n\r\n", 404),
+    "no slash": (b"GET health HTTP/1.1\r\n\r\n", 400),
+    "another server's page": (b"GET http://example.com/health HTTP/1.1\r\n\r\n", 400),
+    "a proxy": (b"CONNECT example.com:443 HTTP/1.1\r\n\r\n", 400),
+    "OPTIONS of all": (b"OPTIONS * HTTP/1.1\r\n\r\n", 400),
+    "lower case": (b"get /health HTTP/1.1\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), 400),
+    "HTTP/9.9": (b"GET /health HTTP/9.9\r\n\r\n", 400),
+    "a NUL byte in the path": (b"GET /health\0 HTTP/1.1\r\n\r\n", 400),
+    "a NUL byte in a header": (AT_HOME + b"X: a\0b\r\n\r\n", 400),
+    "a header without a name": (AT_HOME + b": x\r\n\r\n", 400),
+    "a line that is no header": (AT_HOME + b"x\r\n\r\n", 400),
+    "a folded header": (AT_HOME + b"X: a\r\n b\r\n\r\n", 400),
+    "a carriage return in a header": (AT_HOME + b"X: a\rb\r\n\r\n", 400),
+    "letters beyond ASCII": ("GET /h\u00e9alth HTTP/1.1\r\n\r\n".encode(), 400),
+    "nothing": (b"\r\n\r\n", 400),
+    "binary junk": (BINARY + b"\r\n\r\n", 400),
+    "a header of a megabyte": (AT_HOME + b"X: " + b"a" * 1_000_000 + b"\r\n\r\n", 431),
+    "ten thousand headers": (AT_HOME + b"X: a\r\n" * 10_000 + b"\r\n", 431),
+    "a path of a megabyte": (b"GET /" + b"a" * 1_000_000, 431),
+    "a megabyte without a line": (BINARY * 333, 431),
+    "an IP address as the host": (GET + b"Host: 192.168.1.2:80\r\n\r\n", 200),
+    "an IPv6 host": (GET + b"host:[::1]:80\r\n\r\n", 200),
+    "localhost in capitals": (GET + b"HOST: LocalHost:8080 \r\n\r\n", 200),
+    "a stranger's name": (GET + b"Host: rebound.example.com\r\n\r\n", 403),
+    "a stranger's name with digits": (GET + b"Host: 127.0.0.1.example.com:80\r\n\r\n", 403),
+    "a stranger behind localhost": (GET + b"Host: localhost\r\nHost: example.com\r\n\r\n", 403),
+    "an empty host": (GET + b"Host:\r\n\r\n", 403),
+    "a user in the host": (GET + b"Host: localhost@example.com\r\n\r\n", 403),
+}
+
+
+@pytest.mark.parametrize("title", REQUESTS)
+def test_each_request_has_its_answer_and_nothing_but_two_pages_is_served(served: Served, title: str) -> None:
+    request, expected = REQUESTS[title]
+    head, _, body = served.ask(request).partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    headers = dict(line.split(b": ", 1) for line in lines[1:])
+    assert lines[0] == f"HTTP/1.1 {expected} {trainer.ANSWERS[expected][0]}".encode()
+    assert (headers[b"Connection"], headers[b"X-Content-Type-Options"]) == (b"close", b"nosniff")
+    assert (headers.get(b"Allow") == b"GET, HEAD") == (expected == 405)
+    assert not any(name.lower().startswith(b"access-control") for name in headers)
+    if request.startswith(b"HEAD"):
+        assert body == b""
+    else:
+        assert len(body) == int(headers[b"Content-Length"])
+        assert set(json.loads(body)) >= ({"status"} if expected == 200 else {"error", "hint"})
+
+
+NEVER_ENDING = {
+    "silence": b"",
+    "one letter": b"G",
+    "HTTP/0.9": b"GET /health\r\n",
+    "no last line": AT_HOME,
+    "TLS": CLIENT_HELLO,
+    "almost too long": b"GET /" + b"a" * 8000,
+}
+
+
+def test_what_never_ends_is_cut_off_without_an_answer(served: Served) -> None:
+    waiting = [served.connect(request) for request in NEVER_ENDING.values()]
+    for connection in waiting:
+        with connection:
+            assert read_all(connection) == b""
+
+
+@pytest.mark.parametrize("request_", NEVER_ENDING.values(), ids=NEVER_ENDING)
+def test_who_hangs_up_early_is_let_go(served: Served, request_: bytes) -> None:
+    with served.connect(request_) as half_open:
+        half_open.shutdown(socket.SHUT_WR)
+        assert read_all(half_open).startswith(b"HTTP/1.1 400 ")
+    for request in (request_, request_ + b"\r\n\r\n"):
+        served.connect(request).close()
+        with served.connect(request) as rude:
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing it resets
+    assert served.get("/health")[0] == 200
+
+
+def test_a_drip_does_not_extend_the_time_of_a_connection(served: Served) -> None:
+    with served.connect(AT_HOME) as connection:
+        start, sent = time.monotonic(), 0
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < start + 60:
+                connection.sendall(b"x")
+                sent += 1
+                time.sleep(0.05)
+        assert sent < 1000
+
+
+def test_more_connections_than_are_held_shut_nobody_out(served: Served) -> None:
+    slow = [served.connect(AT_HOME) for _ in range(200)]
+    descriptors = Path(f"/proc/{served.process.pid}/fd")
+    for _ in range(10):
+        assert served.get("/health")[0] == 200
+        if descriptors.exists():
+            assert len(list(descriptors.iterdir())) < trainer.HealthServer.CONNECTIONS + 30
+    for connection in slow:
+        connection.close()
+
+
+def test_children_do_not_inherit_the_port_and_the_next_run_can_have_it_at_once(tmp_path: Path) -> None:
+    first = Served(WITH_A_CHILD, "--config", tmp_path / "none")
+    assert first.get("/health")[0] == 200  # closed by us first: the system remembers the connection
+    assert first.process.stderr
+    while not (line := first.process.stderr.readline()).endswith(b"child\n"):
+        pass
+    first.stop()
+    second = Served(WAITING, "--config", tmp_path / "none", port=str(first.place[1]))
+    assert second.address == first.address
+    assert second.get("/health")[0] == 200
+    second.stop()
+    os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("host", ["taken", "203.0.113.1", "no.such.host.invalid", "a..b"])
+def test_a_port_that_cannot_be_had_is_a_warning_and_the_run_goes_on(tmp_path: Path, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"{'127.0.0.1' if host == 'taken' else host}:{taken.getsockname()[1]}"
+        result = run("--config", tmp_path / "none", "--health-port", place)
+    assert [event.get("code") for event in result.events] == [None, "health_unavailable", "config_unreadable"]
+    assert "The run goes on" in result.events[1]["hint"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "-1", "65536", ":80", "::1:80", "[::1]", "1.2.3.4", "80x", "a:b:1", "\uff18"]
+)
+def test_a_malformed_port_is_a_wrong_command_line(tmp_path: Path, text: str) -> None:
+    result = run("--config", tmp_path / "none", f"--health-port={text}")
+    assert (result.code, result.last["code"], len(result.events)) == (2, "usage", 2)
+    assert result.last["message"].startswith(f"--health-port: '{text}' is not [HOST:]N")
+    assert "8080" in result.last["hint"]
+
+
+def test_hosts_and_ports_are_read_from_the_option_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORA_HEALTH_PORT", raising=False)
+    assert trainer.health_address(None) is None
+    assert trainer.health_address("0") == ("127.0.0.1", 0)
+    assert trainer.health_address("0.0.0.0:65535") == ("0.0.0.0", 65535)
+    assert trainer.health_address("trainer.local:80") == ("trainer.local", 80)
+    assert trainer.health_address("[fe80::1%eth0]:80") == ("fe80::1%eth0", 80)
+    monkeypatch.setenv("LORA_HEALTH_PORT", "")
+    assert trainer.health_address(None) is None
+    monkeypatch.setenv("LORA_HEALTH_PORT", "8080")
+    assert trainer.health_address(None) == ("127.0.0.1", 8080)
+    assert trainer.health_address("[::1]:9") == ("::1", 9)
+    monkeypatch.setenv("LORA_HEALTH_PORT", "none")
+    assert trainer.health_address("9") == ("127.0.0.1", 9)
+    with pytest.raises(trainer.TrainerError, match="LORA_HEALTH_PORT: 'none'"):
+        trainer.health_address(None)
+
+
+@pytest.mark.parametrize(("host", "foreign"), [("[::1]", 403), ("0.0.0.0", 200), ("[::]", 200)])
+def test_other_names_are_heeded_only_where_other_machines_may_connect(tmp_path: Path, host: str, foreign: int) -> None:
+    made = Served(WAITING, "--config", tmp_path / "none", port=f"{host}:0")
+    if made.address == "None":
+        made.stop()
+        pytest.skip("no IPv6 here")
+    assert made.get("/health")[0] == 200
+    assert made.get("/health", Host="trainer.example.com")[0] == foreign
+    if host == "[::]":
+        made.place = ("127.0.0.1", made.place[1])
+        assert made.get("/health")[0] == 200
+    made.stop()
+
+
+def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
+    events: Any = Recorder()
+    server = trainer.HealthServer(events, Quiet())
+
+    def ask() -> tuple[int, Json]:
+        head, _, body = server.answer(b"GET /health HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
+
+    events.beat()
+    assert ask()[0] == 200
+    events.beat_at -= server.STALLED_S + 1
+    code, body = ask()
+    assert (code, body["status"], body["idle_seconds"] > 600) == (503, "stalled", True)
+    assert server.answer(b"GET /status HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert server.answer(b"HEAD /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+    events.beat()
+    assert ask()[1]["status"] == "ok"
+    events.ended = "complete"
+    events.beat_at -= server.STALLED_S + 1
+    assert (ask()[0], ask()[1]["status"]) == (200, "ended")
+
+
+@needs_torch
+def test_every_micro_batch_and_denoising_step_is_a_sign_of_progress(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepare(
+        tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=3, sample_steps=7)
+    )
+    beats: list[int] = []
+    monkeypatch.setattr(made.events, "beat", lambda: beats.append(1))
+    made.accumulate(0)
+    assert len(beats) == 3
+    beats.clear()
+    made.denoise(torch.randn(1, 4, 8, 8), "zorb")
+    assert len(beats) == 7
+
+
+def test_each_item_of_long_work_is_a_sign_of_progress_even_where_its_event_is_left_out() -> None:
+    code = (
+        "import json, sys, train_lora as t\n"
+        "s = t.EventStream(); s.REPEAT_S = 1e9; beats = []\n"
+        "for n in s.track('Encoding.', range(5), 5, phase='caching'):\n"
+        "    beats.append(s.beat_at); s.beat_at = 0.0\n"
+        "print(json.dumps([beat > 0 for beat in [*beats, s.beat_at]]), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr.splitlines()[-1]) == [True] * 6
+
+
+def test_the_newest_events_of_each_type_are_kept_and_long_ones_are_not() -> None:
+    code = (
+        "import sys, train_lora as t\n"
+        "s = t.EventStream()\n"
+        "for n in range(100): s.warning('x', f'{n}')\n"
+        "s.info('a note'); s.info('y' * 20_000)\n"
+        "server = t.HealthServer(s, t.StopWatcher(s))\n"
+        "sys.stderr.buffer.write(server.answer(b'GET /status HTTP/1.0\\r\\n\\r\\n').partition(b'\\r\\n\\r\\n')[2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    body = json.loads(done.stderr)
+    assert [event["message"] for event in body["events"]] == ["95", "96", "97", "98", "99", "a note"]
+    assert body["warnings"] == 100
+
+
+HUNG = """
+import ctypes
+t.HealthServer.STALLED_S = 0.2
+def hang(*_):
+    while True:  # a signal ends C's sleep
+        ctypes.CDLL(None).sleep(600)
+t.load_config = hang
+"""
+
+
+@posix
+def test_a_main_thread_that_hangs_in_a_library_is_stalled_and_still_stopped(tmp_path: Path) -> None:
+    made = Served(HUNG, "--config", tmp_path / "none")
+    deadline = time.monotonic() + 60
+    while (answer := made.get("/health"))[0] != 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (answer[2]["status"], answer[2]["stalled_after_seconds"]) == ("stalled", 0.2)
+    assert made.get("/status")[2]["status"] == "stalled"
+    assert made.stop().code == 143
+
+
+def worry(made: Served, until: Callable[[], Any]) -> list[int]:
+    """Send every kind of request at once, over and over; what /health said in between."""
+    codes, requests = [], [request for request, _ in REQUESTS.values()]
+    while not until():
+        for request in (*requests, AT_HOME, CLIENT_HELLO, b"G"):
+            with contextlib.suppress(OSError):
+                made.connect(request[:20_000]).close()
+        with contextlib.suppress(OSError):  # it has ended
+            codes.append(made.get("/health")[0])
+    return codes
+
+
+@needs_torch
+@pytest.mark.parametrize("way", ["train", "validate only"])
+def test_a_run_under_hostile_requests_tells_the_same_and_ends_the_same(
+    tmp_path: Path, images: Path, models: Path, way: str
+) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=30, sample_prompts=["a"]))
+    arguments = ["--config", str(config), *(["--validate-only"] if way == "validate only" else [])]
+    alone = run(*arguments, "--set", f"output_path={tmp_path / 'alone'}")
+    made = Served("", *arguments, stderr=subprocess.DEVNULL)
+    assert made.process.stdout
+    rest: list[bytes] = []
+    reader = threading.Thread(target=lambda: rest.append(made.process.stdout.read()))  # type: ignore[union-attr]
+    reader.start()
+    codes = worry(made, lambda: not reader.is_alive())
+    result = Run(made.process.wait(timeout=60), b"".join([*made.lines, *rest]), b"")
+    assert set(codes) == {200}
+
+    def told(one: Run) -> list[tuple[Any, ...]]:
+        of_steps = [event for event in one.events if event["type"] not in ("start", "info")]
+        return [(event["type"], event.get("step"), event.get("loss"), event.get("code")) for event in of_steps]
+
+    assert (result.code, told(result)) == (alone.code, told(alone))
+
+
+SHORT_PIPE = """
+import fcntl
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 4096)
+t.EventStream.QUEUE_LIMIT = 5
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes have another size")
+@needs_torch
+def test_status_follows_a_run_whose_reader_is_asleep_and_its_events_are_those_of_the_schema(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = write_config(
+        tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000, checkpoint_steps=20, log_steps=1)
+    )
+    made = Served(SHORT_PIPE, "--config", config, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while (body := made.get("/status")[2])["saved_step"] < 40:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    log = {event["seq"]: event for event in logged(tmp_path / "out/events.jsonl")}
+    for event in body["events"]:
+        EVENT_VALIDATOR.validate(event)
+        assert event == log[event["seq"]]
+    assert [event["seq"] for event in body["events"]] == sorted(event["seq"] for event in body["events"])
+    assert collections.Counter(event["type"] for event in body["events"])["progress"] == 5
+    newest = [event for event in body["events"] if event["type"] == "progress"][-1]
+    shown = ("step", "total_steps", "percent", "loss", "loss_avg", "learning_rate", "epoch", "steps_per_second")
+    assert {key: body[key] for key in (*shown, "eta_seconds", "vram_gb")} == {
+        key: newest[key] for key in (*shown, "eta_seconds", "vram_gb")
+    }
+    assert (body["status"], body["state"], body["phase"]) == ("ok", "running", "training")
+    assert Path(body["saved_state_path"]).name.startswith("state_step_")
+    assert not [value for key, value in body.items() if key != "events" and isinstance(value, (dict, list))]
+    result = made.stop()
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    assert result.last["dropped"] > 0
+
+
+@posix
+@needs_torch
+def test_slow_connections_do_not_delay_a_stop(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    made = Served("t.HealthServer.CONNECTION_S = 600.0", "--config", config, stderr=subprocess.DEVNULL)
+    slow = [made.connect(AT_HOME) for _ in range(100)]
+    while made.get("/health")[2]["phase"] != "training" or not made.get("/health")[2]["step"]:
+        time.sleep(0.05)
+    result = made.stop()  # which waits for a minute at most; a connection has ten
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    for connection in slow:
+        connection.close()
+
+
+@posix
+@needs_torch
+def test_of_several_processes_the_main_one_serves(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_HEALTH_PORT", "0")
+    result = together(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    assert [event["seq"] for event in result.events if "address" in event] == [1]
+    assert "health_unavailable" not in [event["code"] for event in result.of("warning")]
+
+
+def test_the_health_page_describes_every_field_and_states_the_time(served: Served) -> None:
+    page = (ROOT / "docs/health.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(served.get("/status")[2])
+    assert f"{trainer.HealthServer.STALLED_S:.0f} seconds" in page
+    for status in trainer.ANSWERS:
+        assert str(status) in page
 
 
 # ======================================================================================

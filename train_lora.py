@@ -27,6 +27,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     several processes        Group: who trains together, one of them for all to see
+    health                   HealthServer: /health and /status over HTTP, for a monitor
     output folder            one run per folder, every file whole or not at all
     single files             headers of safetensors files; checkpoints in the original layout, known by theirs
     the Hub                  which files of a model a run needs, and how they come
@@ -93,6 +94,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
+
     import accelerate
     import diffusers
     import peft
@@ -1051,6 +1054,9 @@ class EventStream:
     QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
     REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
     LOG_S = 10.0  # progress lines on a stderr that is no terminal
+    KEPT, KEPT_BYTES = 5, 16_000  # how many lines of each type stay in `recent`, and how long they may be
+    recent: Mapping[str, tuple[tuple[int, bytes], ...]] = {}  # by type: the newest (seq, line)
+    beat_at = STARTED  # when there was a sign of progress last
     relayed: frozenset[tuple[str, str]] = frozenset()  # warnings (code, message) that other processes gave first
 
     def __init__(self) -> None:
@@ -1081,6 +1087,7 @@ class EventStream:
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, ...)."""
+        self.beat()
         with self._lock:
             if self.ended:
                 return
@@ -1090,6 +1097,9 @@ class EventStream:
             event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
             self._seq += 1
             line = event.line()
+            if len(line) <= self.KEPT_BYTES:  # replaced, not changed: read without the lock, which a disk may hold
+                kept = (*self.recent.get(event_type, ()), (event.seq, line))[-self.KEPT :]
+                self.recent = {**self.recent, event_type: kept}
             self._unlogged.append(line)
             self._write_log()
             if event_type == "progress" and self._queue.qsize() >= self.QUEUE_LIMIT:
@@ -1101,8 +1111,13 @@ class EventStream:
                 message = f"events.jsonl takes no events: {self._log_error.strerror}."
                 self.warning("log_not_written", message, "stdout has them all; the log catches up if it can.")
 
+    def beat(self) -> None:
+        """Note that the work makes progress; every event and every item of `track` does that too."""
+        self.beat_at = time.monotonic()
+
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
         """Tell of a phase; repeats with `current` and `total` are thinned out, but for the last."""
+        self.beat()
         self.phase = phase or self.phase
         now = time.monotonic()
         repeat = self._last_info[0] == message and 0 < fields.get("current", 0) < fields.get("total", 0)
@@ -1627,6 +1642,159 @@ class Follower(StopWatcher):
     def heed(self, number: int) -> None:
         if not self._group.send(stop=number):
             super().heed(number)
+
+
+# ======================================================================================
+# health
+# ======================================================================================
+
+ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
+ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
+REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[!#-'*+.^-z|~0-9A-Z-]+:[^\0\r\n]*\r\n)*)\r\n")
+HOST = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t]*\r$")
+LOCAL_HOST = re.compile(rb"(?i)(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
+VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # what /health shows of the report
+ANSWERS = {  # by status: the reason, and the hint where it refuses
+    200: ("OK", ""),
+    400: ("Bad Request", "This is not HTTP/1.1."),
+    403: ("Forbidden", "The header Host must be localhost or an IP address."),
+    404: ("Not Found", "There are /health and /status."),
+    405: ("Method Not Allowed", "Use GET or HEAD."),
+    431: ("Request Header Fields Too Large", "Send less than 8 kB."),
+    503: ("Service Unavailable", ""),
+}
+
+
+def health_address(option: str | None) -> tuple[str, int] | None:
+    """Read (host, port) from --health-port, else from the environment; None: from neither. Raises `usage`."""
+    variable = os.environ.get("LORA_HEALTH_PORT") or None
+    name, text = ("LORA_HEALTH_PORT", variable) if option is None else ("--health-port", option)
+    if text is None:
+        return None
+    found = ADDRESS.fullmatch(text)
+    if not found or int(found[2]) > 65535:
+        raise TrainerError("usage", f"{name}: '{text}' is not [HOST:]N with N from 0 to 65535.", ADDRESS_HINT)
+    return (found[1] or "127.0.0.1").strip("[]"), int(found[2])
+
+
+def response(status: int, body: bytes | None = None, *, bodiless: bool = False) -> bytes:
+    """Put an HTTP response together; without a body it is a refusal."""
+    reason, hint = ANSWERS[status]
+    body = json.dumps({"error": reason, "hint": hint}).encode() if body is None else body
+    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head += "Allow: GET, HEAD\r\n" if status == 405 else ""
+    head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+    return head.encode() + (b"" if bodiless else body)
+
+
+class HealthServer:
+    """Answers GET /health and GET /status, from a thread that nothing waits for.
+
+    Who connects may be broken or hostile. So a connection is good for one answer within two seconds; where there are
+    many, the oldest is dropped, and slow ones shut nobody out; and all that comes is taken in small pieces with pauses
+    between them, so that it cannot take the interpreter away from the training.
+    """
+
+    STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
+    CONNECTIONS = 32
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
+    HEAD_BYTES = 8192
+    ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
+
+    def __init__(self, events: EventStream, stop: StopWatcher) -> None:
+        self._events, self._stop = events, stop
+        self.local = True  # no other machine can connect
+
+    def start(self, host: str, port: int) -> None:
+        """Serve, and tell where. Where that fails, warn: no run is lost for its monitor."""
+        global asyncio
+        import asyncio  # takes half as long as all else up to here
+
+        try:
+            family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+            server = socket.create_server(place, family=family, backlog=512, dualstack_ipv6=both)
+        except (OSError, UnicodeError) as error:
+            message = f"/health and /status cannot be served on {host}, port {port}: {error}"
+            hint = f"The run goes on without them. {ADDRESS_HINT}"
+            return self._events.warning("health_unavailable", message, hint)
+        server.setblocking(False)
+        host, port = server.getsockname()[:2]
+        self.local = host == "::1" or host.startswith("127.")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        serve = functools.partial(asyncio.run, self._accept(server), debug=False)
+        threading.Thread(target=serve, name="health", daemon=True).start()
+        return self._events.info(f"Serving http://{address}/health and /status.", address=address)
+
+    def report(self) -> JSON:
+        """Tell how the run is, without the events of /status; null is what is not known yet."""
+        events, stop, now = self._events, self._stop, time.monotonic()
+        lines = events.recent.get("progress")
+        progress = json.loads(lines[-1][1]) if lines else {}
+        idle = now - events.beat_at
+        status = "ended" if events.ended else "stalled" if idle > self.STALLED_S else "ok"
+        report = {"status": status, "phase": events.phase, "step": progress.get("step", stop.saved.step)}
+        report |= {"idle_seconds": round(idle, 3), "stalled_after_seconds": self.STALLED_S}
+        report |= {"state": events.ended or ("stopping" if stop.requested else "running")}
+        report |= {"version": VERSION, "pid": os.getpid(), "elapsed": round(now - STARTED, 3)}
+        report |= {key: progress.get(key) for key in ("total_steps", "percent", "loss", "loss_avg", "learning_rate")}
+        report |= {key: progress.get(key) for key in ("epoch", "steps_per_second", "eta_seconds", "vram_gb")}
+        report |= {f"saved_{key}": value for key, value in dataclasses.asdict(stop.saved).items()}
+        return dict(strict(report | {"warnings": len(events.warnings)}))
+
+    def answer(self, head: bytes) -> bytes:
+        """Give the response to a request's head, whatever comes behind it."""
+        request = REQUEST.match(head)
+        if not request:
+            return response(431 if len(head) >= self.HEAD_BYTES else 400)
+        method, target, headers = request.groups()
+        hosts, page, bodiless = HOST.findall(headers), target.partition(b"?")[0], method == b"HEAD"
+        # A web page may lead a name of its own to this machine, and read what is answered under that name.
+        if self.local and not all(map(LOCAL_HOST.fullmatch, hosts)):
+            return response(403, bodiless=bodiless)
+        if page not in (b"/health", b"/status"):
+            return response(404, bodiless=bodiless)
+        if method not in (b"GET", b"HEAD"):
+            return response(405)
+        report = self.report()
+        if page == b"/health":
+            vitals = json.dumps({key: report[key] for key in VITALS}).encode()
+            return response(503 if report["status"] == "stalled" else 200, vitals, bodiless=bodiless)
+        lines = [line.rstrip() for _, line in sorted(itertools.chain(*self._events.recent.values()))]
+        body = json.dumps(report).encode()[:-1] + b', "events": [' + b", ".join(lines) + b"]}"
+        return response(200, body, bodiless=bodiless)
+
+    async def _accept(self, server: socket.socket) -> None:
+        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
+        loop.set_exception_handler(lambda *_: None)
+        while True:
+            await asyncio.sleep(self.ACCEPT_PAUSE_S)
+            try:
+                connection, _ = await loop.sock_accept(server)
+            except OSError:  # no descriptor is left, say
+                await asyncio.sleep(0.1)
+                continue
+            if len(talks) >= self.CONNECTIONS:
+                oldest, since = next(iter(talks.items()))
+                await asyncio.sleep(since + self.HURRY_S - loop.time())
+                oldest.cancel()
+            talk = loop.create_task(self._talk(connection))
+            talks[talk] = loop.time()
+            talk.add_done_callback(talks.pop)
+            loop.call_later(self.CONNECTION_S, talk.cancel)
+
+    async def _talk(self, connection: socket.socket) -> None:
+        """Read a request's head, and answer."""
+        loop, head, piece = asyncio.get_running_loop(), b"", b"-"
+        with connection, contextlib.suppress(OSError):
+            while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
+                await asyncio.sleep(self.READ_PAUSE_S if head else 0)
+                piece = await loop.sock_recv(connection, self.HEAD_BYTES)
+                head += piece
+            await loop.sock_sendall(connection, self.answer(head))
+            connection.shutdown(socket.SHUT_WR)
+            while await loop.sock_recv(connection, 65536):  # closed with bytes unread, it could lose the answer
+                await asyncio.sleep(self.READ_PAUSE_S)
 
 
 # ======================================================================================
@@ -5691,6 +5859,7 @@ class LoRATrainer:
         """
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
+            self.events.beat()
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
@@ -6012,6 +6181,7 @@ class LoRATrainer:
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
         for timestep in sampler.timesteps:
+            self.events.beat()
             if self.stop.requested:
                 return None
             negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
@@ -6284,6 +6454,10 @@ EXAMPLES = """examples:
 """
 
 
+HEALTH_HELP = """serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
+LORA_HEALTH_PORT does the same; /health says 503 after 600 s without progress"""
+
+
 class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise TrainerError("usage", f"{message[:1].upper()}{message[1:]}.")
@@ -6297,6 +6471,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
+    parser.add_argument("--health-port", metavar="[HOST:]N", help=HEALTH_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
     return parser.parse_args(argv)
@@ -6441,6 +6616,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = Group.from_environment()
     try:
         options = parse_arguments(argv)  # --help and --version print and leave here
+        address = health_address(options.health_port)
         if options.config == "-" and group.size > 1:
             raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
     except TrainerError as error:
@@ -6459,6 +6635,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if usage:
             raise usage
+        if address and group.is_main:
+            HealthServer(events, stop).start(*address)
         run(options, events, stop, group)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:
