@@ -8,12 +8,14 @@ layout. Tests that need torch are skipped where it is not installed; the others 
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import contextlib
 import dataclasses
 import errno
 import hashlib
 import http.client
+import html.parser
 import http.server
 import importlib
 import importlib.util
@@ -45,7 +47,7 @@ from typing import Any, cast
 
 import jsonschema
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import train_lora as trainer
 
@@ -2230,6 +2232,8 @@ def test_the_output_folder_holds_exactly_what_the_readme_lists(tmp_path: Path, i
         "config.json",
         "events.jsonl",
         "my_final.safetensors",
+        "report.html",
+        "samples/grid.png",
         *(f"checkpoints/my_step_{step}.safetensors" for step in (2, 4, 6)),
         *(f"checkpoints/state_step_{step}.safetensors" for step in (4, 6)),
         *(f"samples/step_{step}_{index}.png" for step in (2, 4, 6) for index in (0, 1)),
@@ -6307,6 +6311,317 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(
     assert made.final_path.exists()
     told = [event["message"] for event in emitted(made, "warning") if event["code"] == "tracking_failed"]
     assert [message.rpartition(": ")[2] for message in told] == ["no account", "no network"]
+
+
+# ======================================================================================
+# report
+# ======================================================================================
+
+
+class Logger(Recorder):
+    """A recorder that writes events.jsonl too."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.emit("start")
+
+    def emit(self, event_type: str, **fields: Any) -> None:
+        super().emit(event_type, **fields)
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.events[-1]) + "\n")
+
+    def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
+        self.emit("info", message=message, phase=phase or "", **fields)
+
+
+def make_reporting(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
+    made = make_trainer(tmp_path, config, **options)
+    made.events = Logger(made.folder.path / "events.jsonl")
+    made.stop.conclude = lambda: None  # type: ignore[method-assign]
+    return made
+
+
+def report_of(tmp_path: Path, config: Json, **options: Any) -> Page:
+    """Run in this process, to the end or to a stop, and read its page."""
+    made = make_reporting(tmp_path, config, **options)
+    made.run()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    return Page(made.folder.path / "report.html")
+
+
+class Page(html.parser.HTMLParser):
+    """A page that was read strictly: its texts by element, links, pictures; every element is closed in its turn."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source, self.open = path.read_text("utf-8"), list[str]()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: dict[str, list[str]] = collections.defaultdict(list)
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.open += [] if tag in self.VOID else [tag]
+        self.texts[tag].append("")
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        assert tag == "path"  # of an SVG
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    def of(self, tag: str, name: str) -> list[str]:
+        return [value for owner, key, value in self.attributes if (owner, key) == (tag, name)]
+
+    @property
+    def rows(self) -> dict[str, str]:
+        return dict(zip(self.texts["th"], self.texts["td"], strict=True))
+
+
+def grid_text(path: Path) -> tuple[str, list[str]]:
+    """Give (run, names of the samples) of a grid.png."""
+    with Image.open(path) as image:
+        text: Any = image.info
+    return text["run_id"], [key.split()[0] for key in json.loads(text["tiles"])]
+
+
+def told(*events: Any) -> trainer.RunLog:
+    """What a log comes to: phases are texts, progress is a step, a validation (step, loss)."""
+    log = trainer.RunLog()
+    for event in events:
+        if isinstance(event, int):
+            fields: Json = {"type": "progress", "step": event, "loss": event / 10, "loss_avg": None}
+            log.take(fields | {"learning_rates": {"unet": 1e-4}})
+        elif isinstance(event, tuple):
+            log.take({"type": "validation", "step": event[0], "loss": event[1]})
+        else:
+            log.take({"type": "start"} if event == "start" else {"type": "info", "message": "", "phase": event})
+    return log
+
+
+def test_attempts_are_told_as_one_run() -> None:
+    first = ("start", "loading", "training", 1, 2, (2, 0.5), "training", 3, 4, (4, 0.4))
+    resumed = told(*first, "start", "resuming", "training", 3, (3, 0.7))
+    assert resumed.curves["progress loss"] == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert resumed.curves["validation loss"] == {2: 0.5, 3: 0.7}
+    assert resumed.curves["unet"].keys() == {1, 2, 3}
+    failed = told(*first, "start", "loading", "start", "resuming")
+    assert [*failed.curves["progress loss"]] == [1, 2, 3, 4]
+    fresh = told(*first, "start", "training", 2)
+    assert fresh.curves["progress loss"] == {2: 0.2}
+    assert not fresh.curves["validation loss"]
+    assert [*told(*first, "start", "training", 1, 2, "start", "resuming", "training", 2, 3).curves["unet"]] == [1, 2, 3]
+
+
+def test_a_log_is_read_on_from_where_it_was_and_what_is_no_event_is_passed_over(tmp_path: Path) -> None:
+    path, log = tmp_path / "events.jsonl", trainer.RunLog()
+    event = {"type": "progress", "loss": 0.5, "loss_avg": 0.5, "learning_rates": {}}
+    lines = [json.dumps(event | {"step": step}) for step in (1, 2, 3)]
+    path.write_text("\n".join(["null", "[1]", "{}", "not JSON", '{"type": "progress"}', lines[0], lines[1][:20]]))
+    log.read(path)
+    assert [*log.curves["progress loss"]] == [1]
+    with path.open("a") as file:
+        file.write(lines[1][20:] + "\n")
+    log.read(path)
+    assert [*log.curves["progress loss"]] == [1, 2]
+    path.write_text(lines[2] + "\n")
+    log.read(path)
+    assert [*log.curves["progress loss"]] == [1, 2, 3]
+
+
+def test_a_thinned_curve_keeps_ends_and_extremes_and_a_hundred_thousand_steps_stay_few() -> None:
+    draws = random.Random(1)
+    curve = {step: draws.random() for step in range(1, 20_001, 3)} | {777: 9.0, 12_001: -9.0}
+    curve = dict(sorted(curve.items()))
+    few = trainer.thinned(curve, 400)
+    assert 200 < len(few) <= 400
+    assert few.items() <= curve.items()
+    assert (min(few), max(few)) == (1, max(curve))
+    assert (min(few.values()), max(few.values())) == (-9.0, 9.0)
+    assert trainer.thinned({1: 0.5, 2: 0.4}, 400) == {1: 0.5, 2: 0.4}
+    log = trainer.RunLog()
+    for step in range(1, 100_001):
+        log.take({"type": "progress", "step": step, "loss": 1 / step, "loss_avg": 0.1, "learning_rates": {}})
+        assert len(log.curves["progress loss"]) <= 2 * log.MOST_POINTS
+    assert (min(log.curves["progress loss"]), log.curves["progress loss"][100_000]) == (1, 1e-5)
+
+
+def test_columns_are_even_with_both_ends_and_a_new_one_brings_no_old_one_back() -> None:
+    before: set[int] = set()
+    for count in range(1, 200):
+        chosen = trainer.spread(range(count), 12)
+        assert chosen[0] == 0 and chosen[-1] == count - 1 and len(chosen) == min(count, len(chosen)) <= 12
+        assert len({after - one for one, after in itertools.pairwise(chosen[:-1])}) <= 1
+        assert set(chosen) <= before | {count - 1}
+        before = set(chosen)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1000, [0, 200, 400, 600, 800, 1000]),
+        (0.12, 0.31, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]),
+        (1e-4, 1e-4, [0, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4]),
+        (0, 0, [0, 0.2]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
+    assert trainer.ticks(low, high) == pytest.approx(expected)
+
+
+@needs_torch
+def test_a_label_has_no_boxes_and_fits() -> None:
+    font = ImageFont.load_default(16)
+    assert trainer.label("a  caf\u00e9\non \u5e02\u5834 \U0001f600 hill", font, 900) == "a cafe on … hill"
+    assert trainer.label("\u8d64\u3044\u732b", font, 900) == "…"
+    assert trainer.label("lone \ud800", font, 900) == "lone …"
+    long = trainer.label("word " * 400, font, 200)
+    assert long.endswith("…") and 150 < font.getlength(long) <= 200
+
+
+@needs_torch
+def test_the_grid_has_this_runs_samples_only_and_decodes_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+    thumbnail = Image.Image.thumbnail
+
+    def counted(image: Any, size: Any) -> None:
+        decoded.append(image)
+        thumbnail(image, size)
+
+    monkeypatch.setattr(Image.Image, "thumbnail", counted)
+    samples = {(step, row): tmp_path / f"step_{step}_{row}.png" for step in (0, 5, 10) for row in (0, 1)}
+    for (step, row), path in samples.items():
+        picture = Image.new("RGB", (512, 512), (20 * step, 200 * row, 9))
+        path.write_bytes(trainer.png_bytes(picture, {"run_id": "other" if (step, row) == (5, 1) else "ours"}))
+    samples[0, 1].write_bytes(samples[0, 1].read_bytes()[:-300])
+    grid = tmp_path / "grid.png"
+
+    def draw(chosen: Any, prompts: tuple[str, ...] = ("a", "b")) -> tuple[int, Any]:
+        decoded.clear()
+        trainer.draw_grid(grid, "ours", prompts, {place: samples[place] for place in chosen}, 128)
+        with Image.open(grid) as image:
+            image.load()
+        return len(decoded), image
+
+    early = [place for place in samples if place[0] < 10]
+    assert draw(early)[0] == 3
+    count, image = draw(samples)
+    assert (count, image.size) == (2, (416, 28 + 2 * 156 + 8))
+    middles = {
+        (step, row): image.getpixel((72 + 136 * column, 120 + 156 * row))
+        for column, step in enumerate((0, 5, 10))
+        for row in (0, 1)
+    }
+    white = (255, 255, 255)
+    expected = {(0, 0): (0, 0, 9), (5, 0): (100, 0, 9), (10, 0): (200, 0, 9), (10, 1): (200, 200, 9)}
+    assert middles == expected | {(0, 1): white, (5, 1): white}
+    unchanged = grid.stat().st_mtime_ns
+    assert draw(samples)[0] == 0 and grid.stat().st_mtime_ns == unchanged
+    assert draw(samples, ("a", "c"))[0] == 0 and grid.stat().st_mtime_ns != unchanged
+    os.utime(samples[10, 0], ns=(1, 1))
+    assert draw(samples)[0] == 1
+    grid.write_bytes(b"no picture")
+    assert draw(samples)[0] == 5
+
+
+@needs_torch
+def test_a_page_tells_of_the_run_and_nothing_in_it_is_markup_or_from_elsewhere(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    hostile = ["</style><script>alert(1)</script>", "\"'><img src=x onerror=alert(2)> \u8d64 {x} %s $y &amp; \x00"]
+    out = tmp_path / "o'u\"t #1 %41?<b>"
+    changes: Json = {"sample_prompts": hostile, "validation_split": 0.3, "metadata": {"title": "</pre><script>"}}
+    changes |= {"validation_steps": 2, "train_text_encoder": True, "sample_at_start": True}
+    page = report_of(tmp_path, small(images, models / "sd15", out, **changes))
+    assert page.texts["h1"] == page.texts["title"] == ["lora: finished"]
+    assert "script" not in page.texts and "onerror" not in {name for _, name, _ in page.attributes}
+    assert page.texts["p"][0] == hostile[0]
+    assert json.loads(page.texts["pre"][0])["sample_prompts"] == hostile
+    assert [figure.split("\n")[0] for figure in page.texts["h3"]][:3] == ["Loss", "Held-out loss", "Learning rate"]
+    links = {*page.of("a", "href"), *page.of("img", "src")}
+    names = {f"samples/step_{step}_{row}.png" for step in (0, 2, 4) for row in (0, 1)}
+    assert links == names | {"samples/grid.png"}
+    assert all((out / name).is_file() for name in links)
+    assert page.of("img", "alt") == [f"Prompt {row} at step {step}" for row in (1, 2) for step in (0, 2, 4)]
+    assert not re.search(r"https?:|url\(|@import", page.source.replace(hostile[0], ""))
+    (policy,) = (value for value in page.of("meta", "content") if "default-src" in value)
+    digest = base64.b64encode(hashlib.sha256(page.texts["style"][0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"
+    assert len(page.source.splitlines()) - len(page.texts["pre"][0].splitlines()) < 120
+    assert page.rows["Steps"].startswith("4 of 4, ")
+    assert page.rows["Images"] == "5" and page.rows["Validation images"] == "2"
+
+
+@needs_torch
+def test_report_and_grid_follow_a_run_through_stop_resume_other_prompts_and_fresh(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=8, validation_steps=2, sample_prompts=["a", "b"])
+    grid = tmp_path / "out/samples/grid.png"
+    killed = make_reporting(tmp_path, config | {"checkpoint_steps": 4}, stop=Quiet(after=24))
+    killed.setup()
+    assert not killed.train()
+    killed.folder._lock.close()  # type: ignore[union-attr]
+    page = Page(tmp_path / "out/report.html")
+    assert (page.texts["h1"], page.rows["Steps"][:6]) == (["lora: running"], "6 of 8")
+    run_id, names = grid_text(grid)
+    assert names == [f"step_{step}_{row}.png" for row in (0, 1) for step in (2, 4, 6)]
+    config["sample_prompts"] = ["a", "other"]
+    stopped = report_of(tmp_path, config, stop=Quiet(after=0))
+    assert (stopped.texts["h1"], stopped.rows["Steps"][:6]) == (["lora: interrupted"], "4 of 8")
+    assert grid_text(grid) == (run_id, ["step_2_0.png", "step_4_0.png"])
+    assert (tmp_path / "out/samples/step_6_0.png").exists()
+    assert report_of(tmp_path, config).texts["h1"] == ["lora: finished"]
+    assert grid_text(grid)[1] == [f"step_{name}.png" for name in ("2_0", "4_0", "6_0", "8_0", "6_1", "8_1")]
+    before = {path: path.stat().st_mtime_ns for path in (grid, tmp_path / "out/report.html")}
+    report_of(tmp_path, config)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    fresh = report_of(tmp_path, config | {"validation_steps": 3, "steps": 4}, fresh=True)
+    assert fresh.rows["Steps"].startswith("4 of 4, ")
+    assert fresh.of("img", "src") == ["samples/step_3_0.png", "samples/step_3_1.png"]
+    assert grid_text(grid)[0] != run_id and grid_text(grid)[1] == ["step_3_0.png", "step_3_1.png"]
+    report_of(tmp_path, config | {"validation_steps": 0}, fresh=True)
+    assert not grid.exists()
+
+
+@needs_torch
+def test_a_failed_run_says_so_on_its_page(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: trainer.LoRATrainer, *_: Any) -> None:
+        raise RuntimeError("no luck <today>")
+
+    monkeypatch.setattr(trainer.LoRATrainer, "finish", fail)
+    with pytest.raises(RuntimeError):
+        report_of(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    page = Page(tmp_path / "out/report.html")
+    assert page.texts["h1"] == ["lora: failed"]
+    assert "no luck <today>" in page.rows["Message"] and page.rows["Message"].startswith("internal: ")
+
+
+@needs_torch
+def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1)
+    made = make_reporting(tmp_path, config)
+    (tmp_path / "out/report.html").mkdir()
+    made.run()
+    assert made.final_path.exists()
+    assert warning_codes(made).count("report_not_written") == 1
+    assert (tmp_path / "out/report.html").is_dir()
 
 
 # ======================================================================================

@@ -43,6 +43,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     checkpoints              the state file: everything needed to go on
     samples                  the DDIM sampler, PNG with its prompt in it
     tracking                 TensorBoard, Weights & Biases
+    report                   samples/grid.png and report.html: the run for people to look at
     trainer                  LoRATrainer: setup, train, loss, sample, save, finish
     command line             arguments, --validate-only, main
 """
@@ -65,6 +66,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -103,7 +105,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageChops, ImageOps, PngImagePlugin
+    from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, PngImagePlugin
     from safetensors import safe_open
     from torch import Tensor
 
@@ -224,7 +226,7 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
 
     `unused` are packages that others would import because they are there, and that this run does not need.
     """
-    global accelerate, torch, diffusers, transformers, peft, safetensors
+    global accelerate, torch, diffusers, transformers, peft, safetensors, ImageDraw, ImageFont
     modules: Any = sys.modules
     for name in unused:
         modules.setdefault(name, None)  # importing it fails, as if it were not installed
@@ -238,6 +240,7 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
         import safetensors.torch
         import torch
         import transformers
+        from PIL import ImageDraw, ImageFont
     finally:
         gc.freeze()  # modules live as long as the process
         gc.enable()
@@ -5389,6 +5392,311 @@ class Trackers:
 
 
 # ======================================================================================
+# report
+# ======================================================================================
+
+
+def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
+    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
+    config, dataset = plan.config, plan.dataset
+    ours = dataset.of_role("train", "validation")
+    batches = batches_per_epoch(plan.buckets, config.batch_size)
+    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
+    return {
+        "images": len(ours),
+        "validation_images": len(dataset.of_role("validation")),
+        "regularization_images": len(dataset.of_role("prior")),
+        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
+        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
+        "captions": dict(collections.Counter(example.caption_source for example in ours)),
+        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
+        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
+        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
+        "tokens": tokens,
+        "duplicates": duplicates(dataset),
+        "suggestions": list(dict.fromkeys(filter(None, hints))),
+    }
+
+
+Place = tuple[int, int]  # of a sample: (step, number of its prompt)
+
+
+class RunLog:
+    """What events.jsonl tells of a run, all of its attempts as if they were one.
+
+    An attempt that begins at zero is another run; a step that comes again replaces what was told from there on.
+    """
+
+    MOST_POINTS = 4000  # of a curve; twice as many are thinned
+
+    def __init__(self) -> None:
+        self.curves: dict[str, dict[int, float]] = collections.defaultdict(dict)  # {name: {step: value}}
+        self.samples: dict[int, dict[int, JSON]] = collections.defaultdict(dict)  # {step: {prompt: event}}
+        self._read, self._goes_on = 0, False  # bytes; whether the attempt was resumed, or has begun
+
+    def read(self, path: Path) -> None:
+        """Take what is new in the file."""
+        with path.open("rb") as file:
+            self._read *= file.seek(0, os.SEEK_END) >= self._read  # else it is another file: the folder was made anew
+            file.seek(self._read)
+            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+                self._read += len(line)
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no event of ours
+                    self.take(json.loads(line))
+
+    def take(self, event: JSON) -> None:
+        kind, phase, step = event["type"], event.get("phase"), event.get("step", 0)
+        if phase == "training" and not self._goes_on:
+            self.cut(-1)
+        self._goes_on = phase in ("resuming", "training") or (self._goes_on and kind != "start")
+        if kind not in ("progress", "validation", "sample"):
+            return
+        self.cut(step)
+        if kind == "sample":
+            self.samples[step][event["index"]] = event
+        values = {f"{kind} {name}": event.get(name) for name in ("loss", "loss_avg")} | event.get("learning_rates", {})
+        for name, value in values.items():
+            if value is not None:
+                self.curves[name][step] = value
+            if len(self.curves[name]) > 2 * self.MOST_POINTS:
+                self.curves[name] = thinned(self.curves[name], self.MOST_POINTS)
+
+    def cut(self, step: int) -> None:
+        """Forget what came after a step."""
+        every: list[dict[int, Any]] = [*self.curves.values(), self.samples]
+        for told in every:
+            while told and next(reversed(told)) > step:
+                told.popitem()
+
+
+def thinned(curve: Mapping[int, float], most: int) -> dict[int, float]:
+    """Leave at most so many points of {step: value}: the ends, and the lowest and highest of each stretch of steps."""
+    if len(curve) <= most:
+        return dict(curve)
+    first, last = min(curve), max(curve)
+    stretches = grouped(curve, lambda step: (step - first) * (most // 2 - 1) // (last - first + 1)).values()
+    kept = {first, last, *(end(stretch, key=curve.__getitem__) for stretch in stretches for end in (min, max))}
+    return {step: curve[step] for step in sorted(kept)}
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Choose at most so many evenly, the ends among them; with one more item, none is new but that."""
+    stride = next(2**power for power in itertools.count() if len(items[: -1 : 2**power]) < most)
+    return [*items[:-1:stride], *items[-1:]]
+
+
+def label(text: str, font: Any, width: float) -> str:
+    """Shorten a text to a width in pixels; letters lose accents, and "…" stands for what Pillow's own font lacks."""
+    plain = [char for char in unicodedata.normalize("NFKD", " ".join(text.split())) if not unicodedata.combining(char)]
+    box = bytes(font.getmask("\U0010ffff"))
+    line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
+    line = re.sub("…[… ]*…", "…", line)
+    while font.getlength(line) > width:
+        line = line[:-2] + "…"
+    return line
+
+
+def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
+    """Draw samples side by side, a row per prompt; tiles that the grid has already are taken from there."""
+    gap, line, font = 8, 28, ImageFont.load_default(16)
+    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in samples}))}
+    down = [2 * line + row * (side + line) for row in range(len(prompts))]
+    keys = {f"{file.name} {file.stat().st_mtime_ns}": place for place, file in samples.items()}
+    corners = {key: (across[step], down[row]) for key, (step, row) in keys.items()}
+    text = {"run_id": run_id, "prompts": json.dumps(prompts), "side": str(side), "tiles": json.dumps(corners)}
+    tiles: dict[str, Image.Image] = {}
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as old:  # none yet, or none of ours
+        if text.items() <= old.info.items():
+            return
+        had = json.loads(old.info["tiles"]).items() if old.info["side"] == str(side) else ()
+        tiles = {key: old.crop((x, y, x + side, y + side)) for key, (x, y) in had if key in keys}
+    for key in keys.keys() - tiles.keys():
+        file = samples[keys[key]]
+        if written_by(file) == run_id:
+            with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:  # a broken one stays blank
+                image.thumbnail((side, side))
+                tiles[key] = image.convert("RGB")
+    width = max(360, gap + len(across) * (side + gap))
+    sheet = Image.new("RGB", (width, down[-1] + side + gap), "white")
+    pen, word = ImageDraw.Draw(sheet), "step " if font.getlength(f"step {max(across)}") <= side else ""
+    for step, x in across.items():
+        pen.text((x, 6), f"{word}{step}", "black", font)
+    for row, prompt in enumerate(prompts):
+        pen.text((gap, down[row] - line + 6), label(f"{row + 1}. {prompt}", font, width - 2 * gap), "black", font)
+    for key, tile in tiles.items():
+        sheet.paste(tile, corners[key])
+    write_file(path, png_bytes(sheet, text))
+
+
+def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
+    """Give a few round numbers that enclose a range, or zero and a number."""
+    low = 0.0 if low == high else low
+    fifth = (high - low or 1.0) / 5
+    unit = 10.0 ** math.floor(math.log10(fifth))
+    step = max(finest, next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= fifth))
+    return [step * number for number in range(math.floor(low / step), max(1, math.ceil(high / step)) + 1)]
+
+
+def chart(title: str, note: str, *told: Mapping[int, float]) -> str:
+    """Draw {step: value}, the main curve last, as an SVG whose texts keep their size at any width."""
+    curves = [thinned(curve, 400) for curve in told if curve]
+    if not curves:
+        return ""
+    end, values = max(1, *map(max, curves)), [value for curve in curves for value in curve.values()]
+    up = ticks(min(values), max(values))
+    top, height = up[-1], up[-1] - up[0]
+    text = [f'<text class="up" x="-.6em" y="{(top - y) / height:.1%}" dy=".3em">{y:.4g}</text>' for y in up]
+    text += [f'<text x="{x / end:.1%}" y="100%" dy="1.5em">{x:,.0f}</text>' for x in ticks(0, end, 1) if x <= end]
+    places = [[f"{x / end * 1e4:.0f} {(top - y) / height * 1e4:.0f}" for x, y in curve.items()] for curve in curves]
+    paths = ["".join(f"M0 {(top - y) / height * 1e4:.0f}h10000" for y in up), *("M" + " ".join(p) for p in places)]
+    paths.append("".join(f"M{place}h0" for place in places[-1] if len(places[-1]) <= 30))  # dots
+    drawn = "".join(f'<path d="{path}"/>' for path in paths)
+    last, main = max(curves[-1]), [*curves[-1].values()]
+    note += f" At step {last:,}: {main[-1]:.4g}; lowest {min(main):.4g}, highest {max(main):.4g}."
+    return f"""<figure><h3>{title}</h3><svg class="plot" role="img" aria-label="{title} over the steps">{"".join(text)}
+<svg viewBox="0 0 10000 10000" preserveAspectRatio="none" width="100%" height="100%">{drawn}</svg></svg>
+<figcaption>{note}</figcaption></figure>"""
+
+
+def shown(value: Any) -> str:
+    """Write a value as HTML, whatever its texts hold."""
+    if isinstance(value, (list, tuple)):
+        more = [f"<li>and {len(value) - 20:,} more</li>"] if len(value) > 20 else []
+        return f"<ul>{''.join([*(f'<li>{shown(item)}</li>' for item in value[:20]), *more])}</ul>"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{shown(key)}: {shown(item)}" for key, item in value.items())
+    return html.escape(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", clean(str(value))))
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    cells = [f'<tr><th scope="row">{shown(key)}</th><td>{shown(row)}</td></tr>' for key, row in rows.items() if row]
+    return f"<table>{''.join(cells)}</table>"
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#d5dbe1;--back:#fff;--mark:#084f96;--faint:#5f97d3}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6edf3;--soft:#a3adb8;--line:#353c45;--back:#14171a;--mark:#7dbbff;--faint:#3d73b0}}
+body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
+color:var(--ink);background:var(--back);overflow-wrap:anywhere}
+h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
+p,ul{margin:.25rem 0}td ul{padding:0;list-style:none}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
+.charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
+.plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
+text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
+path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
+path:first-child{stroke:var(--line)}path:nth-last-child(2){stroke:var(--mark);stroke-width:2}
+path:last-child{stroke:var(--mark);stroke-width:6}
+.shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
+img{display:block;width:100%;max-width:16rem;aspect-ratio:1}pre{white-space:pre-wrap;font-size:.8rem}
+table{border-collapse:collapse;width:100%}th{width:min(9rem,35%);font-weight:400}
+th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+class Report:
+    """samples/grid.png and report.html: a run for people to look at, as events.jsonl tells of it."""
+
+    def __init__(self, folder: OutputFolder, events: EventStream, plan: Plan, run_id: str, precision: str) -> None:
+        self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
+        self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
+        self.log = RunLog()
+
+    def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
+        """Bring both files up to date; no run is lost for them."""
+        try:
+            if self.folder.is_ours():  # else the next save makes it anew, or finds that another run has it
+                self.log.read(self.folder.path / "events.jsonl")
+                self.log.cut(state.step)
+                samples = self.draw_samples()
+                write_file(self.folder.path / "report.html", self.page(state, samples, ending, why).encode())
+        except Exception as error:  # disks, pictures, events of other versions
+            if all(told["code"] != "report_not_written" for told in self.events.warnings):
+                message = f"report.html and samples/grid.png are not up to date: {error}"
+                self.events.warning("report_not_written", message, "The run goes on; they are tried again.")
+
+    def draw_samples(self) -> dict[Place, Path]:
+        """Choose the samples to show, of the prompts as they are now, and draw them as one picture."""
+        grid, seed, found = self.folder.samples / "grid.png", self.plan.config.sample_seed, {}
+        for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
+            path = self.folder.samples / f"step_{step}_{row}.png"
+            if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
+                found[step, row] = path
+        steps = spread(sorted({step for step, _ in found}), 12)
+        samples = {place: path for place, path in found.items() if place[0] in steps}
+        if samples:
+            side = min(256, self.plan.resolution, 4096 // len(self.prompts))
+            draw_grid(grid, self.run_id, self.prompts, samples, side)
+        elif written_by(grid):
+            remove(grid)  # of other prompts, or of a run that this one replaced
+        return samples
+
+    def gallery(self, samples: Mapping[Place, Path]) -> str:
+        """Show samples as linked pictures, prompt by prompt."""
+        shots: dict[int, str] = collections.defaultdict(str)
+        for (step, row), path in samples.items():
+            picture = f'<img src="samples/{path.name}" loading="lazy" alt="Prompt {row + 1} at step {step:,}">'
+            shots[row] += f'<li><a href="samples/{path.name}">{picture}</a>Step {step:,}</li>'
+        head = '<h3>Prompt {}</h3><p>{}</p>\n<ul class="shots">{}</ul>'
+        parts = [head.format(row + 1, shown(self.prompts[row]), pictures) for row, pictures in shots.items()]
+        count = f"{len({step for step, _ in samples})} of {len(self.log.samples)} steps with samples"
+        return "\n".join([*parts, f'<p><a href="samples/grid.png">All in one picture</a> ({count})</p>'])
+
+    def page(self, state: TrainState, samples: Mapping[Place, Path], ending: str, why: str) -> str:
+        plan, curves, total = self.plan, self.log.curves, self.plan.total_steps
+        hardware: Any = plan.hardware
+        run = {
+            "Message": why,
+            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):g} passes over the dataset",
+            "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
+            "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
+            "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
+        }
+        both, encoders = ("progress loss", "progress loss_avg"), "Faint: the text encoders'."
+        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *(curves[name] for name in both))
+        charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
+        charts += chart(
+            "Learning rate", encoders * bool(curves["text_encoder"]), curves["text_encoder"], curves["unet"]
+        )
+        dataset = {key.replace("_", " ").capitalize(): value for key, value in dataset_report(plan, None).items()}
+        dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
+        config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
+        bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
+        warnings = [f"{told['code']}: {told['message']} {told['hint']}" for told in self.events.warnings]
+        parts = {
+            "Run": f"{bar}\n{table(run)}",
+            "Curves": f'<div class="charts">{charts}</div>',
+            "Samples": self.gallery(samples) if samples else "None yet.",
+            "Warnings": shown(warnings or "None."),
+            "Dataset": table(dataset),
+            "Config": f"<pre>{html.escape(config)}</pre>",
+        }
+        body = "\n".join(f"<h2>{name}</h2>\n{part}" for name, part in parts.items())
+        digest = f"sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}"
+        return PAGE.format(title=f"{plan.config.output_name}: {ending}", hash=digest, style=STYLE, body=body)
+
+
+# ======================================================================================
 # trainer
 # ======================================================================================
 
@@ -5419,6 +5727,7 @@ class LoRATrainer:
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
         self.trackers = Trackers(self.events.warning)
+        self.page: Report | None = None
         self.encoder: PromptEncoder | None = None  # where the text encoders train
 
     def run(self) -> None:
@@ -5432,10 +5741,13 @@ class LoRATrainer:
             if as_trainer_error(error, "").code != "loss_not_finite":
                 with contextlib.suppress(Exception):
                     self.rescue()
+            failure = self.explained(error)
+            self.show("failed", f"{failure.code}: {failure.message} {failure.hint}")
             self.trackers.close()
             raise
         if not done and self.state.step and not self.is_saved():
             self.save()
+        self.show(*(["finished"] if done else ["interrupted", "The same command (without --fresh) goes on."]))
         self.trackers.close()
         return self.complete() if done else self.stop.conclude()
 
@@ -5485,6 +5797,14 @@ class LoRATrainer:
         for name in self.config.report_to:
             self.events.info(f"Opening {name}.", phase="tracking")
             self.trackers.open(name, self.folder.path, self.run_id, self.config, self.state.step)
+        precision = str(self.dtype).removeprefix("torch.")
+        self.page = Report(self.folder, self.events, self.plan, self.run_id, precision)
+
+    @main_only
+    def show(self, *ending: str) -> None:
+        """Bring samples/grid.png and report.html up to date; `ending` is how and why the run ended."""
+        if self.page:
+            self.page.write(self.state, *ending)
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event and hand it on to the trackers."""
@@ -5816,6 +6136,7 @@ class LoRATrainer:
             self.sample(0)
         self.stop.arm(self.rescue)
         self.catch_up()
+        self.show()
         self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
             step = self.state.step
@@ -6132,15 +6453,17 @@ class LoRATrainer:
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
         config, step = self.config, self.state.step
-        minutes = (time.monotonic() - self.last_save) / 60
+        minutes, before = (time.monotonic() - self.last_save) / 60, self.last_save
         if self.stop.save_requested or is_due(step, config.checkpoint_steps):
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
-        if is_due(step, config.validation_steps):
+        if samples := is_due(step, config.validation_steps):
             self.settle()
             self.validate(step)
             self.sample(step)
+        if (samples or self.last_save != before) and self.stop.signal is None:  # a stop saves first
+            self.show()
 
     @main_only
     def sample(self, step: int) -> None:
@@ -6538,28 +6861,6 @@ def check_writable(path: Path) -> None:
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
-
-
-def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
-    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
-    config, dataset = plan.config, plan.dataset
-    ours = dataset.of_role("train", "validation")
-    batches = batches_per_epoch(plan.buckets, config.batch_size)
-    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
-    return {
-        "images": len(ours),
-        "validation_images": len(dataset.of_role("validation")),
-        "regularization_images": len(dataset.of_role("prior")),
-        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
-        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
-        "captions": dict(collections.Counter(example.caption_source for example in ours)),
-        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
-        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
-        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
-        "tokens": tokens,
-        "duplicates": duplicates(dataset),
-        "suggestions": list(dict.fromkeys(filter(None, hints))),
-    }
 
 
 def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
