@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -922,7 +923,7 @@ class Screen:
         self.width, self.rows, self.row, self.column, self.breaks, self.writes = width, [""], 0, 0, 0, [""]
 
     def write(self, text: str) -> None:
-        self.writes.append(text)
+        self.writes += [text] * bool(text)
         for part in re.findall(r"\x1b\[[\d;]*[A-Za-z]|[^\x1b]|\x1b", text.replace("\r\n", "\n")):
             assert part != "\x1b", "an escape sequence that nobody knows"
             if part in ("\x1b[J", "\x1b[K"):
@@ -1030,9 +1031,7 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
     terminal.draw()
     assert ended == screen.text()
     assert ended.endswith(
-        "Complete: 1500 steps in 1:02:05, loss 0.0900.\n"
-        "  LoRA        /out/lora_final.safetensors\n"
-        "  Warnings    1, see above"
+        "Complete: 1500 steps in 1:02:05, loss 0.0900.\n  LoRA        /out/lora_final.safetensors\n  Warnings    1"
     )
     assert screen.column == 0
 
@@ -1115,6 +1114,22 @@ def test_colours_and_the_line_are_for_terminals_that_can_and_people_who_want_the
     assert screen.text().splitlines()[0] == "Warning: The pictures of 日本 are small. Use larger ones."
 
 
+@pytest.mark.parametrize("able", [0, 1])
+def test_on_windows_escape_sequences_are_turned_on_first(monkeypatch: pytest.MonkeyPatch, able: int) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def set_mode(handle: int, mode: int) -> int:
+        asked.append((handle, mode))
+        return able
+
+    calls = {"GetStdHandle": lambda number: number, "GetConsoleMode": lambda handle, mode: 1}
+    kernel = SimpleNamespace(SetConsoleMode=set_mode, **calls)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr(trainer, "sys", SimpleNamespace(platform="win32"))
+    assert trainer.takes_escapes() is bool(able)
+    assert asked == [(-12, 4)]
+
+
 def test_a_bar_has_letters_that_the_terminal_can_show(screen: Screen) -> None:
     screen.encoding = "ascii"
     show(trainer.Terminal(), A_WARNING, progress(750))
@@ -1164,7 +1179,12 @@ def test_a_check_ends_with_what_a_run_needs_and_whether_it_fits(screen: Screen, 
     event: Json = {"dataset": dataset, "model": model, "hardware": hardware, "config": {"steps": 1000}, "warnings": []}
     show(trainer.Terminal(), event | {"type": "validated", "memory": {"total_gb": 9.1, "host_gb": 5.0}})
     text = screen.text()
-    for line in ("Images      40, 4 held out, 1 findings", "Buckets     512x512: 30, 448x576: 6", fits, "none"):
+    for line in (
+        "Images      40, 4 held out, 1 skipped or odd",
+        "Buckets     512x512: 30, 448x576: 6",
+        fits,
+        "Warnings    0",
+    ):
         assert line in text
     assert max(map(len, screen.rows)) < 80
 

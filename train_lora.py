@@ -686,6 +686,10 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
 
 
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def amounts(f: JSON) -> tuple[int, int]:
     """Give (done, in all) of a progress event or a phase; the second is 0 where nobody knows."""
     return (f["step"], f["total_steps"]) if "step" in f else (f.get("current", 0), f.get("total", 0))
@@ -734,20 +738,19 @@ def validated_lines(f: JSON) -> list[Line]:
     return labelled(
         *("good", "Valid: ", "this run can start."),
         Model=f"{model['name']}: {model['title']}, {model['prediction_type']}{', a guess' if model['guessed'] else ''}",
-        Images=", ".join(images + [f"{len(data['skipped'])} findings"] * bool(data["skipped"])),
+        Images=", ".join(images + [f"{len(data['skipped'])} skipped or odd"] * bool(data["skipped"])),
         Captions=", ".join(f"{count} from {source}" for source, count in data["captions"].items()),
         Buckets=", ".join(f"{size}: {count}" for size, count in data["buckets"].items()),
         Length=f"{config['steps']} steps, {data['steps_per_epoch']} to an epoch",
         Device=f"{device}, {hardware['name']}" if hardware else device,
         Memory=f"{needed} GB needed{fits}" + (f"; {memory['host_gb']} GB of main memory" if device != "cpu" else ""),
-        Warnings=f"{len(f['warnings'])}, see above" if f["warnings"] else "none",
+        Warnings=str(len(f["warnings"])),
     )
 
 
 def complete_lines(f: JSON) -> list[Line]:
-    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {f['loss'] or 0:.4f}."
-    warned = f"{len(f['warnings'])}, see above" if f["warnings"] else "none"
-    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=warned)
+    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
+    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
 
 
 def error_lines(f: JSON) -> list[Line]:
@@ -756,10 +759,8 @@ def error_lines(f: JSON) -> list[Line]:
     what = f["message"].partition(f": {listed[0]}")[0] if listed else f["message"]
     where = f"while {f['phase']}" + (f"; step {f['step']} is saved" if f["step"] else "")
     rest = [text for text, item in zip(listed, f["problems"], strict=True) if item["message"] not in what]
-    problems = [(f"  {'Problems' if not number else '':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
-    return (
-        labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"]) + problems
-    )
+    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"])
+    return head + [(f"  {'' if number else 'Problems':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
 
 
 HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
@@ -767,7 +768,7 @@ HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
     "info": lambda f: [("", f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""), "")],
     "warning": lambda f: [("Warning: ", f"{f['message']} {f['hint']}", "odd")],
     "progress": lambda f: [("", "  ".join(text for _, text in facts(f, 0) if text), "")],
-    "validation": lambda f: [("Held-out loss: ", f"{f['loss'] or 0:.4f} at step {f['step']}", "quiet")],
+    "validation": lambda f: [("Held-out loss: ", f"{loss_text(f['loss'])} at step {f['step']}", "quiet")],
     "sample": lambda f: [("Sample: ", f"{f['image_path']} ({f['prompt']})", "quiet")],
     "checkpoint": lambda f: [("Saved:  ", f["path"] or f["state_path"], "quiet")],
     "validated": validated_lines,
@@ -845,7 +846,7 @@ class Terminal:
         if self._doing and now - self._drawn_at >= self.REDRAW_S and in_foreground():
             line, self._drawn_at = self._live_line(now), now
             if line != self._drawn:
-                self._write(f"\r{line}\x1b[J\r")
+                print(f"\r{line}\x1b[J\r", end="", file=sys.stderr, flush=True)
             self._drawn = line
 
     def _turn_to(self, fields: JSON, now: float) -> None:
@@ -875,9 +876,8 @@ class Terminal:
     def _live_line(self, now: float) -> str:
         width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
         title = self._encodable(for_terminal(f.get("message", "Step"))).rstrip(".")
-        texts, room = fitted(
-            facts(f | {"message": clip(title, width // 2)}, now - (self._heard if "step" in f else self._since)), width
-        )
+        waited = now - (self._heard if "step" in f else self._since)
+        texts, room = fitted(facts(f | {"message": clip(title, width // 2)}, waited), width)
         done = room * amounts(f)[0] // max(amounts(f)[1], 1)
         bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
         return " " + "  ".join(text or bar for text in texts)
@@ -886,7 +886,8 @@ class Terminal:
         """Print lines that stay, above the live line."""
         erase = "\r\x1b[K\x1b[J" if self._drawn and in_foreground() else ""
         self._drawn, self._drawn_at = "", -math.inf
-        self._write(erase + "".join(f"{row}\n" for line in lines for row in self._rows(*line)))
+        rows = "\n".join(row for line in lines for row in self._rows(*line))
+        print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
         self.draw()
 
     def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
@@ -900,10 +901,6 @@ class Terminal:
 
     def _encodable(self, text: str) -> str:
         return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
 
 
 # ======================================================================================
