@@ -8,11 +8,14 @@ layout. Tests that need torch are skipped where it is not installed; the others 
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import http.client
+import html.parser
 import http.server
 import importlib
 import importlib.util
@@ -44,7 +47,7 @@ from typing import Any, cast
 
 import jsonschema
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import train_lora as trainer
 
@@ -413,7 +416,7 @@ class Recorder(trainer.EventStream):
     def __init__(self) -> None:
         self.events: list[Json] = []
         self.warnings: list[Json] = []
-        self.phase = "test"
+        self.phase, self.ended = "test", ""
         self._lock = threading.RLock()
 
     def emit(self, event_type: str, **fields: Any) -> None:
@@ -917,10 +920,26 @@ def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, m
 
 def test_help_shows_every_option_and_examples() -> None:
     done = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
-    for word in ("--config", "--validate-only", "--set", "--fresh", "--debug", "--version", "examples:"):
+    for word in (
+        "--config",
+        "--validate-only",
+        "--set",
+        "--fresh",
+        "--health-port",
+        "--debug",
+        "--version",
+        "examples:",
+    ):
         assert word in done.stdout
     version = subprocess.run(command("--version"), capture_output=True, text=True, check=True)
     assert version.stdout == f"train_lora.py {trainer.VERSION}\n"
+
+
+def test_the_usage_in_the_readme_has_the_options_of_the_script() -> None:
+    shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"^```text\n(train_lora\.py --config FILE.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert usage
+    assert set(re.findall(r"--[a-z-]+", usage[1])) == set(re.findall(r"--[a-z-]+", shown))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--confg", "x"], ["--config"], ["--config", "a", "b"]])
@@ -1677,6 +1696,474 @@ def test_what_no_launcher_says_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch
 
 
 # ======================================================================================
+# health
+# ======================================================================================
+
+WAITING = "t.load_config = lambda *_: time.sleep(600)"
+WITH_A_CHILD = """
+import subprocess
+def wait(*_):
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False)
+    print(child.pid, "child", file=sys.stderr, flush=True)
+    time.sleep(600)
+t.load_config = wait
+"""
+
+
+class Served:
+    """The script with --health-port, as it waits or trains; what it answers, and how it ends."""
+
+    def __init__(self, code: str, *arguments: str | Path, port: str = "0", **options: Any) -> None:
+        self.process = patched(code, *arguments, "--health-port", port, **options)
+        assert self.process.stdout
+        self.lines = [self.process.stdout.readline(), self.process.stdout.readline()]
+        told = json.loads(self.lines[1])
+        self.address = str(told.get("address"))
+        host, _, number = self.address.rpartition(":")
+        self.place = (host.strip("[]"), int(number or 0))
+
+    def connect(self, *parts: bytes) -> socket.socket:
+        connection = socket.create_connection(self.place, timeout=20)
+        with contextlib.suppress(OSError):  # it may have heard enough
+            for part in parts:
+                connection.sendall(part)
+        return connection
+
+    def ask(self, *parts: bytes) -> bytes:
+        """Send as it is, and read to the end; nothing is what a closed connection says."""
+        with self.connect(*parts) as connection:
+            return read_all(connection)
+
+    def get(self, page: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], Any]:
+        client = http.client.HTTPConnection(*self.place, timeout=20)
+        client.request(method, page, headers=headers)
+        with contextlib.closing(client), client.getresponse() as answer:
+            content = answer.read()
+        return answer.status, dict(answer.getheaders()), json.loads(content) if content else None
+
+    def stop(self, number: int = signal.SIGTERM) -> Run:
+        self.process.send_signal(number)
+        stdout, stderr = self.process.communicate(timeout=60)
+        return Run(self.process.returncode, b"".join(self.lines) + stdout, stderr or b"")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    content = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            content += piece
+    return content
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One process for all that may be sent to it; none of it leaves a trace in what it tells."""
+    made = Served(WAITING, "--config", tmp_path_factory.mktemp("served") / "none")
+    yield made
+    assert made.get("/health")[0] == 200
+    result = made.stop()
+    assert (result.code, [event["type"] for event in result.events]) == (143, ["start", "info", "interrupted"])
+    assert re.sub(r"127\.0\.0\.1:\d+", "X", result.stderr) == (
+        "Serving http://X/health and /status.\nStopped by SIGTERM: nothing to save.\n"
+    )
+
+
+def test_health_and_status_are_answered_before_anything_is_loaded(served: Served) -> None:
+    status, headers, body = served.get("/health?verbose=1")
+    assert (status, headers["Content-Type"], headers["Cache-Control"]) == (200, "application/json", "no-store")
+    assert list(body) == list(trainer.VITALS)
+    assert (body["status"], body["phase"], body["step"]) == ("ok", "starting", 0)
+    assert body["stalled_after_seconds"] == trainer.HealthServer.STALLED_S == 600
+    assert "after 600 s" in trainer.HEALTH_HELP
+    status, _, body = served.get("/status")
+    assert (status, body["state"], body["pid"]) == (200, "running", served.process.pid)
+    assert [event["type"] for event in body["events"]] == ["start", "info"]
+    for page in ("/health", "/status"):
+        got, head = served.get(page), served.get(page, "HEAD")
+        assert (head[0], head[2]) == (200, None)
+        assert {**head[1], "Content-Length": ""} == {**got[1], "Content-Length": ""}
+        assert int(head[1]["Content-Length"]) > 50
+
+
+BINARY = random.Random(0).randbytes(3000)
+GET = b"GET /health HTTP/1.1\r\n"
+AT_HOME = GET + b"Host: localhost\r\n"
+CLIENT_HELLO = bytes.fromhex("16030100c8010000c40303") + BINARY[:193].replace(b"\r\n\r\n", b"")
+REQUESTS: dict[str, tuple[bytes, int]] = {
+    "GET": (AT_HOME + b"\r\n", 200),
+    "HTTP/1.0 without a host": (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    "HEAD": (b"HEAD /status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 200),
+    "POST": (b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 405),
+    "a body that never comes": (b"PUT /status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n", 405),
+    "a chunked body": (b"POST /status HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFF\r\n" + BINARY, 405),
+    "DELETE": (b"DELETE /health HTTP/1.1\r\n\r\n", 405),
+    "a body that is waited for": (AT_HOME + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", 200),
+    "pipelined": (AT_HOME + b"\r\n" + b"GET /etc/passwd HTTP/1.1\r\n\r\n" * 50, 200),
+    "two slashes": (b"GET //health HTTP/1.1\r\n\r\n", 404),
+    "the root": (b"GET / HTTP/1.1\r\n\r\n", 404),
+    "another file": (b"GET /../../etc/passwd HTTP/1.1\r\n\r\n", 404),
+    "another file in disguise": (b"GET /health/%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\n\r\n", 404),
+    "POST elsewhere": (b"POST /stop HTTP/1.1\r\n\r\n", 404),
+    "no slash": (b"GET health HTTP/1.1\r\n\r\n", 400),
+    "another server's page": (b"GET http://example.com/health HTTP/1.1\r\n\r\n", 400),
+    "a proxy": (b"CONNECT example.com:443 HTTP/1.1\r\n\r\n", 400),
+    "OPTIONS of all": (b"OPTIONS * HTTP/1.1\r\n\r\n", 400),
+    "lower case": (b"get /health HTTP/1.1\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), 400),
+    "HTTP/9.9": (b"GET /health HTTP/9.9\r\n\r\n", 400),
+    "a NUL byte in the path": (b"GET /health\0 HTTP/1.1\r\n\r\n", 400),
+    "a NUL byte in a header": (AT_HOME + b"X: a\0b\r\n\r\n", 400),
+    "a header without a name": (AT_HOME + b": x\r\n\r\n", 400),
+    "a line that is no header": (AT_HOME + b"x\r\n\r\n", 400),
+    "a folded header": (AT_HOME + b"X: a\r\n b\r\n\r\n", 400),
+    "a carriage return in a header": (AT_HOME + b"X: a\rb\r\n\r\n", 400),
+    "letters beyond ASCII": ("GET /h\u00e9alth HTTP/1.1\r\n\r\n".encode(), 400),
+    "nothing": (b"\r\n\r\n", 400),
+    "binary junk": (BINARY + b"\r\n\r\n", 400),
+    "a header of a megabyte": (AT_HOME + b"X: " + b"a" * 1_000_000 + b"\r\n\r\n", 431),
+    "ten thousand headers": (AT_HOME + b"X: a\r\n" * 10_000 + b"\r\n", 431),
+    "a path of a megabyte": (b"GET /" + b"a" * 1_000_000, 431),
+    "a megabyte without a line": (BINARY * 333, 431),
+    "an IP address as the host": (GET + b"Host: 192.168.1.2:80\r\n\r\n", 200),
+    "an IPv6 host": (GET + b"host:[::1]:80\r\n\r\n", 200),
+    "localhost in capitals": (GET + b"HOST: LocalHost:8080 \r\n\r\n", 200),
+    "a stranger's name": (GET + b"Host: rebound.example.com\r\n\r\n", 403),
+    "a stranger's name with digits": (GET + b"Host: 127.0.0.1.example.com:80\r\n\r\n", 403),
+    "a stranger behind localhost": (GET + b"Host: localhost\r\nHost: example.com\r\n\r\n", 403),
+    "an empty host": (GET + b"Host:\r\n\r\n", 403),
+    "a user in the host": (GET + b"Host: localhost@example.com\r\n\r\n", 403),
+}
+
+
+@pytest.mark.parametrize("title", REQUESTS)
+def test_each_request_has_its_answer_and_nothing_but_two_pages_is_served(served: Served, title: str) -> None:
+    request, expected = REQUESTS[title]
+    head, _, body = served.ask(request).partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    headers = dict(line.split(b": ", 1) for line in lines[1:])
+    assert lines[0] == f"HTTP/1.1 {expected} {trainer.ANSWERS[expected][0]}".encode()
+    assert (headers[b"Connection"], headers[b"X-Content-Type-Options"]) == (b"close", b"nosniff")
+    assert (headers.get(b"Allow") == b"GET, HEAD") == (expected == 405)
+    assert not any(name.lower().startswith(b"access-control") for name in headers)
+    if request.startswith(b"HEAD"):
+        assert body == b""
+    else:
+        assert len(body) == int(headers[b"Content-Length"])
+        assert set(json.loads(body)) >= ({"status"} if expected == 200 else {"error", "hint"})
+
+
+NEVER_ENDING = {
+    "silence": b"",
+    "one letter": b"G",
+    "HTTP/0.9": b"GET /health\r\n",
+    "no last line": AT_HOME,
+    "TLS": CLIENT_HELLO,
+    "almost too long": b"GET /" + b"a" * 8000,
+}
+
+
+def test_what_never_ends_is_cut_off_without_an_answer(served: Served) -> None:
+    waiting = [served.connect(request) for request in NEVER_ENDING.values()]
+    for connection in waiting:
+        with connection:
+            assert read_all(connection) == b""
+
+
+@pytest.mark.parametrize("request_", NEVER_ENDING.values(), ids=NEVER_ENDING)
+def test_who_hangs_up_early_is_let_go(served: Served, request_: bytes) -> None:
+    with served.connect(request_) as half_open:
+        half_open.shutdown(socket.SHUT_WR)
+        assert read_all(half_open).startswith(b"HTTP/1.1 400 ")
+    for request in (request_, request_ + b"\r\n\r\n"):
+        served.connect(request).close()
+        with served.connect(request) as rude:
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing it resets
+    assert served.get("/health")[0] == 200
+
+
+def test_a_drip_does_not_extend_the_time_of_a_connection(served: Served) -> None:
+    with served.connect(AT_HOME) as connection:
+        start, sent = time.monotonic(), 0
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < start + 60:
+                connection.sendall(b"x")
+                sent += 1
+                time.sleep(0.05)
+        assert sent < 1000
+
+
+def test_more_connections_than_are_held_shut_nobody_out(served: Served) -> None:
+    slow = [served.connect(AT_HOME) for _ in range(200)]
+    descriptors = Path(f"/proc/{served.process.pid}/fd")
+    for _ in range(10):
+        assert served.get("/health")[0] == 200
+        if descriptors.exists():
+            assert len(list(descriptors.iterdir())) < trainer.HealthServer.CONNECTIONS + 30
+    for connection in slow:
+        connection.close()
+
+
+def test_children_do_not_inherit_the_port_and_the_next_run_can_have_it_at_once(tmp_path: Path) -> None:
+    first = Served(WITH_A_CHILD, "--config", tmp_path / "none")
+    assert first.get("/health")[0] == 200  # closed by us first: the system remembers the connection
+    assert first.process.stderr
+    while not (line := first.process.stderr.readline()).endswith(b"child\n"):
+        pass
+    first.stop()
+    second = Served(WAITING, "--config", tmp_path / "none", port=str(first.place[1]))
+    assert second.address == first.address
+    assert second.get("/health")[0] == 200
+    second.stop()
+    os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("host", ["taken", "203.0.113.1", "no.such.host.invalid", "a..b"])
+def test_a_port_that_cannot_be_had_is_a_warning_and_the_run_goes_on(tmp_path: Path, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"{'127.0.0.1' if host == 'taken' else host}:{taken.getsockname()[1]}"
+        result = run("--config", tmp_path / "none", "--health-port", place)
+    assert [event.get("code") for event in result.events] == [None, "health_unavailable", "config_unreadable"]
+    assert "The run goes on" in result.events[1]["hint"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "-1", "65536", ":80", "::1:80", "[::1]", "1.2.3.4", "80x", "a:b:1", "\uff18"]
+)
+def test_a_malformed_port_is_a_wrong_command_line(tmp_path: Path, text: str) -> None:
+    result = run("--config", tmp_path / "none", f"--health-port={text}")
+    assert (result.code, result.last["code"], len(result.events)) == (2, "usage", 2)
+    assert result.last["message"].startswith(f"--health-port: '{text}' is not [HOST:]N")
+    assert "8080" in result.last["hint"]
+
+
+def test_hosts_and_ports_are_read_from_the_option_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORA_HEALTH_PORT", raising=False)
+    assert trainer.health_address(None) is None
+    assert trainer.health_address("0") == ("127.0.0.1", 0)
+    assert trainer.health_address("0.0.0.0:65535") == ("0.0.0.0", 65535)
+    assert trainer.health_address("trainer.local:80") == ("trainer.local", 80)
+    assert trainer.health_address("[fe80::1%eth0]:80") == ("fe80::1%eth0", 80)
+    monkeypatch.setenv("LORA_HEALTH_PORT", "")
+    assert trainer.health_address(None) is None
+    monkeypatch.setenv("LORA_HEALTH_PORT", "8080")
+    assert trainer.health_address(None) == ("127.0.0.1", 8080)
+    assert trainer.health_address("[::1]:9") == ("::1", 9)
+    monkeypatch.setenv("LORA_HEALTH_PORT", "none")
+    assert trainer.health_address("9") == ("127.0.0.1", 9)
+    with pytest.raises(trainer.TrainerError, match="LORA_HEALTH_PORT: 'none'"):
+        trainer.health_address(None)
+
+
+@pytest.mark.parametrize(("host", "foreign"), [("[::1]", 403), ("0.0.0.0", 200), ("[::]", 200)])
+def test_other_names_are_heeded_only_where_other_machines_may_connect(tmp_path: Path, host: str, foreign: int) -> None:
+    made = Served(WAITING, "--config", tmp_path / "none", port=f"{host}:0")
+    if made.address == "None":
+        made.stop()
+        pytest.skip("no IPv6 here")
+    assert made.get("/health")[0] == 200
+    assert made.get("/health", Host="trainer.example.com")[0] == foreign
+    if host == "[::]":
+        made.place = ("127.0.0.1", made.place[1])
+        assert made.get("/health")[0] == 200
+    made.stop()
+
+
+def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
+    events: Any = Recorder()
+    server = trainer.HealthServer(events, Quiet())
+
+    def ask() -> tuple[int, Json]:
+        head, _, body = server.answer(b"GET /health HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
+
+    events.beat()
+    assert ask()[0] == 200
+    events.beat_at -= server.STALLED_S + 1
+    code, body = ask()
+    assert (code, body["status"], body["idle_seconds"] > 600) == (503, "stalled", True)
+    assert server.answer(b"GET /status HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert server.answer(b"HEAD /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+    events.beat()
+    assert ask()[1]["status"] == "ok"
+    events.ended = "complete"
+    events.beat_at -= server.STALLED_S + 1
+    assert (ask()[0], ask()[1]["status"]) == (200, "ended")
+
+
+@needs_torch
+def test_every_micro_batch_and_denoising_step_is_a_sign_of_progress(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepare(
+        tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=3, sample_steps=7)
+    )
+    beats: list[int] = []
+    monkeypatch.setattr(made.events, "beat", lambda: beats.append(1))
+    made.accumulate(0)
+    assert len(beats) == 3
+    beats.clear()
+    made.denoise(torch.randn(1, 4, 8, 8), "zorb")
+    assert len(beats) == 7
+
+
+def test_each_item_of_long_work_is_a_sign_of_progress_even_where_its_event_is_left_out() -> None:
+    code = (
+        "import json, sys, train_lora as t\n"
+        "s = t.EventStream(); s.REPEAT_S = 1e9; beats = []\n"
+        "for n in s.track('Encoding.', range(5), 5, phase='caching'):\n"
+        "    beats.append(s.beat_at); s.beat_at = 0.0\n"
+        "print(json.dumps([beat > 0 for beat in [*beats, s.beat_at]]), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr.splitlines()[-1]) == [True] * 6
+
+
+def test_the_newest_events_of_each_type_are_kept_and_long_ones_are_not() -> None:
+    code = (
+        "import sys, train_lora as t\n"
+        "s = t.EventStream()\n"
+        "for n in range(100): s.warning('x', f'{n}')\n"
+        "s.info('a note'); s.info('y' * 20_000)\n"
+        "server = t.HealthServer(s, t.StopWatcher(s))\n"
+        "sys.stderr.buffer.write(server.answer(b'GET /status HTTP/1.0\\r\\n\\r\\n').partition(b'\\r\\n\\r\\n')[2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    body = json.loads(done.stderr)
+    assert [event["message"] for event in body["events"]] == ["95", "96", "97", "98", "99", "a note"]
+    assert body["warnings"] == 100
+
+
+HUNG = """
+import ctypes
+t.HealthServer.STALLED_S = 0.2
+def hang(*_):
+    while True:  # a signal ends C's sleep
+        ctypes.CDLL(None).sleep(600)
+t.load_config = hang
+"""
+
+
+@posix
+def test_a_main_thread_that_hangs_in_a_library_is_stalled_and_still_stopped(tmp_path: Path) -> None:
+    made = Served(HUNG, "--config", tmp_path / "none")
+    deadline = time.monotonic() + 60
+    while (answer := made.get("/health"))[0] != 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (answer[2]["status"], answer[2]["stalled_after_seconds"]) == ("stalled", 0.2)
+    assert made.get("/status")[2]["status"] == "stalled"
+    assert made.stop().code == 143
+
+
+def worry(made: Served, until: Callable[[], Any]) -> list[int]:
+    """Send every kind of request at once, over and over; what /health said in between."""
+    codes, requests = [], [request for request, _ in REQUESTS.values()]
+    while not until():
+        for request in (*requests, AT_HOME, CLIENT_HELLO, b"G"):
+            with contextlib.suppress(OSError):
+                made.connect(request[:20_000]).close()
+        with contextlib.suppress(OSError):  # it has ended
+            codes.append(made.get("/health")[0])
+    return codes
+
+
+@needs_torch
+@pytest.mark.parametrize("way", ["train", "validate only"])
+def test_a_run_under_hostile_requests_tells_the_same_and_ends_the_same(
+    tmp_path: Path, images: Path, models: Path, way: str
+) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=30, sample_prompts=["a"]))
+    arguments = ["--config", str(config), *(["--validate-only"] if way == "validate only" else [])]
+    alone = run(*arguments, "--set", f"output_path={tmp_path / 'alone'}")
+    made = Served("", *arguments, stderr=subprocess.DEVNULL)
+    assert made.process.stdout
+    rest: list[bytes] = []
+    reader = threading.Thread(target=lambda: rest.append(made.process.stdout.read()))  # type: ignore[union-attr]
+    reader.start()
+    codes = worry(made, lambda: not reader.is_alive())
+    result = Run(made.process.wait(timeout=60), b"".join([*made.lines, *rest]), b"")
+    assert set(codes) == {200}
+
+    def told(one: Run) -> list[tuple[Any, ...]]:
+        of_steps = [event for event in one.events if event["type"] not in ("start", "info")]
+        return [(event["type"], event.get("step"), event.get("loss"), event.get("code")) for event in of_steps]
+
+    assert (result.code, told(result)) == (alone.code, told(alone))
+
+
+SHORT_PIPE = """
+import fcntl
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 4096)
+t.EventStream.QUEUE_LIMIT = 5
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes have another size")
+@needs_torch
+def test_status_follows_a_run_whose_reader_is_asleep_and_its_events_are_those_of_the_schema(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = write_config(
+        tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000, checkpoint_steps=20, log_steps=1)
+    )
+    made = Served(SHORT_PIPE, "--config", config, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while (body := made.get("/status")[2])["saved_step"] < 40:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    log = {event["seq"]: event for event in logged(tmp_path / "out/events.jsonl")}
+    for event in body["events"]:
+        EVENT_VALIDATOR.validate(event)
+        assert event == log[event["seq"]]
+    assert [event["seq"] for event in body["events"]] == sorted(event["seq"] for event in body["events"])
+    assert collections.Counter(event["type"] for event in body["events"])["progress"] == 5
+    newest = [event for event in body["events"] if event["type"] == "progress"][-1]
+    shown = ("step", "total_steps", "percent", "loss", "loss_avg", "learning_rate", "epoch", "steps_per_second")
+    assert {key: body[key] for key in (*shown, "eta_seconds", "vram_gb")} == {
+        key: newest[key] for key in (*shown, "eta_seconds", "vram_gb")
+    }
+    assert (body["status"], body["state"], body["phase"]) == ("ok", "running", "training")
+    assert Path(body["saved_state_path"]).name.startswith("state_step_")
+    assert not [value for key, value in body.items() if key != "events" and isinstance(value, (dict, list))]
+    result = made.stop()
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    assert result.last["dropped"] > 0
+
+
+@posix
+@needs_torch
+def test_slow_connections_do_not_delay_a_stop(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=100_000))
+    made = Served("t.HealthServer.CONNECTION_S = 600.0", "--config", config, stderr=subprocess.DEVNULL)
+    slow = [made.connect(AT_HOME) for _ in range(100)]
+    while made.get("/health")[2]["phase"] != "training" or not made.get("/health")[2]["step"]:
+        time.sleep(0.05)
+    result = made.stop()  # which waits for a minute at most; a connection has ten
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    for connection in slow:
+        connection.close()
+
+
+@posix
+@needs_torch
+def test_of_several_processes_the_main_one_serves(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_HEALTH_PORT", "0")
+    result = together(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    assert [event["seq"] for event in result.events if "address" in event] == [1]
+    assert "health_unavailable" not in [event["code"] for event in result.of("warning")]
+
+
+def test_the_health_page_describes_every_field_and_states_the_time(served: Served) -> None:
+    page = (ROOT / "docs/health.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(served.get("/status")[2])
+    assert f"{trainer.HealthServer.STALLED_S:.0f} seconds" in page
+    for status in trainer.ANSWERS:
+        assert str(status) in page
+
+
+# ======================================================================================
 # output folder
 # ======================================================================================
 
@@ -1745,6 +2232,8 @@ def test_the_output_folder_holds_exactly_what_the_readme_lists(tmp_path: Path, i
         "config.json",
         "events.jsonl",
         "my_final.safetensors",
+        "report.html",
+        "samples/grid.png",
         *(f"checkpoints/my_step_{step}.safetensors" for step in (2, 4, 6)),
         *(f"checkpoints/state_step_{step}.safetensors" for step in (4, 6)),
         *(f"samples/step_{step}_{index}.png" for step in (2, 4, 6) for index in (0, 1)),
@@ -5823,6 +6312,317 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(
     assert made.final_path.exists()
     told = [event["message"] for event in emitted(made, "warning") if event["code"] == "tracking_failed"]
     assert [message.rpartition(": ")[2] for message in told] == ["no account", "no network"]
+
+
+# ======================================================================================
+# report
+# ======================================================================================
+
+
+class Logger(Recorder):
+    """A recorder that writes events.jsonl too."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.emit("start")
+
+    def emit(self, event_type: str, **fields: Any) -> None:
+        super().emit(event_type, **fields)
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.events[-1]) + "\n")
+
+    def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
+        self.emit("info", message=message, phase=phase or "", **fields)
+
+
+def make_reporting(tmp_path: Path, config: Json, **options: Any) -> trainer.LoRATrainer:
+    made = make_trainer(tmp_path, config, **options)
+    made.events = Logger(made.folder.path / "events.jsonl")
+    made.stop.conclude = lambda: None  # type: ignore[method-assign]
+    return made
+
+
+def report_of(tmp_path: Path, config: Json, **options: Any) -> Page:
+    """Run in this process, to the end or to a stop, and read its page."""
+    made = make_reporting(tmp_path, config, **options)
+    made.run()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    return Page(made.folder.path / "report.html")
+
+
+class Page(html.parser.HTMLParser):
+    """A page that was read strictly: its texts by element, links, pictures; every element is closed in its turn."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source, self.open = path.read_text("utf-8"), list[str]()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: dict[str, list[str]] = collections.defaultdict(list)
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.open += [] if tag in self.VOID else [tag]
+        self.texts[tag].append("")
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        assert tag == "path"  # of an SVG
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    def of(self, tag: str, name: str) -> list[str]:
+        return [value for owner, key, value in self.attributes if (owner, key) == (tag, name)]
+
+    @property
+    def rows(self) -> dict[str, str]:
+        return dict(zip(self.texts["th"], self.texts["td"], strict=True))
+
+
+def grid_text(path: Path) -> tuple[str, list[str]]:
+    """Give (run, names of the samples) of a grid.png."""
+    with Image.open(path) as image:
+        text: Any = image.info
+    return text["run_id"], [key.split()[0] for key in json.loads(text["tiles"])]
+
+
+def told(*events: Any) -> trainer.RunLog:
+    """What a log comes to: phases are texts, progress is a step, a validation (step, loss)."""
+    log = trainer.RunLog()
+    for event in events:
+        if isinstance(event, int):
+            fields: Json = {"type": "progress", "step": event, "loss": event / 10, "loss_avg": None}
+            log.take(fields | {"learning_rates": {"unet": 1e-4}})
+        elif isinstance(event, tuple):
+            log.take({"type": "validation", "step": event[0], "loss": event[1]})
+        else:
+            log.take({"type": "start"} if event == "start" else {"type": "info", "message": "", "phase": event})
+    return log
+
+
+def test_attempts_are_told_as_one_run() -> None:
+    first = ("start", "loading", "training", 1, 2, (2, 0.5), "training", 3, 4, (4, 0.4))
+    resumed = told(*first, "start", "resuming", "training", 3, (3, 0.7))
+    assert resumed.curves["progress loss"] == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert resumed.curves["validation loss"] == {2: 0.5, 3: 0.7}
+    assert resumed.curves["unet"].keys() == {1, 2, 3}
+    failed = told(*first, "start", "loading", "start", "resuming")
+    assert [*failed.curves["progress loss"]] == [1, 2, 3, 4]
+    fresh = told(*first, "start", "training", 2)
+    assert fresh.curves["progress loss"] == {2: 0.2}
+    assert not fresh.curves["validation loss"]
+    assert [*told(*first, "start", "training", 1, 2, "start", "resuming", "training", 2, 3).curves["unet"]] == [1, 2, 3]
+
+
+def test_a_log_is_read_on_from_where_it_was_and_what_is_no_event_is_passed_over(tmp_path: Path) -> None:
+    path, log = tmp_path / "events.jsonl", trainer.RunLog()
+    event = {"type": "progress", "loss": 0.5, "loss_avg": 0.5, "learning_rates": {}}
+    lines = [json.dumps(event | {"step": step}) for step in (1, 2, 3)]
+    path.write_text("\n".join(["null", "[1]", "{}", "not JSON", '{"type": "progress"}', lines[0], lines[1][:20]]))
+    log.read(path)
+    assert [*log.curves["progress loss"]] == [1]
+    with path.open("a") as file:
+        file.write(lines[1][20:] + "\n")
+    log.read(path)
+    assert [*log.curves["progress loss"]] == [1, 2]
+    path.write_text(lines[2] + "\n")
+    log.read(path)
+    assert [*log.curves["progress loss"]] == [1, 2, 3]
+
+
+def test_a_thinned_curve_keeps_ends_and_extremes_and_a_hundred_thousand_steps_stay_few() -> None:
+    draws = random.Random(1)
+    curve = {step: draws.random() for step in range(1, 20_001, 3)} | {777: 9.0, 12_001: -9.0}
+    curve = dict(sorted(curve.items()))
+    few = trainer.thinned(curve, 400)
+    assert 200 < len(few) <= 400
+    assert few.items() <= curve.items()
+    assert (min(few), max(few)) == (1, max(curve))
+    assert (min(few.values()), max(few.values())) == (-9.0, 9.0)
+    assert trainer.thinned({1: 0.5, 2: 0.4}, 400) == {1: 0.5, 2: 0.4}
+    log = trainer.RunLog()
+    for step in range(1, 100_001):
+        log.take({"type": "progress", "step": step, "loss": 1 / step, "loss_avg": 0.1, "learning_rates": {}})
+        assert len(log.curves["progress loss"]) <= 2 * log.MOST_POINTS
+    assert (min(log.curves["progress loss"]), log.curves["progress loss"][100_000]) == (1, 1e-5)
+
+
+def test_columns_are_even_with_both_ends_and_a_new_one_brings_no_old_one_back() -> None:
+    before: set[int] = set()
+    for count in range(1, 200):
+        chosen = trainer.spread(range(count), 12)
+        assert chosen[0] == 0 and chosen[-1] == count - 1 and len(chosen) == min(count, len(chosen)) <= 12
+        assert len({after - one for one, after in itertools.pairwise(chosen[:-1])}) <= 1
+        assert set(chosen) <= before | {count - 1}
+        before = set(chosen)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1000, [0, 200, 400, 600, 800, 1000]),
+        (0.12, 0.31, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]),
+        (1e-4, 1e-4, [0, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4]),
+        (0, 0, [0, 0.2]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
+    assert trainer.ticks(low, high) == pytest.approx(expected)
+
+
+@needs_torch
+def test_a_label_has_no_boxes_and_fits() -> None:
+    font = ImageFont.load_default(16)
+    assert trainer.label("a  caf\u00e9\non \u5e02\u5834 \U0001f600 hill", font, 900) == "a cafe on … hill"
+    assert trainer.label("\u8d64\u3044\u732b", font, 900) == "…"
+    assert trainer.label("lone \ud800", font, 900) == "lone …"
+    long = trainer.label("word " * 400, font, 200)
+    assert long.endswith("…") and 150 < font.getlength(long) <= 200
+
+
+@needs_torch
+def test_the_grid_has_this_runs_samples_only_and_decodes_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+    thumbnail = Image.Image.thumbnail
+
+    def counted(image: Any, size: Any) -> None:
+        decoded.append(image)
+        thumbnail(image, size)
+
+    monkeypatch.setattr(Image.Image, "thumbnail", counted)
+    samples = {(step, row): tmp_path / f"step_{step}_{row}.png" for step in (0, 5, 10) for row in (0, 1)}
+    for (step, row), path in samples.items():
+        picture = Image.new("RGB", (512, 512), (20 * step, 200 * row, 9))
+        path.write_bytes(trainer.png_bytes(picture, {"run_id": "other" if (step, row) == (5, 1) else "ours"}))
+    samples[0, 1].write_bytes(samples[0, 1].read_bytes()[:-300])
+    grid = tmp_path / "grid.png"
+
+    def draw(chosen: Any, prompts: tuple[str, ...] = ("a", "b")) -> tuple[int, Any]:
+        decoded.clear()
+        trainer.draw_grid(grid, "ours", prompts, {place: samples[place] for place in chosen}, 128)
+        with Image.open(grid) as image:
+            image.load()
+        return len(decoded), image
+
+    early = [place for place in samples if place[0] < 10]
+    assert draw(early)[0] == 3
+    count, image = draw(samples)
+    assert (count, image.size) == (2, (416, 28 + 2 * 156 + 8))
+    middles = {
+        (step, row): image.getpixel((72 + 136 * column, 120 + 156 * row))
+        for column, step in enumerate((0, 5, 10))
+        for row in (0, 1)
+    }
+    white = (255, 255, 255)
+    expected = {(0, 0): (0, 0, 9), (5, 0): (100, 0, 9), (10, 0): (200, 0, 9), (10, 1): (200, 200, 9)}
+    assert middles == expected | {(0, 1): white, (5, 1): white}
+    unchanged = grid.stat().st_mtime_ns
+    assert draw(samples)[0] == 0 and grid.stat().st_mtime_ns == unchanged
+    assert draw(samples, ("a", "c"))[0] == 0 and grid.stat().st_mtime_ns != unchanged
+    os.utime(samples[10, 0], ns=(1, 1))
+    assert draw(samples)[0] == 1
+    grid.write_bytes(b"no picture")
+    assert draw(samples)[0] == 5
+
+
+@needs_torch
+def test_a_page_tells_of_the_run_and_nothing_in_it_is_markup_or_from_elsewhere(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    hostile = ["</style><script>alert(1)</script>", "\"'><img src=x onerror=alert(2)> \u8d64 {x} %s $y &amp; \x00"]
+    out = tmp_path / "o'u\"t #1 %41?<b>"
+    changes: Json = {"sample_prompts": hostile, "validation_split": 0.3, "metadata": {"title": "</pre><script>"}}
+    changes |= {"validation_steps": 2, "train_text_encoder": True, "sample_at_start": True}
+    page = report_of(tmp_path, small(images, models / "sd15", out, **changes))
+    assert page.texts["h1"] == page.texts["title"] == ["lora: finished"]
+    assert "script" not in page.texts and "onerror" not in {name for _, name, _ in page.attributes}
+    assert page.texts["p"][0] == hostile[0]
+    assert json.loads(page.texts["pre"][0])["sample_prompts"] == hostile
+    assert [figure.split("\n")[0] for figure in page.texts["h3"]][:3] == ["Loss", "Held-out loss", "Learning rate"]
+    links = {*page.of("a", "href"), *page.of("img", "src")}
+    names = {f"samples/step_{step}_{row}.png" for step in (0, 2, 4) for row in (0, 1)}
+    assert links == names | {"samples/grid.png"}
+    assert all((out / name).is_file() for name in links)
+    assert page.of("img", "alt") == [f"Prompt {row} at step {step}" for row in (1, 2) for step in (0, 2, 4)]
+    assert not re.search(r"https?:|url\(|@import", page.source.replace(hostile[0], ""))
+    (policy,) = (value for value in page.of("meta", "content") if "default-src" in value)
+    digest = base64.b64encode(hashlib.sha256(page.texts["style"][0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"
+    assert len(page.source.splitlines()) - len(page.texts["pre"][0].splitlines()) < 120
+    assert page.rows["Steps"].startswith("4 of 4, ")
+    assert page.rows["Images"] == "5" and page.rows["Validation images"] == "2"
+
+
+@needs_torch
+def test_report_and_grid_follow_a_run_through_stop_resume_other_prompts_and_fresh(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=8, validation_steps=2, sample_prompts=["a", "b"])
+    grid = tmp_path / "out/samples/grid.png"
+    killed = make_reporting(tmp_path, config | {"checkpoint_steps": 4}, stop=Quiet(after=24))
+    killed.setup()
+    assert not killed.train()
+    killed.folder._lock.close()  # type: ignore[union-attr]
+    page = Page(tmp_path / "out/report.html")
+    assert (page.texts["h1"], page.rows["Steps"][:6]) == (["lora: running"], "6 of 8")
+    run_id, names = grid_text(grid)
+    assert names == [f"step_{step}_{row}.png" for row in (0, 1) for step in (2, 4, 6)]
+    config["sample_prompts"] = ["a", "other"]
+    stopped = report_of(tmp_path, config, stop=Quiet(after=0))
+    assert (stopped.texts["h1"], stopped.rows["Steps"][:6]) == (["lora: interrupted"], "4 of 8")
+    assert grid_text(grid) == (run_id, ["step_2_0.png", "step_4_0.png"])
+    assert (tmp_path / "out/samples/step_6_0.png").exists()
+    assert report_of(tmp_path, config).texts["h1"] == ["lora: finished"]
+    assert grid_text(grid)[1] == [f"step_{name}.png" for name in ("2_0", "4_0", "6_0", "8_0", "6_1", "8_1")]
+    before = {path: path.stat().st_mtime_ns for path in (grid, tmp_path / "out/report.html")}
+    report_of(tmp_path, config)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    fresh = report_of(tmp_path, config | {"validation_steps": 3, "steps": 4}, fresh=True)
+    assert fresh.rows["Steps"].startswith("4 of 4, ")
+    assert fresh.of("img", "src") == ["samples/step_3_0.png", "samples/step_3_1.png"]
+    assert grid_text(grid)[0] != run_id and grid_text(grid)[1] == ["step_3_0.png", "step_3_1.png"]
+    report_of(tmp_path, config | {"validation_steps": 0}, fresh=True)
+    assert not grid.exists()
+
+
+@needs_torch
+def test_a_failed_run_says_so_on_its_page(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: trainer.LoRATrainer, *_: Any) -> None:
+        raise RuntimeError("no luck <today>")
+
+    monkeypatch.setattr(trainer.LoRATrainer, "finish", fail)
+    with pytest.raises(RuntimeError):
+        report_of(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    page = Page(tmp_path / "out/report.html")
+    assert page.texts["h1"] == ["lora: failed"]
+    assert "no luck <today>" in page.rows["Message"] and page.rows["Message"].startswith("internal: ")
+
+
+@needs_torch
+def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, images: Path, models: Path
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1)
+    made = make_reporting(tmp_path, config)
+    (tmp_path / "out/report.html").mkdir()
+    made.run()
+    assert made.final_path.exists()
+    assert warning_codes(made).count("report_not_written") == 1
+    assert (tmp_path / "out/report.html").is_dir()
 
 
 # ======================================================================================

@@ -27,6 +27,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     several processes        Group: who trains together, one of them for all to see
+    health                   HealthServer: /health and /status over HTTP, for a monitor
     output folder            one run per folder, every file whole or not at all
     single files             headers of safetensors files; checkpoints in the original layout, known by theirs
     the Hub                  which files of a model a run needs, and how they come
@@ -42,6 +43,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     checkpoints              the state file: everything needed to go on
     samples                  the DDIM sampler, PNG with its prompt in it
     tracking                 TensorBoard, Weights & Biases
+    report                   samples/grid.png and report.html: the run for people to look at
     trainer                  LoRATrainer: setup, train, loss, sample, save, finish
     command line             arguments, --validate-only, main
 """
@@ -64,6 +66,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -93,6 +96,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
+
     import accelerate
     import diffusers
     import peft
@@ -100,7 +105,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageChops, ImageOps, PngImagePlugin
+    from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, PngImagePlugin
     from safetensors import safe_open
     from torch import Tensor
 
@@ -221,7 +226,7 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
 
     `unused` are packages that others would import because they are there, and that this run does not need.
     """
-    global accelerate, torch, diffusers, transformers, peft, safetensors
+    global accelerate, torch, diffusers, transformers, peft, safetensors, ImageDraw, ImageFont
     modules: Any = sys.modules
     for name in unused:
         modules.setdefault(name, None)  # importing it fails, as if it were not installed
@@ -235,6 +240,7 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
         import safetensors.torch
         import torch
         import transformers
+        from PIL import ImageDraw, ImageFont
     finally:
         gc.freeze()  # modules live as long as the process
         gc.enable()
@@ -1051,6 +1057,9 @@ class EventStream:
     QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
     REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
     LOG_S = 10.0  # progress lines on a stderr that is no terminal
+    KEPT, KEPT_BYTES = 5, 16_000  # how many lines of each type stay in `recent`, and how long they may be
+    recent: Mapping[str, tuple[tuple[int, bytes], ...]] = {}  # by type: the newest (seq, line)
+    beat_at = STARTED  # when there was a sign of progress last
     relayed: frozenset[tuple[str, str]] = frozenset()  # warnings (code, message) that other processes gave first
 
     def __init__(self) -> None:
@@ -1081,6 +1090,7 @@ class EventStream:
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, ...)."""
+        self.beat()
         with self._lock:
             if self.ended:
                 return
@@ -1090,6 +1100,9 @@ class EventStream:
             event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
             self._seq += 1
             line = event.line()
+            if len(line) <= self.KEPT_BYTES:  # replaced, not changed: read without the lock, which a disk may hold
+                kept = (*self.recent.get(event_type, ()), (event.seq, line))[-self.KEPT :]
+                self.recent = {**self.recent, event_type: kept}
             self._unlogged.append(line)
             self._write_log()
             if event_type == "progress" and self._queue.qsize() >= self.QUEUE_LIMIT:
@@ -1101,8 +1114,13 @@ class EventStream:
                 message = f"events.jsonl takes no events: {self._log_error.strerror}."
                 self.warning("log_not_written", message, "stdout has them all; the log catches up if it can.")
 
+    def beat(self) -> None:
+        """Note that the work makes progress; every event and every item of `track` does that too."""
+        self.beat_at = time.monotonic()
+
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
         """Tell of a phase; repeats with `current` and `total` are thinned out, but for the last."""
+        self.beat()
         self.phase = phase or self.phase
         now = time.monotonic()
         repeat = self._last_info[0] == message and 0 < fields.get("current", 0) < fields.get("total", 0)
@@ -1627,6 +1645,159 @@ class Follower(StopWatcher):
     def heed(self, number: int) -> None:
         if not self._group.send(stop=number):
             super().heed(number)
+
+
+# ======================================================================================
+# health
+# ======================================================================================
+
+ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
+ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
+REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[!#-'*+.^-z|~0-9A-Z-]+:[^\0\r\n]*\r\n)*)\r\n")
+HOST = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t]*\r$")
+LOCAL_HOST = re.compile(rb"(?i)(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
+VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # what /health shows of the report
+ANSWERS = {  # by status: the reason, and the hint where it refuses
+    200: ("OK", ""),
+    400: ("Bad Request", "This is not HTTP/1.1."),
+    403: ("Forbidden", "The header Host must be localhost or an IP address."),
+    404: ("Not Found", "There are /health and /status."),
+    405: ("Method Not Allowed", "Use GET or HEAD."),
+    431: ("Request Header Fields Too Large", "Send less than 8 kB."),
+    503: ("Service Unavailable", ""),
+}
+
+
+def health_address(option: str | None) -> tuple[str, int] | None:
+    """Read (host, port) from --health-port, else from the environment; None: from neither. Raises `usage`."""
+    variable = os.environ.get("LORA_HEALTH_PORT") or None
+    name, text = ("LORA_HEALTH_PORT", variable) if option is None else ("--health-port", option)
+    if text is None:
+        return None
+    found = ADDRESS.fullmatch(text)
+    if not found or int(found[2]) > 65535:
+        raise TrainerError("usage", f"{name}: '{text}' is not [HOST:]N with N from 0 to 65535.", ADDRESS_HINT)
+    return (found[1] or "127.0.0.1").strip("[]"), int(found[2])
+
+
+def response(status: int, body: bytes | None = None, *, bodiless: bool = False) -> bytes:
+    """Put an HTTP response together; without a body it is a refusal."""
+    reason, hint = ANSWERS[status]
+    body = json.dumps({"error": reason, "hint": hint}).encode() if body is None else body
+    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head += "Allow: GET, HEAD\r\n" if status == 405 else ""
+    head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+    return head.encode() + (b"" if bodiless else body)
+
+
+class HealthServer:
+    """Answers GET /health and GET /status, from a thread that nothing waits for.
+
+    Who connects may be broken or hostile. So a connection is good for one answer within two seconds; where there are
+    many, the oldest is dropped, and slow ones shut nobody out; and all that comes is taken in small pieces with pauses
+    between them, so that it cannot take the interpreter away from the training.
+    """
+
+    STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
+    CONNECTIONS = 32
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
+    HEAD_BYTES = 8192
+    ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
+
+    def __init__(self, events: EventStream, stop: StopWatcher) -> None:
+        self._events, self._stop = events, stop
+        self.local = True  # no other machine can connect
+
+    def start(self, host: str, port: int) -> None:
+        """Serve, and tell where. Where that fails, warn: no run is lost for its monitor."""
+        global asyncio
+        import asyncio  # takes half as long as all else up to here
+
+        try:
+            family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+            server = socket.create_server(place, family=family, backlog=512, dualstack_ipv6=both)
+        except (OSError, UnicodeError) as error:
+            message = f"/health and /status cannot be served on {host}, port {port}: {error}"
+            hint = f"The run goes on without them. {ADDRESS_HINT}"
+            return self._events.warning("health_unavailable", message, hint)
+        server.setblocking(False)
+        host, port = server.getsockname()[:2]
+        self.local = host == "::1" or host.startswith("127.")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        serve = functools.partial(asyncio.run, self._accept(server), debug=False)
+        threading.Thread(target=serve, name="health", daemon=True).start()
+        return self._events.info(f"Serving http://{address}/health and /status.", address=address)
+
+    def report(self) -> JSON:
+        """Tell how the run is, without the events of /status; null is what is not known yet."""
+        events, stop, now = self._events, self._stop, time.monotonic()
+        lines = events.recent.get("progress")
+        progress = json.loads(lines[-1][1]) if lines else {}
+        idle = now - events.beat_at
+        status = "ended" if events.ended else "stalled" if idle > self.STALLED_S else "ok"
+        report = {"status": status, "phase": events.phase, "step": progress.get("step", stop.saved.step)}
+        report |= {"idle_seconds": round(idle, 3), "stalled_after_seconds": self.STALLED_S}
+        report |= {"state": events.ended or ("stopping" if stop.requested else "running")}
+        report |= {"version": VERSION, "pid": os.getpid(), "elapsed": round(now - STARTED, 3)}
+        report |= {key: progress.get(key) for key in ("total_steps", "percent", "loss", "loss_avg", "learning_rate")}
+        report |= {key: progress.get(key) for key in ("epoch", "steps_per_second", "eta_seconds", "vram_gb")}
+        report |= {f"saved_{key}": value for key, value in dataclasses.asdict(stop.saved).items()}
+        return dict(strict(report | {"warnings": len(events.warnings)}))
+
+    def answer(self, head: bytes) -> bytes:
+        """Give the response to a request's head, whatever comes behind it."""
+        request = REQUEST.match(head)
+        if not request:
+            return response(431 if len(head) >= self.HEAD_BYTES else 400)
+        method, target, headers = request.groups()
+        hosts, page, bodiless = HOST.findall(headers), target.partition(b"?")[0], method == b"HEAD"
+        # A web page may lead a name of its own to this machine, and read what is answered under that name.
+        if self.local and not all(map(LOCAL_HOST.fullmatch, hosts)):
+            return response(403, bodiless=bodiless)
+        if page not in (b"/health", b"/status"):
+            return response(404, bodiless=bodiless)
+        if method not in (b"GET", b"HEAD"):
+            return response(405)
+        report = self.report()
+        if page == b"/health":
+            vitals = json.dumps({key: report[key] for key in VITALS}).encode()
+            return response(503 if report["status"] == "stalled" else 200, vitals, bodiless=bodiless)
+        lines = [line.rstrip() for _, line in sorted(itertools.chain(*self._events.recent.values()))]
+        body = json.dumps(report).encode()[:-1] + b', "events": [' + b", ".join(lines) + b"]}"
+        return response(200, body, bodiless=bodiless)
+
+    async def _accept(self, server: socket.socket) -> None:
+        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
+        loop.set_exception_handler(lambda *_: None)
+        while True:
+            await asyncio.sleep(self.ACCEPT_PAUSE_S)
+            try:
+                connection, _ = await loop.sock_accept(server)
+            except OSError:  # no descriptor is left, say
+                await asyncio.sleep(0.1)
+                continue
+            if len(talks) >= self.CONNECTIONS:
+                oldest, since = next(iter(talks.items()))
+                await asyncio.sleep(since + self.HURRY_S - loop.time())
+                oldest.cancel()
+            talk = loop.create_task(self._talk(connection))
+            talks[talk] = loop.time()
+            talk.add_done_callback(talks.pop)
+            loop.call_later(self.CONNECTION_S, talk.cancel)
+
+    async def _talk(self, connection: socket.socket) -> None:
+        """Read a request's head, and answer."""
+        loop, head, piece = asyncio.get_running_loop(), b"", b"-"
+        with connection, contextlib.suppress(OSError):
+            while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
+                await asyncio.sleep(self.READ_PAUSE_S if head else 0)
+                piece = await loop.sock_recv(connection, self.HEAD_BYTES)
+                head += piece
+            await loop.sock_sendall(connection, self.answer(head))
+            connection.shutdown(socket.SHUT_WR)
+            while await loop.sock_recv(connection, 65536):  # closed with bytes unread, it could lose the answer
+                await asyncio.sleep(self.READ_PAUSE_S)
 
 
 # ======================================================================================
@@ -5221,6 +5392,311 @@ class Trackers:
 
 
 # ======================================================================================
+# report
+# ======================================================================================
+
+
+def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
+    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
+    config, dataset = plan.config, plan.dataset
+    ours = dataset.of_role("train", "validation")
+    batches = batches_per_epoch(plan.buckets, config.batch_size)
+    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
+    return {
+        "images": len(ours),
+        "validation_images": len(dataset.of_role("validation")),
+        "regularization_images": len(dataset.of_role("prior")),
+        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
+        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
+        "captions": dict(collections.Counter(example.caption_source for example in ours)),
+        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
+        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
+        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
+        "tokens": tokens,
+        "duplicates": duplicates(dataset),
+        "suggestions": list(dict.fromkeys(filter(None, hints))),
+    }
+
+
+Place = tuple[int, int]  # of a sample: (step, number of its prompt)
+
+
+class RunLog:
+    """What events.jsonl tells of a run, all of its attempts as if they were one.
+
+    An attempt that begins at zero is another run; a step that comes again replaces what was told from there on.
+    """
+
+    MOST_POINTS = 4000  # of a curve; twice as many are thinned
+
+    def __init__(self) -> None:
+        self.curves: dict[str, dict[int, float]] = collections.defaultdict(dict)  # {name: {step: value}}
+        self.samples: dict[int, dict[int, JSON]] = collections.defaultdict(dict)  # {step: {prompt: event}}
+        self._read, self._goes_on = 0, False  # bytes; whether the attempt was resumed, or has begun
+
+    def read(self, path: Path) -> None:
+        """Take what is new in the file."""
+        with path.open("rb") as file:
+            self._read *= file.seek(0, os.SEEK_END) >= self._read  # else it is another file: the folder was made anew
+            file.seek(self._read)
+            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+                self._read += len(line)
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no event of ours
+                    self.take(json.loads(line))
+
+    def take(self, event: JSON) -> None:
+        kind, phase, step = event["type"], event.get("phase"), event.get("step", 0)
+        if phase == "training" and not self._goes_on:
+            self.cut(-1)
+        self._goes_on = phase in ("resuming", "training") or (self._goes_on and kind != "start")
+        if kind not in ("progress", "validation", "sample"):
+            return
+        self.cut(step)
+        if kind == "sample":
+            self.samples[step][event["index"]] = event
+        values = {f"{kind} {name}": event.get(name) for name in ("loss", "loss_avg")} | event.get("learning_rates", {})
+        for name, value in values.items():
+            if value is not None:
+                self.curves[name][step] = value
+            if len(self.curves[name]) > 2 * self.MOST_POINTS:
+                self.curves[name] = thinned(self.curves[name], self.MOST_POINTS)
+
+    def cut(self, step: int) -> None:
+        """Forget what came after a step."""
+        every: list[dict[int, Any]] = [*self.curves.values(), self.samples]
+        for told in every:
+            while told and next(reversed(told)) > step:
+                told.popitem()
+
+
+def thinned(curve: Mapping[int, float], most: int) -> dict[int, float]:
+    """Leave at most so many points of {step: value}: the ends, and the lowest and highest of each stretch of steps."""
+    if len(curve) <= most:
+        return dict(curve)
+    first, last = min(curve), max(curve)
+    stretches = grouped(curve, lambda step: (step - first) * (most // 2 - 1) // (last - first + 1)).values()
+    kept = {first, last, *(end(stretch, key=curve.__getitem__) for stretch in stretches for end in (min, max))}
+    return {step: curve[step] for step in sorted(kept)}
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Choose at most so many evenly, the ends among them; with one more item, none is new but that."""
+    stride = next(2**power for power in itertools.count() if len(items[: -1 : 2**power]) < most)
+    return [*items[:-1:stride], *items[-1:]]
+
+
+def label(text: str, font: Any, width: float) -> str:
+    """Shorten a text to a width in pixels; letters lose accents, and "…" stands for what Pillow's own font lacks."""
+    plain = [char for char in unicodedata.normalize("NFKD", " ".join(text.split())) if not unicodedata.combining(char)]
+    box = bytes(font.getmask("\U0010ffff"))
+    line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
+    line = re.sub("…[… ]*…", "…", line)
+    while font.getlength(line) > width:
+        line = line[:-2] + "…"
+    return line
+
+
+def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
+    """Draw samples side by side, a row per prompt; tiles that the grid has already are taken from there."""
+    gap, line, font = 8, 28, ImageFont.load_default(16)
+    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in samples}))}
+    down = [2 * line + row * (side + line) for row in range(len(prompts))]
+    keys = {f"{file.name} {file.stat().st_mtime_ns}": place for place, file in samples.items()}
+    corners = {key: (across[step], down[row]) for key, (step, row) in keys.items()}
+    text = {"run_id": run_id, "prompts": json.dumps(prompts), "side": str(side), "tiles": json.dumps(corners)}
+    tiles: dict[str, Image.Image] = {}
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as old:  # none yet, or none of ours
+        if text.items() <= old.info.items():
+            return
+        had = json.loads(old.info["tiles"]).items() if old.info["side"] == str(side) else ()
+        tiles = {key: old.crop((x, y, x + side, y + side)) for key, (x, y) in had if key in keys}
+    for key in keys.keys() - tiles.keys():
+        file = samples[keys[key]]
+        if written_by(file) == run_id:
+            with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:  # a broken one stays blank
+                image.thumbnail((side, side))
+                tiles[key] = image.convert("RGB")
+    width = max(360, gap + len(across) * (side + gap))
+    sheet = Image.new("RGB", (width, down[-1] + side + gap), "white")
+    pen, word = ImageDraw.Draw(sheet), "step " if font.getlength(f"step {max(across)}") <= side else ""
+    for step, x in across.items():
+        pen.text((x, 6), f"{word}{step}", "black", font)
+    for row, prompt in enumerate(prompts):
+        pen.text((gap, down[row] - line + 6), label(f"{row + 1}. {prompt}", font, width - 2 * gap), "black", font)
+    for key, tile in tiles.items():
+        sheet.paste(tile, corners[key])
+    write_file(path, png_bytes(sheet, text))
+
+
+def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
+    """Give a few round numbers that enclose a range, or zero and a number."""
+    low = 0.0 if low == high else low
+    fifth = (high - low or 1.0) / 5
+    unit = 10.0 ** math.floor(math.log10(fifth))
+    step = max(finest, next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= fifth))
+    return [step * number for number in range(math.floor(low / step), max(1, math.ceil(high / step)) + 1)]
+
+
+def chart(title: str, note: str, *told: Mapping[int, float]) -> str:
+    """Draw {step: value}, the main curve last, as an SVG whose texts keep their size at any width."""
+    curves = [thinned(curve, 400) for curve in told if curve]
+    if not curves:
+        return ""
+    end, values = max(1, *map(max, curves)), [value for curve in curves for value in curve.values()]
+    up = ticks(min(values), max(values))
+    top, height = up[-1], up[-1] - up[0]
+    text = [f'<text class="up" x="-.6em" y="{(top - y) / height:.1%}" dy=".3em">{y:.4g}</text>' for y in up]
+    text += [f'<text x="{x / end:.1%}" y="100%" dy="1.5em">{x:,.0f}</text>' for x in ticks(0, end, 1) if x <= end]
+    places = [[f"{x / end * 1e4:.0f} {(top - y) / height * 1e4:.0f}" for x, y in curve.items()] for curve in curves]
+    paths = ["".join(f"M0 {(top - y) / height * 1e4:.0f}h10000" for y in up), *("M" + " ".join(p) for p in places)]
+    paths.append("".join(f"M{place}h0" for place in places[-1] if len(places[-1]) <= 30))  # dots
+    drawn = "".join(f'<path d="{path}"/>' for path in paths)
+    last, main = max(curves[-1]), [*curves[-1].values()]
+    note += f" At step {last:,}: {main[-1]:.4g}; lowest {min(main):.4g}, highest {max(main):.4g}."
+    return f"""<figure><h3>{title}</h3><svg class="plot" role="img" aria-label="{title} over the steps">{"".join(text)}
+<svg viewBox="0 0 10000 10000" preserveAspectRatio="none" width="100%" height="100%">{drawn}</svg></svg>
+<figcaption>{note}</figcaption></figure>"""
+
+
+def shown(value: Any) -> str:
+    """Write a value as HTML, whatever its texts hold."""
+    if isinstance(value, (list, tuple)):
+        more = [f"<li>and {len(value) - 20:,} more</li>"] if len(value) > 20 else []
+        return f"<ul>{''.join([*(f'<li>{shown(item)}</li>' for item in value[:20]), *more])}</ul>"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{shown(key)}: {shown(item)}" for key, item in value.items())
+    return html.escape(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", clean(str(value))))
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    cells = [f'<tr><th scope="row">{shown(key)}</th><td>{shown(row)}</td></tr>' for key, row in rows.items() if row]
+    return f"<table>{''.join(cells)}</table>"
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#d5dbe1;--back:#fff;--mark:#084f96;--faint:#5f97d3}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6edf3;--soft:#a3adb8;--line:#353c45;--back:#14171a;--mark:#7dbbff;--faint:#3d73b0}}
+body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
+color:var(--ink);background:var(--back);overflow-wrap:anywhere}
+h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
+p,ul{margin:.25rem 0}td ul{padding:0;list-style:none}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
+.charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
+.plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
+text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
+path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
+path:first-child{stroke:var(--line)}path:nth-last-child(2){stroke:var(--mark);stroke-width:2}
+path:last-child{stroke:var(--mark);stroke-width:6}
+.shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
+img{display:block;width:100%;max-width:16rem;aspect-ratio:1}pre{white-space:pre-wrap;font-size:.8rem}
+table{border-collapse:collapse;width:100%}th{width:min(9rem,35%);font-weight:400}
+th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+class Report:
+    """samples/grid.png and report.html: a run for people to look at, as events.jsonl tells of it."""
+
+    def __init__(self, folder: OutputFolder, events: EventStream, plan: Plan, run_id: str, precision: str) -> None:
+        self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
+        self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
+        self.log = RunLog()
+
+    def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
+        """Bring both files up to date; no run is lost for them."""
+        try:
+            if self.folder.is_ours():  # else the next save makes it anew, or finds that another run has it
+                self.log.read(self.folder.path / "events.jsonl")
+                self.log.cut(state.step)
+                samples = self.draw_samples()
+                write_file(self.folder.path / "report.html", self.page(state, samples, ending, why).encode())
+        except Exception as error:  # disks, pictures, events of other versions
+            if all(told["code"] != "report_not_written" for told in self.events.warnings):
+                message = f"report.html and samples/grid.png are not up to date: {error}"
+                self.events.warning("report_not_written", message, "The run goes on; they are tried again.")
+
+    def draw_samples(self) -> dict[Place, Path]:
+        """Choose the samples to show, of the prompts as they are now, and draw them as one picture."""
+        grid, seed, found = self.folder.samples / "grid.png", self.plan.config.sample_seed, {}
+        for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
+            path = self.folder.samples / f"step_{step}_{row}.png"
+            if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
+                found[step, row] = path
+        steps = spread(sorted({step for step, _ in found}), 12)
+        samples = {place: path for place, path in found.items() if place[0] in steps}
+        if samples:
+            side = min(256, self.plan.resolution, 4096 // len(self.prompts))
+            draw_grid(grid, self.run_id, self.prompts, samples, side)
+        elif written_by(grid):
+            remove(grid)  # of other prompts, or of a run that this one replaced
+        return samples
+
+    def gallery(self, samples: Mapping[Place, Path]) -> str:
+        """Show samples as linked pictures, prompt by prompt."""
+        shots: dict[int, str] = collections.defaultdict(str)
+        for (step, row), path in samples.items():
+            picture = f'<img src="samples/{path.name}" loading="lazy" alt="Prompt {row + 1} at step {step:,}">'
+            shots[row] += f'<li><a href="samples/{path.name}">{picture}</a>Step {step:,}</li>'
+        head = '<h3>Prompt {}</h3><p>{}</p>\n<ul class="shots">{}</ul>'
+        parts = [head.format(row + 1, shown(self.prompts[row]), pictures) for row, pictures in shots.items()]
+        count = f"{len({step for step, _ in samples})} of {len(self.log.samples)} steps with samples"
+        return "\n".join([*parts, f'<p><a href="samples/grid.png">All in one picture</a> ({count})</p>'])
+
+    def page(self, state: TrainState, samples: Mapping[Place, Path], ending: str, why: str) -> str:
+        plan, curves, total = self.plan, self.log.curves, self.plan.total_steps
+        hardware: Any = plan.hardware
+        run = {
+            "Message": why,
+            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):g} passes over the dataset",
+            "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
+            "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
+            "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
+        }
+        both, encoders = ("progress loss", "progress loss_avg"), "Faint: the text encoders'."
+        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *(curves[name] for name in both))
+        charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
+        charts += chart(
+            "Learning rate", encoders * bool(curves["text_encoder"]), curves["text_encoder"], curves["unet"]
+        )
+        dataset = {key.replace("_", " ").capitalize(): value for key, value in dataset_report(plan, None).items()}
+        dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
+        config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
+        bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
+        warnings = [f"{told['code']}: {told['message']} {told['hint']}" for told in self.events.warnings]
+        parts = {
+            "Run": f"{bar}\n{table(run)}",
+            "Curves": f'<div class="charts">{charts}</div>',
+            "Samples": self.gallery(samples) if samples else "None yet.",
+            "Warnings": shown(warnings or "None."),
+            "Dataset": table(dataset),
+            "Config": f"<pre>{html.escape(config)}</pre>",
+        }
+        body = "\n".join(f"<h2>{name}</h2>\n{part}" for name, part in parts.items())
+        digest = f"sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}"
+        return PAGE.format(title=f"{plan.config.output_name}: {ending}", hash=digest, style=STYLE, body=body)
+
+
+# ======================================================================================
 # trainer
 # ======================================================================================
 
@@ -5251,6 +5727,7 @@ class LoRATrainer:
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
         self.trackers = Trackers(self.events.warning)
+        self.page: Report | None = None
         self.encoder: PromptEncoder | None = None  # where the text encoders train
 
     def run(self) -> None:
@@ -5264,10 +5741,13 @@ class LoRATrainer:
             if as_trainer_error(error, "").code != "loss_not_finite":
                 with contextlib.suppress(Exception):
                     self.rescue()
+            failure = self.explained(error)
+            self.show("failed", f"{failure.code}: {failure.message} {failure.hint}")
             self.trackers.close()
             raise
         if not done and self.state.step and not self.is_saved():
             self.save()
+        self.show(*(["finished"] if done else ["interrupted", "The same command (without --fresh) goes on."]))
         self.trackers.close()
         return self.complete() if done else self.stop.conclude()
 
@@ -5317,6 +5797,14 @@ class LoRATrainer:
         for name in self.config.report_to:
             self.events.info(f"Opening {name}.", phase="tracking")
             self.trackers.open(name, self.folder.path, self.run_id, self.config, self.state.step)
+        precision = str(self.dtype).removeprefix("torch.")
+        self.page = Report(self.folder, self.events, self.plan, self.run_id, precision)
+
+    @main_only
+    def show(self, *ending: str) -> None:
+        """Bring samples/grid.png and report.html up to date; `ending` is how and why the run ended."""
+        if self.page:
+            self.page.write(self.state, *ending)
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event and hand it on to the trackers."""
@@ -5648,6 +6136,7 @@ class LoRATrainer:
             self.sample(0)
         self.stop.arm(self.rescue)
         self.catch_up()
+        self.show()
         self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
             step = self.state.step
@@ -5691,6 +6180,7 @@ class LoRATrainer:
         """
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
+            self.events.beat()
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
@@ -5963,15 +6453,17 @@ class LoRATrainer:
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
         config, step = self.config, self.state.step
-        minutes = (time.monotonic() - self.last_save) / 60
+        minutes, before = (time.monotonic() - self.last_save) / 60, self.last_save
         if self.stop.save_requested or is_due(step, config.checkpoint_steps):
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
-        if is_due(step, config.validation_steps):
+        if samples := is_due(step, config.validation_steps):
             self.settle()
             self.validate(step)
             self.sample(step)
+        if (samples or self.last_save != before) and self.stop.signal is None:  # a stop saves first
+            self.show()
 
     @main_only
     def sample(self, step: int) -> None:
@@ -6012,6 +6504,7 @@ class LoRATrainer:
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
         for timestep in sampler.timesteps:
+            self.events.beat()
             if self.stop.requested:
                 return None
             negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
@@ -6284,6 +6777,10 @@ EXAMPLES = """examples:
 """
 
 
+HEALTH_HELP = """serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
+LORA_HEALTH_PORT does the same; /health says 503 after 600 s without progress"""
+
+
 class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise TrainerError("usage", f"{message[:1].upper()}{message[1:]}.")
@@ -6297,6 +6794,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
+    parser.add_argument("--health-port", metavar="[HOST:]N", help=HEALTH_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
     return parser.parse_args(argv)
@@ -6365,28 +6863,6 @@ def check_writable(path: Path) -> None:
         raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
 
 
-def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
-    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
-    config, dataset = plan.config, plan.dataset
-    ours = dataset.of_role("train", "validation")
-    batches = batches_per_epoch(plan.buckets, config.batch_size)
-    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
-    return {
-        "images": len(ours),
-        "validation_images": len(dataset.of_role("validation")),
-        "regularization_images": len(dataset.of_role("prior")),
-        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
-        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
-        "captions": dict(collections.Counter(example.caption_source for example in ours)),
-        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
-        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
-        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
-        "tokens": tokens,
-        "duplicates": duplicates(dataset),
-        "suggestions": list(dict.fromkeys(filter(None, hints))),
-    }
-
-
 def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
     """Give the fields of the `validated` event."""
     source, family = plan.source, plan.source.family
@@ -6441,6 +6917,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = Group.from_environment()
     try:
         options = parse_arguments(argv)  # --help and --version print and leave here
+        address = health_address(options.health_port)
         if options.config == "-" and group.size > 1:
             raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
     except TrainerError as error:
@@ -6459,6 +6936,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if usage:
             raise usage
+        if address and group.is_main:
+            HealthServer(events, stop).start(*address)
         run(options, events, stop, group)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:
