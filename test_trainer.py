@@ -950,12 +950,13 @@ def test_an_error_reaches_a_person_on_stderr_too(tmp_path: Path) -> None:
 
 
 NOISE = """
-import ctypes, os, subprocess, sys, warnings
+import ctypes, logging, os, subprocess, sys, warnings
 import train_lora
 load = train_lora.import_libraries
 def noisy(*unused):
     print("python print"); os.write(1, b"raw write\\n"); subprocess.run(["echo", "a child process"])
-    ctypes.CDLL(None).puts(b"C puts"); ctypes.CDLL(None).fflush(None); warnings.warn("careful")
+    ctypes.CDLL(None).puts(b"C puts"); ctypes.CDLL(None).fflush(None);
+    warnings.warn("careful"); logging.getLogger("a library").warning("logged")
     load(*unused)
 train_lora.import_libraries = noisy
 sys.exit(train_lora.main(sys.argv[1:]))
@@ -972,6 +973,7 @@ def test_a_noisy_library_cannot_reach_stdout(tmp_path: Path, images: Path, model
     assert result.last["type"] == "validated"
     for noise in ("python print", "raw write", "a child process", "C puts"):
         assert noise in result.stderr
+    assert "careful" not in result.stderr and "logged" not in result.stderr, "advice for people at a notebook"
 
 
 @posix

@@ -71,6 +71,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -6738,6 +6739,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
         os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         warnings.simplefilter("ignore")
+        logging.lastResort = None  # what a library logs without a handler would go to stderr
     events = EventStream() if group.is_main else Relay(group)
     stop = StopWatcher(events) if group.is_main else Follower(events, group)
     stop.install()
