@@ -1654,8 +1654,8 @@ class Follower(StopWatcher):
 ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
 ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
 REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[!#-'*+.^-z|~0-9A-Z-]+:[^\0\r\n]*\r\n)*)\r\n")
-HOST = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t]*\r$")
-LOCAL_HOST = re.compile(rb"(?i)(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
+HOST = re.compile(rb"(?im)^host:(.*)\r$")
+LOCAL_HOST = re.compile(rb"(?i)[ \t]*(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?[ \t]*")
 VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # what /health shows of the report
 ANSWERS = {  # by status: the reason, and the hint where it refuses
     200: ("OK", ""),
