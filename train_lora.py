@@ -1887,8 +1887,8 @@ class Follower(StopWatcher):
 ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
 ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
 REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[!#-'*+.^-z|~0-9A-Z-]+:[^\0\r\n]*\r\n)*)\r\n")
-HOST = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t]*\r$")
-LOCAL_HOST = re.compile(rb"(?i)(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
+HOST = re.compile(rb"(?im)^host:(.*)\r$")
+LOCAL_HOST = re.compile(rb"(?i)[ \t]*(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?[ \t]*")
 VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # what /health shows of the report
 ANSWERS = {  # by status: the reason, and the hint where it refuses
     200: ("OK", ""),
@@ -5763,7 +5763,7 @@ def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[
 
 def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
     """Give a few round numbers that enclose a range, or zero and a number."""
-    low = 0.0 if low == high else low
+    low = 0.0 if high - low <= 1e-9 * high else low
     fifth = (high - low or 1.0) / 5
     unit = 10.0 ** math.floor(math.log10(fifth))
     step = max(finest, next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= fifth))
@@ -5813,36 +5813,30 @@ STYLE = """
 body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
 color:var(--ink);background:var(--back);overflow-wrap:anywhere}
 h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
-p,ul{margin:.25rem 0}td ul{padding:0;list-style:none}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
+p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
 figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
 text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
 path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
-path:first-child{stroke:var(--line)}path:nth-last-child(2){stroke:var(--mark);stroke-width:2}
-path:last-child{stroke:var(--mark);stroke-width:6}
+path:first-child{stroke:var(--line)}path:nth-last-child(-n+2){stroke:var(--mark);stroke-width:2}
+path:last-child{stroke-width:6}pre{white-space:pre-wrap;font-size:.8rem}
 .shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
-img{display:block;width:100%;max-width:16rem;aspect-ratio:1}pre{white-space:pre-wrap;font-size:.8rem}
-table{border-collapse:collapse;width:100%}th{width:min(9rem,35%);font-weight:400}
+img{display:block;width:100%;max-width:24rem;aspect-ratio:1}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
+th{width:8rem;font-weight:400;overflow-wrap:normal}
 """
 
 PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
+<style>{style}</style></head>
+<body><main>
 <h1>{title}</h1>
 {body}
-</main>
-</body>
-</html>
+</main></body></html>
 """
 
 
@@ -5852,7 +5846,7 @@ class Report:
     def __init__(self, folder: OutputFolder, events: EventStream, plan: Plan, run_id: str, precision: str) -> None:
         self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
         self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
-        self.log = RunLog()
+        self.dataset, self.log = dataset_report(plan, None), RunLog()
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
         """Bring both files up to date; no run is lost for them."""
@@ -5899,19 +5893,17 @@ class Report:
         hardware: Any = plan.hardware
         run = {
             "Message": why,
-            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):g} passes over the dataset",
+            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
             "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
             "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
-        both, encoders = ("progress loss", "progress loss_avg"), "Faint: the text encoders'."
-        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *(curves[name] for name in both))
+        losses, encoder = (curves["progress loss"], curves["progress loss_avg"]), curves["text_encoder"]
+        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *losses)
         charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
-        charts += chart(
-            "Learning rate", encoders * bool(curves["text_encoder"]), curves["text_encoder"], curves["unet"]
-        )
-        dataset = {key.replace("_", " ").capitalize(): value for key, value in dataset_report(plan, None).items()}
+        charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
+        dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
         dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
         config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
         bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
