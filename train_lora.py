@@ -1301,7 +1301,7 @@ class EventStream:
         self._fd = os.dup(1)  # not inheritable
         os.dup2(2, 1)
         self.warnings: list[JSON] = []
-        self.phase = "starting"
+        self.phase = self._reading = "starting"  # for people: which config it reads
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
         self._seq = self._dropped = 0
@@ -1315,7 +1315,7 @@ class EventStream:
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
-        self.phase = f"reading {config}" if config else self.phase
+        self._reading = f"reading {config}" if config else self.phase
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
@@ -1436,7 +1436,8 @@ class EventStream:
             self._queue.task_done()
 
     def _say(self, kind: str, fields: JSON) -> None:
-        about = {"phase": self.phase, "warnings": self.warnings} if kind in LAST_TYPES else {}
+        where = self._reading if self.phase == "starting" else self.phase
+        about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
             self._spoken.put_nowait((kind, strict(about | fields)))
 
@@ -5813,7 +5814,8 @@ STYLE = """
 body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
 color:var(--ink);background:var(--back);overflow-wrap:anywhere}
 h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
-p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
+p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
+progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
 figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
