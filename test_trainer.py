@@ -6923,6 +6923,8 @@ def test_a_page_tells_of_the_run_and_nothing_in_it_is_markup_or_from_elsewhere(
     digest = base64.b64encode(hashlib.sha256(page.texts["style"][0].encode()).digest()).decode()
     assert policy == f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"
     assert len(page.source.splitlines()) - len(page.texts["pre"][0].splitlines()) < 120
+    losses = [json.loads(line)["loss"] for line in (out / "events.jsonl").open() if '"progress"' in line]
+    assert page.texts["figcaption"][0].startswith(f"Faint: each step (up to {max(losses):.4g};")
     assert page.rows["Steps"].startswith("4 of 4, ")
     assert page.rows["Images"] == "5" and page.rows["Validation images"] == "2"
 
@@ -6985,6 +6987,19 @@ def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
     assert made.final_path.exists()
     assert warning_codes(made).count("report_not_written") == 1
     assert (tmp_path / "out/report.html").is_dir()
+
+
+@needs_torch
+def test_a_folder_that_was_moved_away_keeps_its_successors_report(tmp_path: Path, images: Path, models: Path) -> None:
+    made = make_reporting(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    made.setup()
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").write_text("theirs")
+    made.show()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    assert (tmp_path / "out/report.html").read_text() == "theirs"
+    assert "report_not_written" not in warning_codes(made)
 
 
 # ======================================================================================

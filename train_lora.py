@@ -5817,7 +5817,7 @@ h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{marg
 p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
 progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
-figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
+figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.8rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
 text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
 path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
@@ -5826,7 +5826,7 @@ path:last-child{stroke-width:6}pre{white-space:pre-wrap;font-size:.8rem}
 .shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
 img{display:block;width:100%;max-width:24rem;aspect-ratio:1}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
-th{width:8rem;font-weight:400;overflow-wrap:normal}
+th{width:8rem;font-weight:400;overflow-wrap:normal}progress{width:100%;accent-color:var(--mark)}
 """
 
 PAGE = """<!doctype html>
@@ -5901,8 +5901,10 @@ class Report:
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
-        losses, encoder = (curves["progress loss"], curves["progress loss_avg"]), curves["text_encoder"]
-        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *losses)
+        each, mean, encoder = curves["progress loss"], curves["progress loss_avg"], curves["text_encoder"]
+        limit, highest = 2 * max(mean.values(), default=0.0), max(each.values(), default=0.0)
+        note = f"Faint: each step (up to {highest:.4g}; drawn up to twice the highest mean). Strong: mean of 50."
+        charts = chart("Loss", note, {step: min(loss, limit) for step, loss in each.items()}, mean)
         charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
         charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
         dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
