@@ -618,7 +618,7 @@ def test_requirements_and_the_inline_metadata_list_the_same_packages() -> None:
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     listed = [line.partition("#")[0].strip() for line in lines]
     assert [line for line in listed if line] == inline
-    assert len(inline) == 9
+    assert len(inline) == 10
 
 
 def test_the_top_level_holds_only_what_the_design_lists() -> None:
