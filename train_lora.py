@@ -8,7 +8,8 @@
 #     "accelerate>=1.15",
 #     "peft>=0.21",
 #     "safetensors>=0.8",
-#     "pillow>=12.0",
+#     "pillow>=13.0; python_version>='3.11'",
+#     "pillow>=12.3; python_version<'3.11'",
 #     "numpy>=1.26",
 #     "jsonschema>=4.20",
 # ]
