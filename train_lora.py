@@ -5897,7 +5897,7 @@ class Report:
             "Message": why,
             "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
             "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
-            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that was killed cannot say so here",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
