@@ -8250,9 +8250,11 @@ def test_the_first_lora_comes_out_as_the_readme_says(tmp_path: Path, models: Pat
     for start in re.findall(r"^\| `(\w+:?)` \|", section(steps, "### 5. Check"), re.MULTILINE):
         assert start == "Error:" or re.search(rf"^ *{start} ", checked, re.MULTILINE), start
     follow("bash", "-c", commands[1])
-    told = re.findall(r"`([\w/]+(?:_250(?:_0)?|_final)\.\w+)`", section(steps, "### 6. Train"))
-    assert len(told) == 3
+    told = re.findall(r"`([\w/]+\.(?:png|html|safetensors))`", section(steps, "### 6. Train"))
+    assert len(told) == 5
     output = tmp_path / config["output_path"]
+    order = [event["type"] for event in logged(output / "events.jsonl") if event.get("step") == 2]
+    assert order == ["progress", "checkpoint", "sample", "sample"]  # as docs/events.md says
     assert all((output / name.replace("250", "2")).is_file() for name in told)
     code = found["python"].replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(models / "sd15"))
     follow(sys.executable, "-c", code)
