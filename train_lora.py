@@ -8,7 +8,8 @@
 #     "accelerate>=1.15",
 #     "peft>=0.21",
 #     "safetensors>=0.8",
-#     "pillow>=12.0",
+#     "pillow>=13.0; python_version>='3.11'",
+#     "pillow>=12.3; python_version<'3.11'",
 #     "numpy>=1.26",
 #     "jsonschema>=4.20",
 # ]
@@ -1301,7 +1302,7 @@ class EventStream:
         self._fd = os.dup(1)  # not inheritable
         os.dup2(2, 1)
         self.warnings: list[JSON] = []
-        self.phase = "starting"
+        self.phase = self._reading = "starting"  # for people: which config it reads
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
         self._seq = self._dropped = 0
@@ -1315,7 +1316,7 @@ class EventStream:
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
-        self.phase = f"reading {config}" if config else self.phase
+        self._reading = f"reading {config}" if config else self.phase
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
@@ -1436,7 +1437,8 @@ class EventStream:
             self._queue.task_done()
 
     def _say(self, kind: str, fields: JSON) -> None:
-        about = {"phase": self.phase, "warnings": self.warnings} if kind in LAST_TYPES else {}
+        where = self._reading if self.phase == "starting" else self.phase
+        about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
             self._spoken.put_nowait((kind, strict(about | fields)))
 
@@ -5816,7 +5818,7 @@ h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{marg
 p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
 progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
-figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
+figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.8rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
 text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
 path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
@@ -5825,7 +5827,7 @@ path:last-child{stroke-width:6}pre{white-space:pre-wrap;font-size:.8rem}
 .shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
 img{display:block;width:100%;max-width:24rem;aspect-ratio:1}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
-th{width:8rem;font-weight:400;overflow-wrap:normal}
+th{width:8rem;font-weight:400;overflow-wrap:normal}progress{width:100%;accent-color:var(--mark)}
 """
 
 PAGE = """<!doctype html>
@@ -5900,8 +5902,10 @@ class Report:
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
-        losses, encoder = (curves["progress loss"], curves["progress loss_avg"]), curves["text_encoder"]
-        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *losses)
+        each, mean, encoder = curves["progress loss"], curves["progress loss_avg"], curves["text_encoder"]
+        limit, highest = 2 * max(mean.values(), default=0.0), max(each.values(), default=0.0)
+        note = f"Faint: each step (up to {highest:.4g}; drawn up to twice the highest mean). Strong: mean of 50."
+        charts = chart("Loss", note, {step: min(loss, limit) for step, loss in each.items()}, mean)
         charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
         charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
         dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
