@@ -11,6 +11,7 @@ import ast
 import base64
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -622,7 +623,7 @@ def test_requirements_and_the_inline_metadata_list_the_same_packages() -> None:
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     listed = [line.partition("#")[0].strip() for line in lines]
     assert [line for line in listed if line] == inline
-    assert len(inline) == 9
+    assert len(inline) == 10
 
 
 def test_the_top_level_holds_only_what_the_design_lists() -> None:
@@ -756,7 +757,7 @@ def test_all_problems_are_reported_at_once_before_torch_is_imported(tmp_path: Pa
         ({"deterministic": "False"}, "deterministic", "boolean, not text"),
         ({"steps": True}, "steps", "not a boolean"),
         ({"batch_size": 1.5}, "batch_size", "integer"),
-        ({"optimizer": "sgd"}, "optimizer", '"adamw8bit"'),
+        ({"optimizer": "adamv"}, "optimizer", '"adamw8bit"'),
         ({"resolution": 500}, "resolution", "multiple of 8"),
         ({"adam_beta1": 1}, "adam_beta1", "less than 1"),
         ({"learning_rate": 0}, "learning_rate", "more than 0"),
@@ -914,6 +915,373 @@ def test_each_optimizer_has_its_own_rate_and_odd_ones_are_told(tmp_path: Path, m
 
 
 # ======================================================================================
+# terminal
+# ======================================================================================
+
+
+class Screen:
+    """What a terminal shows: enough of one for what the script writes, with windows that get narrower."""
+
+    encoding = "utf-8"
+
+    def __init__(self, width: int) -> None:
+        self.width, self.rows, self.row, self.column, self.breaks, self.writes = width, [""], 0, 0, 0, [""]
+
+    def write(self, text: str) -> None:
+        self.writes += [text] * bool(text)
+        for part in re.findall(r"\x1b\[[\d;]*[A-Za-z]|[^\x1b]|\x1b", text.replace("\r\n", "\n")):
+            assert part != "\x1b", "an escape sequence that nobody knows"
+            if part in ("\x1b[J", "\x1b[K"):
+                self.rows[self.row] = self.rows[self.row][: self.column]
+                self.rows = self.rows[: self.row + 1] if part[-1] == "J" else self.rows
+            elif part in "\r\n":
+                self.column, self.row = 0, self.row + (part == "\n")
+                self.rows += [""] * (self.row == len(self.rows))
+            elif part[0] != "\x1b":
+                self.put(part)
+
+    def put(self, letter: str) -> None:
+        cells = letter + "\0" * (trainer.columns(letter) - 1)  # the second half of a wide one
+        if self.column + len(cells) > self.width:
+            self.column, self.row, self.breaks = 0, self.row + 1, self.breaks + 1
+            self.rows += [""] * (self.row == len(self.rows))
+        row = self.rows[self.row]
+        self.rows[self.row] = row[: self.column] + cells + row[self.column + len(cells) :]
+        self.column += len(cells)
+
+    def flush(self) -> None: ...
+
+    def resize(self, width: int) -> None:
+        """Break the row of the cursor anew, as terminals do; the cursor stays with its letter."""
+        row, self.width = self.rows[self.row], width
+        parts = [row[start : start + width] for start in range(0, len(row), width)] or [""]
+        self.rows[self.row : self.row + 1] = parts
+        self.row, self.column = self.row + self.column // width, self.column % width
+
+    def text(self) -> str:
+        return "\n".join(self.rows).replace("\0", "").rstrip("\n")
+
+
+class Clock:
+    now = 100.0
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """A terminal at stderr, and stdout elsewhere; time stands still but for `pass_time`."""
+    screen = Screen(80)
+    monkeypatch.setattr(trainer, "sys", SimpleNamespace(stderr=screen, platform="linux"))
+    monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
+    monkeypatch.setattr(trainer, "terminal_width", lambda: screen.width)
+    monkeypatch.setattr(trainer, "in_foreground", lambda: True)
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return screen
+
+
+def show(terminal: trainer.Terminal, *events: Json, every: float = 0.2) -> None:
+    for event in events:
+        Clock.now += every
+        terminal.show(event["type"], {key: value for key, value in event.items() if key != "type"})
+
+
+def progress(step: int, **changes: Any) -> Json:
+    known = {"percent": step / 15, "loss": 0.1, "loss_avg": 0.0912, "learning_rate": 1e-4, "grad_norm": 1.0}
+    known |= {"epoch": 1.0, "steps_per_second": 2.34, "eta_seconds": 3725.0, "vram_gb": 7.93}
+    return {"type": "progress", "step": step, "total_steps": 1500, **known, **changes}
+
+
+def phase(message: str, name: str = "caching", **counts: int) -> Json:
+    return {"type": "info", "message": message, "phase": name, **counts}
+
+
+A_WARNING = {"type": "warning", "code": "x", "message": "The pictures of 日本 are small.", "hint": "Use larger ones."}
+A_SAMPLE = {
+    "type": "sample",
+    "step": 9,
+    "image_path": "/out/a\x1b[2J.png",
+    "prompt": "a zorb,\nin 東京",
+    "index": 0,
+    "seed": 1,
+}
+AN_END = {
+    "type": "complete",
+    "step": 1500,
+    "final_path": "/out/lora_final.safetensors",
+    "total_time": 3725,
+    "loss": 0.09,
+}
+
+
+def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen: Screen) -> None:
+    terminal = trainer.Terminal()
+    show(terminal, phase("Encoding images.", current=0, total=9), phase("Encoding images.", current=4, total=9))
+    assert screen.text() == " Encoding images 4/9  ━━━━━━━━━━━━━━━━━───────────────────────   44%"
+    show(terminal, phase("Encoding images.", current=9, total=9), phase("Training.", "training"))
+    show(terminal, progress(1), A_WARNING, progress(400))
+    head = "Encoding images: 9 in 0.4 s\nWarning: The pictures of 日本 are small. Use larger ones.\n"
+    line = " Step  400/1500  ━━────────   26%  loss 0.0912   2.3 it/s  1:02:05 left  7.9 GB"
+    assert screen.text() == head + line
+    assert (screen.row, screen.column) == (2, 0), "the cursor stands at the start of the line"
+    show(terminal, phase("Sampling at step 400.", "sampling"), A_SAMPLE, every=5)
+    assert screen.text().splitlines()[-1] == " Sampling at step 400  00:05"
+    show(terminal, phase("Training.", "training"))
+    assert screen.text() == f"{head}Sample: /out/a?[2J.png (a zorb, in 東京)\n{line}"
+    Clock.now += 4
+    terminal.draw()
+    assert "  1:02:01 left" in screen.text()
+    show(terminal, AN_END | {"warnings": [A_WARNING]})
+    ended = screen.text()
+    terminal.draw()
+    assert ended == screen.text()
+    assert ended.endswith(
+        "Complete: 1500 steps in 1:02:05, loss 0.0900.\n  LoRA        /out/lora_final.safetensors\n  Warnings    1"
+    )
+    assert screen.column == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (200, f" Step  400/1500  {'━' * 10}{'─' * 30}   26%  loss 0.0912   2.3 it/s  1:02:05 left  7.9 GB"),
+        (72, " Step  400/1500  ━━────────   26%  loss 0.0912   2.3 it/s  1:02:05 left"),
+        (60, " Step  400/1500  ━━───────   26%  loss 0.0912  1:02:05 left"),
+        (40, " Step  400/1500   26%  1:02:05 left"),
+        (24, " Step  400/1500   26%"),
+    ],
+)
+def test_the_line_has_the_width_of_the_terminal(screen: Screen, width: int, line: str) -> None:
+    screen.width = width
+    show(terminal := trainer.Terminal(), progress(1), progress(400))
+    assert screen.text() == line
+    downloads = [
+        phase("Downloading 誰か/日本語モデル😀-xl-base (MB).", current=done, total=6938) for done in range(0, 6938, 700)
+    ]
+    for narrower in range(width, 11, -1):
+        screen.width = narrower
+        show(terminal, *downloads, progress(2), progress(1500, steps_per_second=0.01, loss_avg=None, eta_seconds=None))
+    assert screen.breaks == 0
+    assert screen.text() == screen.rows[0], "every line took the place of the one before"
+
+
+def test_a_window_that_gets_narrower_keeps_no_piece_of_the_line(screen: Screen) -> None:
+    show(terminal := trainer.Terminal(), A_WARNING | {"hint": ""}, progress(400))
+    for width in (70, 33, 30, 90, 25):
+        screen.resize(width)
+        show(terminal, progress(401))
+        assert [row[:5] for row in screen.rows] == ["Warni", " Step"]
+    screen.resize(15)
+    show(terminal, A_SAMPLE | {"image_path": "a.png", "prompt": "b"})
+    assert screen.rows[1:] == ["Sample: a.png", "        (b)", " Step  401/..."]
+
+
+def test_the_line_is_drawn_ten_times_a_second_at_most_and_only_if_it_changes(screen: Screen) -> None:
+    show(terminal := trainer.Terminal(), *(progress(step) for step in range(1000)), every=0.001)
+    assert len(screen.writes) <= 12
+    Clock.now += 0.1
+    terminal.draw()
+    assert " Step  999/1500" in screen.writes[-1]
+    count = len(screen.writes)
+    Clock.now += 0.2
+    terminal.draw()
+    assert len(screen.writes) == count
+
+
+def test_in_the_background_nothing_is_drawn_over_what_is_typed(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = trainer.Terminal()
+    monkeypatch.setattr(trainer, "in_foreground", lambda: False)
+    show(terminal, progress(1), A_SAMPLE, progress(2))
+    assert "".join(screen.writes).count("\x1b[J") == 0
+    assert screen.rows[0].startswith("Sample: ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "drawn", "coloured"),
+    [
+        ({}, True, True),
+        ({"NO_COLOR": ""}, True, True),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+        ({"TERM": ""}, False, False),
+    ],
+)
+def test_colours_and_the_line_are_for_terminals_that_can_and_people_who_want_them(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], drawn: bool, coloured: bool
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    show(trainer.Terminal(), A_WARNING, *(progress(step) for step in range(50)), AN_END | {"warnings": []})
+    written = "".join(screen.writes)
+    assert bool(re.search(r"\x1b\[[\d;]*m", written)) is coloured
+    assert ("\x1b" in written) is drawn
+    assert written.count("Step ") == 1 or drawn, "every ten seconds on a terminal that cannot"
+    assert screen.text().splitlines()[0] == "Warning: The pictures of 日本 are small. Use larger ones."
+
+
+@pytest.mark.parametrize("able", [0, 1])
+def test_on_windows_escape_sequences_are_turned_on_first(monkeypatch: pytest.MonkeyPatch, able: int) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def set_mode(handle: int, mode: int) -> int:
+        asked.append((handle, mode))
+        return able
+
+    calls = {"GetStdHandle": lambda number: number, "GetConsoleMode": lambda handle, mode: 1}
+    kernel = SimpleNamespace(SetConsoleMode=set_mode, **calls)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr(trainer, "sys", SimpleNamespace(platform="win32"))
+    assert trainer.takes_escapes() is bool(able)
+    assert asked == [(-12, 4)]
+
+
+def test_a_bar_has_letters_that_the_terminal_can_show(screen: Screen) -> None:
+    screen.encoding = "ascii"
+    show(trainer.Terminal(), A_WARNING, progress(750))
+    assert "are small" in screen.text()
+    assert "  #####-----   50%" in screen.text()
+    assert screen.text().isascii()
+
+
+def test_columns_are_counted_as_terminals_draw_them() -> None:
+    for text, width in {"abc": 3, "日本": 4, "é": 1, "e\u0301": 1, "😀": 2, "\u200b": 0, "❤\ufe0f": 2, "": 0}.items():
+        assert trainer.columns(text) == width, text
+    assert trainer.for_terminal("a\r\nb\tc\x9bm\u202ed") == "a b c?m?d"
+    assert trainer.clip("日本語モデル", 8) == "日..."
+    assert trainer.wrap("a path: /a/very/long/one that is whole", 8) == [
+        "a path:",
+        "/a/very/long/one",
+        "that is",
+        "whole",
+    ]
+
+
+def test_an_error_says_what_happened_where_and_what_to_do(screen: Screen) -> None:
+    listed = [{"path": "steps", "message": "must be at least 1"}, {"path": "x", "message": "unknown key; " + "b " * 40}]
+    message = "The config has 2 problems: steps: must be at least 1; x: unknown"
+    error = {"type": "error", "code": "config_invalid", "message": message, "hint": "Mend them.", "problems": listed}
+    show(trainer.Terminal(), progress(3), error | {"step": 120, "phase": "resuming"})
+    assert screen.text().splitlines() == [
+        "Error: The config has 2 problems.",
+        "  Where       while resuming; step 120 is saved",
+        "  What to do  Mend them.",
+        "  Code        config_invalid",
+        "  Problems    - steps: must be at least 1",
+        "              - x: unknown key; " + "b " * 23 + "b",
+        " " * 16 + "b " * 16,
+    ]
+    many = [{"path": f"{number}.png", "message": "is broken"} for number in range(300)]
+    show(trainer.Terminal(), error | {"message": "No images.", "problems": many, "step": None, "phase": "checking"})
+    assert screen.text().count("is broken") == 300, "nothing is cut off"
+
+
+@pytest.mark.parametrize(("free", "fits"), [(8.0, "9.1 GB needed, 8.0 GB free: it does NOT fit"), (24.0, ": it fits;")])
+def test_a_check_ends_with_what_a_run_needs_and_whether_it_fits(screen: Screen, free: float, fits: str) -> None:
+    dataset: Json = {"images": 40, "validation_images": 4, "regularization_images": 0, "skipped": [{}], "captions": {}}
+    dataset |= {"buckets": {"512x512": 30, "448x576": 6}, "steps_per_epoch": 36}
+    model = {"name": "m", "title": "Stable Diffusion 1.x", "prediction_type": "epsilon", "guessed": False}
+    hardware = {"device": "cuda:0", "name": "RTX", "free_gb": free}
+    event: Json = {"dataset": dataset, "model": model, "hardware": hardware, "config": {"steps": 1000}, "warnings": []}
+    show(trainer.Terminal(), event | {"type": "validated", "memory": {"total_gb": 9.1, "host_gb": 5.0}})
+    text = screen.text()
+    for line in (
+        "Images      40, 4 held out, 1 skipped or odd",
+        "Buckets     512x512: 30, 448x576: 6",
+        fits,
+        "Warnings    0",
+    ):
+        assert line in text
+    assert max(map(len, screen.rows)) < 80
+
+
+def at_a_terminal(*arguments: str | Path, width: int = 80, stdout: bool = False, **variables: str) -> tuple[int, str]:
+    """Run Python with a terminal of this width at stderr (and at stdout); its exit code and what it wrote there."""
+    import fcntl
+    import struct
+    import termios
+
+    reading, writing = os.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    settings = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")} | variables
+    streams: Json = {"stdout": writing if stdout else subprocess.DEVNULL, "stderr": writing}
+    written = b""
+    with subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=settings, **streams) as process:
+        os.close(writing)
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(reading, 4096):
+                written += data
+        os.close(reading)
+    return process.returncode, written.decode()
+
+
+@posix
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_at_a_real_terminal_the_line_fits_and_goes_at_the_end(width: int) -> None:
+    code = (
+        "import train_lora as t\n"
+        "t.Terminal.REDRAW_S = 0\n"
+        "s = t.EventStream(); s.start(lambda: None, None)\n"
+        f"for event in {[progress(step) for step in range(200)]}: s.emit(event.pop('type'), **event)\n"
+        "s.emit('complete', step=1, final_path='/a b c', total_time=1, loss=None); s.close()\n"
+    )
+    ended, written = at_a_terminal("-c", code, width=width, TERM="xterm")
+    screen = Screen(width)
+    screen.write(written)
+    assert (ended, screen.breaks) == (0, 0)
+    assert screen.text().startswith("Complete: 1 steps in 00:01, loss")
+    assert max(line.count("Step") for line in written.split("\x1b[J")) == 1
+
+
+@posix
+def test_events_on_the_same_terminal_stay_whole_and_the_end_can_be_read() -> None:
+    ended, written = at_a_terminal(SCRIPT, "--config", "none.json", stdout=True, TERM="xterm", NO_COLOR="1")
+    lines = written.splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    check_events(events)
+    assert ended == 1
+    assert lines[-5].startswith("Error: The config 'none.json' cannot be read")
+    assert lines[-4] == "  Where       while reading none.json"
+    assert "\x1b" not in written
+    assert len([line for line in lines if "gives a progress line instead" in line]) == 1
+
+
+@posix
+def test_a_file_at_stderr_gets_the_log_where_the_events_are_on_a_terminal(tmp_path: Path) -> None:
+    reading, writing = os.openpty()
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run(command("--config", tmp_path / "none"), stdout=writing, stderr=log, timeout=60)
+    os.close(writing)
+    os.close(reading)
+    assert (tmp_path / "log").read_text().startswith("Error: The config ")
+
+
+@posix
+def test_a_background_job_is_not_stopped_by_what_it_writes() -> None:
+    import pty
+
+    code = (
+        "import train_lora as t\n"
+        "t.run = lambda options, events, stop, group: [events.info('note'), time.sleep(0.5)] * 2 and 1 / 0\n"
+        "import time; t.main(['--config', 'x'])"
+    )
+    line = f"set -m; stty tostop; {shlex.join([sys.executable, '-c', code])} >/dev/null & wait $!; echo ended $?"
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(ROOT)
+        os.environ["NO_COLOR"] = "1"
+        os.execlp("sh", "sh", "-c", line)
+    written = b""
+    with contextlib.suppress(OSError):
+        while b"ended " not in written and select.select([terminal], [], [], 30)[0]:
+            written += os.read(terminal, 4096)
+    os.close(terminal)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert b"Error: Unexpected failure" in written
+    assert b"ended 0" in written
+
+
+# ======================================================================================
 # events
 # ======================================================================================
 
@@ -933,13 +1301,6 @@ def test_help_shows_every_option_and_examples() -> None:
         assert word in done.stdout
     version = subprocess.run(command("--version"), capture_output=True, text=True, check=True)
     assert version.stdout == f"train_lora.py {trainer.VERSION}\n"
-
-
-def test_the_usage_in_the_readme_has_the_options_of_the_script() -> None:
-    shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"^```text\n(train_lora\.py --config FILE.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert usage
-    assert set(re.findall(r"--[a-z-]+", usage[1])) == set(re.findall(r"--[a-z-]+", shown))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--confg", "x"], ["--config"], ["--config", "a", "b"]])
@@ -964,8 +1325,6 @@ def test_an_error_reaches_a_person_on_stderr_too(tmp_path: Path) -> None:
     assert result.last["code"] == "config_unreadable"
     assert "missing.json" in result.stderr
     assert "Traceback" not in result.stderr
-    event = trainer.ProgressEvent("info", 1, "", 0.0, {"message": "\x1b[2J\x07a.png\nb"})
-    assert trainer.for_terminal(event.text()) == "?[2J?a.png\nb"
 
 
 NOISE = """
@@ -1009,7 +1368,8 @@ def test_a_closed_or_full_stdout_is_said_on_stderr(tmp_path: Path) -> None:
 
 
 @posix
-def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path, terminal: bool) -> None:
     line = shlex.join(command("--config", tmp_path / "none.json"))
     for closed in ("2>&-", "<&- 2>&-", "2>/dev/full"):
         done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True)
@@ -1021,7 +1381,7 @@ def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path) -> None:
         "for n in range(3000): s.info(f'note {n} ' + 'x' * 100)\n"
         "s.emit('complete', step=1, final_path='', total_time=1, loss=None); s.close()\n"
     )
-    reading, writing = os.pipe()  # nobody reads: full after 64 KB
+    reading, writing = os.openpty() if terminal else os.pipe()  # nobody reads: full after 64 KB, or 4
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, timeout=30)
     os.close(reading)
     os.close(writing)
@@ -1764,7 +2124,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     result = made.stop()
     assert (result.code, [event["type"] for event in result.events]) == (143, ["start", "info", "interrupted"])
     assert re.sub(r"127\.0\.0\.1:\d+", "X", result.stderr) == (
-        "Serving http://X/health and /status.\nStopped by SIGTERM: nothing to save.\n"
+        "Serving http://X/health and /status.\nInterrupted: Stopped by SIGTERM: nothing to save.\n"
     )
 
 
@@ -1831,6 +2191,7 @@ REQUESTS: dict[str, tuple[bytes, int]] = {
     "a stranger's name with digits": (GET + b"Host: 127.0.0.1.example.com:80\r\n\r\n", 403),
     "a stranger behind localhost": (GET + b"Host: localhost\r\nHost: example.com\r\n\r\n", 403),
     "an empty host": (GET + b"Host:\r\n\r\n", 403),
+    "much space in the host": (GET + b"Host: x" + b" " * 7900 + b"x\r\n\r\n", 403),
     "a user in the host": (GET + b"Host: localhost@example.com\r\n\r\n", 403),
 }
 
@@ -1879,6 +2240,16 @@ def test_who_hangs_up_early_is_let_go(served: Served, request_: bytes) -> None:
         with served.connect(request) as rude:
             rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing it resets
     assert served.get("/health")[0] == 200
+
+
+def test_a_client_that_takes_a_moment_is_heard_after_however_long_a_silence(served: Served) -> None:
+    time.sleep(trainer.HealthServer.CONNECTION_S + 0.1)
+    with served.connect() as connection:
+        time.sleep(0.1)
+        connection.sendall(AT_HOME[:20])
+        time.sleep(0.1)
+        connection.sendall(AT_HOME[20:] + b"\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_drip_does_not_extend_the_time_of_a_connection(served: Served) -> None:
@@ -2159,8 +2530,9 @@ def test_the_health_page_describes_every_field_and_states_the_time(served: Serve
     page = (ROOT / "docs/health.md").read_text("utf-8")
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(served.get("/status")[2])
     assert f"{trainer.HealthServer.STALLED_S:.0f} seconds" in page
-    for status in trainer.ANSWERS:
-        assert str(status) in page
+    assert all(str(status) in page for status in trainer.ANSWERS)
+    shown = [json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+    assert [list(document) for document in shown] == [list(trainer.VITALS)]
 
 
 # ======================================================================================
@@ -3372,6 +3744,7 @@ LYING_HEADERS = {
 def test_a_lying_header_is_refused_before_anything_is_allocated(tmp_path: Path, lie: str) -> None:
     import tracemalloc
 
+    pytest.importorskip("numpy")  # or safetensors imports it with the first file, and that is counted
     single = tmp_path / "single.safetensors"
     single.write_bytes(LYING_HEADERS[lie])
     folder = hollow_model(tmp_path / "folder")
@@ -5289,6 +5662,7 @@ class FullSize:
     weights: int  # of a checkpoint in one file, as published
     linear: bool = True  # the ends of a transformer; else convolutions
     original: bool = False  # keys number the UNet's blocks through, input_blocks_4_1_...
+    taken_for: str = ""  # another family whose LoRAs look the same, by which readers know these
 
 
 SD_TEXT, XL_TEXT = {"lora_te": (12, 768)}, {"lora_te1": (12, 768), "lora_te2": (32, 1280)}
@@ -5477,7 +5851,7 @@ def test_full_size_files_have_every_layer_that_readers_know_and_no_other(
         assert counts == [size.counts[[*trainer.TARGETS].index(targets)], *(size.counts[3:] if with_text else ())]
         lokr = {layer: (shape[0], math.prod(shape[1:])) for layer, shape in expected.items()}
         assert found == (lokr if kind == "lokr" else expected)
-        assert invokeai_base(shapes) == name
+        assert invokeai_base(shapes) == (size.taken_for or name)
 
 
 def a1111_version(header: dict[str, str]) -> str:
@@ -6560,6 +6934,8 @@ def test_a_page_tells_of_the_run_and_nothing_in_it_is_markup_or_from_elsewhere(
     digest = base64.b64encode(hashlib.sha256(page.texts["style"][0].encode()).digest()).decode()
     assert policy == f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"
     assert len(page.source.splitlines()) - len(page.texts["pre"][0].splitlines()) < 120
+    losses = [json.loads(line)["loss"] for line in (out / "events.jsonl").open() if '"progress"' in line]
+    assert page.texts["figcaption"][0].startswith(f"Faint: each step (up to {max(losses):.4g};")
     assert page.rows["Steps"].startswith("4 of 4, ")
     assert page.rows["Images"] == "5" and page.rows["Validation images"] == "2"
 
@@ -6622,6 +6998,19 @@ def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
     assert made.final_path.exists()
     assert warning_codes(made).count("report_not_written") == 1
     assert (tmp_path / "out/report.html").is_dir()
+
+
+@needs_torch
+def test_a_folder_that_was_moved_away_keeps_its_successors_report(tmp_path: Path, images: Path, models: Path) -> None:
+    made = make_reporting(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+    made.setup()
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").write_text("theirs")
+    made.show()
+    made.folder._lock.close()  # type: ignore[union-attr]
+    assert (tmp_path / "out/report.html").read_text() == "theirs"
+    assert "report_not_written" not in warning_codes(made)
 
 
 # ======================================================================================
@@ -7868,8 +8257,8 @@ def test_the_first_lora_comes_out_as_the_readme_says(tmp_path: Path, models: Pat
         return done.stderr
 
     checked = follow("bash", "-c", commands[0])
-    for start in re.findall(r"^\| `(\w[\w ]+:)` \|", steps, re.MULTILINE):
-        assert re.search(rf"^{start}", checked, re.MULTILINE), start
+    for start in re.findall(r"^\| `(\w+:?)` \|", section(steps, "### 5. Check"), re.MULTILINE):
+        assert start == "Error:" or re.search(rf"^ *{start} ", checked, re.MULTILINE), start
     follow("bash", "-c", commands[1])
     told = re.findall(r"`([\w/]+(?:_250(?:_0)?|_final)\.\w+)`", section(steps, "### 6. Train"))
     assert len(told) == 3
@@ -7903,6 +8292,9 @@ def test_what_stands_in_backticks_exists(page: str) -> None:
     """Commands, options, names with an underscore (of keys, fields, codes, functions), paths, values of config keys."""
     examples = " ".join(block.text for block in BLOCKS)
     known = {word for text in (*OURS.values(), examples) for word in re.findall(r"\w+", text)}
+    known |= set(
+        re.findall(r"^\| `(\w+)` \|", TEXTS["docs/health.md"], re.MULTILINE)
+    )  # held to /status by its own test
     options = {option for text in OURS.values() for option in re.findall(r'add_argument\("(--[\w-]+)"', text)}
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(TEXTS[page])):
         if re.match(r"\S*(python3?|pip|docker|accelerate|torchrun|tensorboard) -*\w+ ", span) and "…" not in span:

@@ -8,7 +8,8 @@
 #     "accelerate>=1.15",
 #     "peft>=0.21",
 #     "safetensors>=0.8",
-#     "pillow>=12.0",
+#     "pillow>=13.0; python_version>='3.11'",
+#     "pillow>=12.3; python_version<'3.11'",
 #     "numpy>=1.26",
 #     "jsonschema>=4.20",
 # ]
@@ -24,6 +25,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
     errors                   TrainerError: what a user can mend; the imports that take time
     model families           ModelFamily: what differs between SD 1.5, 2.1 and SDXL, as data; names of layers
     config                   config_schema.json -> TrainingConfig
+    terminal                 what people read on stderr: the events in words, a live line
     events                   ProgressEvent, EventStream: stdout, guarded
     stopping                 StopWatcher: signals, the files `stop` and `save`
     several processes        Group: who trains together, one of them for all to see
@@ -89,15 +91,13 @@ import traceback
 import unicodedata
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    import asyncio
-
     import accelerate
     import diffusers
     import peft
@@ -922,6 +922,268 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
 
 
 # ======================================================================================
+# terminal
+# ======================================================================================
+
+LAST_TYPES = ("validated", "complete", "interrupted", "error")
+
+Line = tuple[str, str, str]  # how it starts, what it says, and the style (of STYLES) of its start
+STYLES = {"good": "1;32", "odd": "1;33", "bad": "1;31", "bar": "36", "quiet": "2"}
+
+
+def for_terminal(text: str) -> str:
+    """Put a text on one line, without what would move a cursor or turn letters round: a file's name may hold it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
+
+
+def columns(text: str) -> int:
+    """Count the columns of a terminal that a text takes; at most, where terminals differ (emoji)."""
+    joins = (unicodedata.category(letter) in ("Mn", "Me", "Cf") and letter != "\ufe0f" for letter in text)
+    wide = (unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return sum(0 if joined else 1 + double for joined, double in zip(joins, wide, strict=True))
+
+
+def clip(text: str, width: int) -> str:
+    shorter = text[: max(width, 0)]
+    while columns(shorter) > width:
+        shorter = shorter[:-1]
+    return text if shorter == text else shorter[:-3] + "..."
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
+    rows = [""]
+    for word in text.split(" "):
+        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
+            rows.append(word)
+        else:
+            rows[-1] += f" {word}" if rows[-1] else word
+    return rows
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def amounts(f: JSON) -> tuple[int, int]:
+    """Give (done, in all) of a progress event or a phase; the second is 0 where nobody knows."""
+    return (f["step"], f["total_steps"]) if "step" in f else (f.get("current", 0), f.get("total", 0))
+
+
+def facts(f: JSON, waited: float) -> list[tuple[int, str]]:
+    """List what a line tells of training or another phase, each with its rank; the empty one is the bar.
+
+    `waited` are the seconds since the progress event, or since the phase began.
+    """
+    title, (done, total) = f.get("message", "Step"), amounts(f)
+    if not total:
+        return [(0, title), (1, clock(waited))]
+    rate, loss, memory = (f.get(key) for key in ("steps_per_second", "loss_avg", "vram_gb"))
+    left = f.get("eta_seconds", waited * total / done if done and waited > 2 else None)
+    told = [(0, f"{title} {done:>{len(str(total))}}/{total}"), (4, ""), (1, f"{100 * done // total:3}%")]
+    told += [(3, f"loss {loss:.4f}")] if loss is not None else []
+    told += [(5, f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it")] if rate else []
+    told += [(2, f"{clock(left - waited)} left")] if left is not None else []
+    return told + ([(6, f"{memory:.1f} GB")] if memory is not None else [])
+
+
+def fitted(told: Sequence[tuple[int, str]], width: int) -> tuple[list[str], int]:
+    """Leave out the last ranks until one line holds the rest; give that, and how long its bar can be."""
+    for last in range(6, -1, -1):
+        texts = [text for rank, text in told if rank <= last]
+        room = width + 2 - sum(columns(text) + 2 for text in texts)
+        if room >= 8 * ("" in texts):
+            break
+    return [clip(texts[0], width), *texts[1:]], min(room, 40)
+
+
+def labelled(style: str, start: str, text: str, **labels: object) -> list[Line]:
+    """Give a line, and one for each label that has something to tell."""
+    told = {label.replace("_", " "): str(value) for label, value in labels.items() if value}
+    return [(start, text, style), *((f"  {label:<10}  ", value, "quiet") for label, value in told.items())]
+
+
+def validated_lines(f: JSON) -> list[Line]:
+    """Tell what a run would do and whether it fits, to somebody who has never trained."""
+    data, model, memory, config, hardware = f["dataset"], f["model"], f["memory"], f["config"], f["hardware"] or {}
+    counts = {"images": "", "validation_images": " held out", "regularization_images": " for regularization"}
+    images = [f"{data[key]}{what}" for key, what in counts.items() if data[key]]
+    needed, free, device = memory["total_gb"], hardware.get("free_gb"), hardware.get("device", "unknown without torch")
+    fits = "" if free is None else f", {free} GB free: {'it fits' if needed <= free else 'it does NOT fit'}"
+    return labelled(
+        *("good", "Valid: ", "this run can start."),
+        Model=f"{model['name']}: {model['title']}, {model['prediction_type']}{', a guess' if model['guessed'] else ''}",
+        Images=", ".join(images + [f"{len(data['skipped'])} skipped or odd"] * bool(data["skipped"])),
+        Captions=", ".join(f"{count} from {source}" for source, count in data["captions"].items()),
+        Buckets=", ".join(f"{size}: {count}" for size, count in data["buckets"].items()),
+        Length=f"{config['steps']} steps, {data['steps_per_epoch']} to an epoch",
+        Device=f"{device}, {hardware['name']}" if hardware else device,
+        Memory=f"{needed} GB needed{fits}" + (f"; {memory['host_gb']} GB of main memory" if device != "cpu" else ""),
+        Warnings=str(len(f["warnings"])),
+    )
+
+
+def complete_lines(f: JSON) -> list[Line]:
+    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
+    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
+
+
+def error_lines(f: JSON) -> list[Line]:
+    """Tell what happened, where, what to do; then every finding that the message does not hold."""
+    listed = [f"{item['path']}: {item['message']}" for item in f["problems"]]
+    what = f["message"].partition(f": {listed[0]}")[0] if listed else f["message"]
+    where = f"while {f['phase']}" + (f"; step {f['step']} is saved" if f["step"] else "")
+    rest = [text for text, item in zip(listed, f["problems"], strict=True) if item["message"] not in what]
+    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"])
+    return head + [(f"  {'' if number else 'Problems':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
+
+
+HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
+    "start": lambda f: [("", f"Events for a program follow; > {os.devnull} gives a progress line instead.", "")],
+    "info": lambda f: [("", f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""), "")],
+    "warning": lambda f: [("Warning: ", f"{f['message']} {f['hint']}", "odd")],
+    "progress": lambda f: [("", "  ".join(text for _, text in facts(f, 0) if text), "")],
+    "validation": lambda f: [("Held-out loss: ", f"{loss_text(f['loss'])} at step {f['step']}", "quiet")],
+    "sample": lambda f: [("Sample: ", f"{f['image_path']} ({f['prompt']})", "quiet")],
+    "checkpoint": lambda f: [("Saved:  ", f["path"] or f["state_path"], "quiet")],
+    "validated": validated_lines,
+    "complete": complete_lines,
+    "interrupted": lambda f: labelled("odd", "Interrupted: ", f["message"], LoRA=f["path"], State=f["state_path"]),
+    "error": error_lines,
+}
+
+
+def takes_escapes() -> bool:
+    """Tell whether the terminal at stderr knows escape sequences; on Windows they have to be turned on."""
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel, mode = ctypes.windll.kernel32, ctypes.c_ulong()
+        handle = kernel.GetStdHandle(-12)
+        return bool(kernel.GetConsoleMode(handle, ctypes.byref(mode)) and kernel.SetConsoleMode(handle, mode.value | 4))
+    return os.environ.get("TERM", "dumb") not in ("dumb", "")
+
+
+def in_foreground() -> bool:
+    """Tell whether the terminal is ours: a shell's background job (`&`) must not draw over what is typed there."""
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except (OSError, AttributeError):  # not the terminal that started us; Windows
+        return True
+
+
+def terminal_width() -> int:
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
+
+
+class Terminal:
+    """Tells people on stderr what the events say, on a terminal with a live line for what is being done.
+
+    The cursor stands at the start of the live line. There it stays when the terminal gets narrower and breaks the
+    line in two, so that all of it can be erased. Only one thread uses this.
+    """
+
+    REDRAW_S = 0.1  # at most so often is the live line drawn
+    LOG_S = 10.0  # and so often progress is told where there is none
+
+    def __init__(self, plain: bool = False) -> None:
+        self._wraps, escapes = os.isatty(2), os.isatty(2) and not plain and takes_escapes()
+        self.shared = self._wraps and os.isatty(1)  # the events are on the same screen
+        self.live = escapes and not self.shared
+        self._kinds = {"start", *LAST_TYPES} if self.shared else {*HUMAN} - {"start"}
+        self._coloured = escapes and not os.environ.get("NO_COLOR")
+        self._encoding = sys.stderr.encoding or "ascii"
+        self._bar = "━─" if self._encodable("━─") == "━─" else "#-"
+        self._doing: JSON = {}  # what the live line tells of: a progress event, or a phase
+        self._progress: JSON = {}  # the newest
+        self._trains = False
+        self._since = self._heard = 0.0  # when that began, and when it was heard of last
+        self._drawn, self._drawn_at, self._told = "", -math.inf, -math.inf
+
+    def show(self, kind: str, fields: JSON) -> None:
+        """Tell of an event."""
+        now, repeats = time.monotonic(), kind == "progress" or 0 < fields.get("current", 0) < fields.get("total", 0)
+        if kind not in self._kinds:
+            return
+        if self.live and (kind == "progress" or (kind == "info" and "phase" in fields)):
+            self._turn_to(fields, now)
+        elif not repeats or now - self._told >= self.LOG_S:
+            self._told = now if repeats else self._told
+            self._doing = {} if kind in LAST_TYPES else self._doing
+            self._print(HUMAN[kind](fields))
+
+    def draw(self) -> None:
+        """Draw the live line, if it has changed; called without news too, as time goes by and windows change."""
+        now = time.monotonic()
+        if self._doing and now - self._drawn_at >= self.REDRAW_S and in_foreground():
+            line, self._drawn_at = self._live_line(now), now
+            if line != self._drawn:
+                print(f"\r{line}\x1b[J\r", end="", file=sys.stderr, flush=True)
+            self._drawn = line
+
+    def _turn_to(self, fields: JSON, now: float) -> None:
+        """Let the live line tell of this from now on. A phase that is over leaves a line."""
+        over: list[Line] = []
+        if fields.get("phase") == "training":
+            fields = self._progress or fields
+        if fields.get("message") != self._doing.get("message") or fields.get("current") == 0:
+            over, self._since = self._over(now), now
+        self._doing, self._heard = fields, now
+        self._progress = fields if "step" in fields else self._progress
+        self._trains |= "step" in fields or fields.get("phase") == "training"
+        if 0 < fields.get("total", 0) == fields.get("current") and not self._trains:
+            over, self._doing = over + self._over(now), {}
+        if over:
+            self._print(over)
+        self.draw()
+
+    def _over(self, now: float) -> list[Line]:
+        """Give the line of the phase that is over now; once it trains, samples and files speak for themselves."""
+        seconds, total = now - self._since, self._doing.get("total")
+        if self._trains or not self._doing or not (total or seconds >= 1):
+            return []
+        took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+        return [("", f"{self._doing['message'].rstrip('.')}: {f'{total} in ' if total else ''}{took}", "")]
+
+    def _live_line(self, now: float) -> str:
+        width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
+        title = self._encodable(for_terminal(f.get("message", "Step"))).rstrip(".")
+        waited = now - (self._heard if "step" in f else self._since)
+        texts, room = fitted(facts(f | {"message": clip(title, width // 2)}, waited), width)
+        done = room * amounts(f)[0] // max(amounts(f)[1], 1)
+        bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
+        return " " + "  ".join(text or bar for text in texts)
+
+    def _print(self, lines: Sequence[Line]) -> None:
+        """Print lines that stay, above the live line."""
+        erase = "\r\x1b[K\x1b[J" if self._drawn and in_foreground() else ""
+        self._drawn, self._drawn_at = "", -math.inf
+        rows = "\n".join(row for line in lines for row in self._rows(*line))
+        print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
+        self.draw()
+
+    def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
+        text, indent = self._encodable(for_terminal(text)), len(start) or 2
+        rows = wrap(text, terminal_width() - 1 - indent) if self._wraps else [text]
+        yield self._style(start, style) + rows[0]
+        yield from (" " * indent + row for row in rows[1:])
+
+    def _style(self, text: str, style: str) -> str:
+        return f"\x1b[{STYLES[style]}m{text}\x1b[m" if self._coloured and text and style else text
+
+    def _encodable(self, text: str) -> str:
+        return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
+
+
+# ======================================================================================
 # events
 # ======================================================================================
 
@@ -939,10 +1201,6 @@ class ProgressEvent:
     def line(self) -> bytes:
         body = {"type": self.type, "seq": self.seq, "timestamp": self.timestamp, "elapsed": self.elapsed, **self.fields}
         return json.dumps(strict(body), allow_nan=False).encode() + b"\n"
-
-    def text(self) -> str:
-        """The same for people, on stderr."""
-        return HUMAN[self.type](strict(self.fields)) if self.type in HUMAN else ""
 
 
 def utc_now(timespec: str = "milliseconds") -> str:
@@ -994,33 +1252,6 @@ def strict(value: Any) -> Any:
     return value
 
 
-HUMAN: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "info": lambda f: f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""),
-    "warning": lambda f: f"warning: {f['message']} {f['hint']}",
-    "progress": lambda f: (
-        f"step {f['step']}/{f['total_steps']}  loss {f['loss_avg'] or 0:.4f}  "
-        f"{f['steps_per_second'] or 0:.2f} steps/s  left {datetime.timedelta(seconds=round(f['eta_seconds'] or 0))}"
-    ),
-    "validation": lambda f: f"step {f['step']}  held-out loss {f['loss'] or 0:.4f}",
-    "sample": lambda f: f"sample: {f['image_path']}",
-    "checkpoint": lambda f: f"saved: {f['path'] or f['state_path']}",
-    "validated": lambda f: "valid",
-    "complete": lambda f: f"complete: {f['final_path']}",
-    "interrupted": lambda f: f["message"],
-    "error": lambda f: "\n  ".join(
-        [f"error: {f['message']}", f["hint"], *(f"- {item['path']}: {item['message']}" for item in f["problems"][:50])]
-    ),
-}
-
-
-def for_terminal(text: str) -> str:
-    """Leave out what would move a cursor: a file's name may hold escape sequences."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
-
-
-LAST_TYPES = ("validated", "complete", "interrupted", "error")
-
-
 def write_all(descriptor: int, data: bytes) -> None:
     """Write to a descriptor as it is, without a buffer that could hold half a line when we are killed."""
     view = memoryview(data)
@@ -1056,34 +1287,34 @@ class EventStream:
 
     QUEUE_LIMIT = 1000  # lines waiting before progress is dropped
     REPEAT_S = 0.5  # repeats of a phase's info event come at most this often
-    LOG_S = 10.0  # progress lines on a stderr that is no terminal
     KEPT, KEPT_BYTES = 5, 16_000  # how many lines of each type stay in `recent`, and how long they may be
     recent: Mapping[str, tuple[tuple[int, bytes], ...]] = {}  # by type: the newest (seq, line)
     beat_at = STARTED  # when there was a sign of progress last
+    TICK_S = 0.2  # the live line is looked at so often when there is no news
     relayed: frozenset[tuple[str, str]] = frozenset()  # warnings (code, message) that other processes gave first
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         if open_missing_descriptors():
             raise SystemExit("train_lora.py: stdout is closed; events have nowhere to go")
-        self._talk = not os.isatty(1)
-        self._live = self._talk and os.isatty(2)
+        self._terminal = Terminal(plain)
         self._fd = os.dup(1)  # not inheritable
         os.dup2(2, 1)
         self.warnings: list[JSON] = []
-        self.phase = "starting"
+        self.phase = self._reading = "starting"  # for people: which config it reads
         self.ended = ""  # the last event's type
         self.lost: OSError | None = None  # why stdout takes nothing any more
         self._seq = self._dropped = 0
-        self._last_info, self._last_log = ("", 0.0), -math.inf
+        self._last_info = ("", 0.0)
         self._log: IO[bytes] | None = None
         self._log_error: OSError | None = None
         self._unlogged: list[bytes] = []  # what events.jsonl has yet to take: it is not open, or its disk is full
         self._queue: queue.Queue[bytes] = queue.Queue()
-        self._spoken: queue.Queue[str] = queue.Queue(maxsize=1000)
+        self._spoken: queue.Queue[tuple[str, JSON]] = queue.Queue(maxsize=1000)
         self._lock = threading.RLock()
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once stdout takes nothing any more."""
+        self._reading = f"reading {config}" if config else self.phase
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
@@ -1109,7 +1340,7 @@ class EventStream:
                 self._dropped += 1
             else:
                 self._queue.put(line)
-            self._say(event)
+            self._say(event_type, fields)
             if self._log_error and all(told["code"] != "log_not_written" for told in self.warnings):
                 message = f"events.jsonl takes no events: {self._log_error.strerror}."
                 self.warning("log_not_written", message, "stdout has them all; the log catches up if it can.")
@@ -1199,30 +1430,30 @@ class EventStream:
                 write_all(self._fd, line)
             except OSError as error:
                 self.lost, self._fd = error, os.open(os.devnull, os.O_WRONLY)
-                self._tell(f"stdout cannot be written to: {error.strerror}\n")
+                self._say("info", {"message": f"stdout cannot be written to: {error.strerror}"})
                 on_lost()
             self._queue.task_done()
 
-    def _say(self, event: ProgressEvent) -> None:
-        progress, now = event.type == "progress", time.monotonic()
-        if not self._talk or (progress and not self._live and now - self._last_log < self.LOG_S):
-            return
-        self._last_log = now if progress else self._last_log
-        start = "\r\x1b[K" if self._live else ""
-        if text := for_terminal(event.text()):
-            self._tell(start + text + ("" if progress and self._live else "\n"))
-
-    def _tell(self, text: str) -> None:
+    def _say(self, kind: str, fields: JSON) -> None:
+        where = self._reading if self.phase == "starting" else self.phase
+        about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
-            self._spoken.put_nowait(text)
+            self._spoken.put_nowait((kind, strict(about | fields)))
 
     def _speak(self) -> None:
         while True:
-            text = self._spoken.get()
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text)
-                sys.stderr.flush()
-            self._spoken.task_done()
+                try:
+                    kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
+                except queue.Empty:
+                    self._terminal.draw()
+                    continue
+                try:
+                    if self._terminal.shared:
+                        wait_until_empty(self._queue, None)
+                    self._terminal.show(kind, fields)
+                finally:
+                    self._spoken.task_done()
 
 
 # ======================================================================================
@@ -1284,6 +1515,8 @@ class StopWatcher:
             if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
                 self._numbers.add(number)
+        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, it would stop a background job that writes
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -1654,8 +1887,8 @@ class Follower(StopWatcher):
 ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
 ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
 REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.[01]\r\n((?:[!#-'*+.^-z|~0-9A-Z-]+:[^\0\r\n]*\r\n)*)\r\n")
-HOST = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t]*\r$")
-LOCAL_HOST = re.compile(rb"(?i)(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
+HOST = re.compile(rb"(?im)^host:(.*)\r$")
+LOCAL_HOST = re.compile(rb"(?i)[ \t]*(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?[ \t]*")
 VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # what /health shows of the report
 ANSWERS = {  # by status: the reason, and the hint where it refuses
     200: ("OK", ""),
@@ -1694,15 +1927,15 @@ class HealthServer:
     """Answers GET /health and GET /status, from a thread that nothing waits for.
 
     Who connects may be broken or hostile. So a connection is good for one answer within two seconds; where there are
-    many, the oldest is dropped, and slow ones shut nobody out; and all that comes is taken in small pieces with pauses
-    between them, so that it cannot take the interpreter away from the training.
+    many, the oldest are dropped, and slow ones shut nobody out; and all of them are looked after together, a hundred
+    times a second, so that they cannot take the interpreter away from the training.
     """
 
     STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
-    CONNECTIONS = 32
-    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
+    TICK_S = 0.01
+    CONNECTIONS, NEWCOMERS = 32, 8  # at once, and in a tick
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there is no room
     HEAD_BYTES = 8192
-    ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
 
     def __init__(self, events: EventStream, stop: StopWatcher) -> None:
         self._events, self._stop = events, stop
@@ -1710,9 +1943,6 @@ class HealthServer:
 
     def start(self, host: str, port: int) -> None:
         """Serve, and tell where. Where that fails, warn: no run is lost for its monitor."""
-        global asyncio
-        import asyncio  # takes half as long as all else up to here
-
         try:
             family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
@@ -1721,12 +1951,10 @@ class HealthServer:
             message = f"/health and /status cannot be served on {host}, port {port}: {error}"
             hint = f"The run goes on without them. {ADDRESS_HINT}"
             return self._events.warning("health_unavailable", message, hint)
-        server.setblocking(False)
         host, port = server.getsockname()[:2]
         self.local = host == "::1" or host.startswith("127.")
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        serve = functools.partial(asyncio.run, self._accept(server), debug=False)
-        threading.Thread(target=serve, name="health", daemon=True).start()
+        threading.Thread(target=self._serve, args=(server,), name="health", daemon=True).start()
         return self._events.info(f"Serving http://{address}/health and /status.", address=address)
 
     def report(self) -> JSON:
@@ -1767,37 +1995,45 @@ class HealthServer:
         body = json.dumps(report).encode()[:-1] + b', "events": [' + b", ".join(lines) + b"]}"
         return response(200, body, bodiless=bodiless)
 
-    async def _accept(self, server: socket.socket) -> None:
-        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
-        loop.set_exception_handler(lambda *_: None)
+    def _serve(self, server: socket.socket) -> None:
+        talks: dict[Generator[None, None, None], float] = {}  # and when they began; the oldest is the first
         while True:
-            await asyncio.sleep(self.ACCEPT_PAUSE_S)
-            try:
-                connection, _ = await loop.sock_accept(server)
-            except OSError:  # no descriptor is left, say
-                await asyncio.sleep(0.1)
-                continue
-            if len(talks) >= self.CONNECTIONS:
-                oldest, since = next(iter(talks.items()))
-                await asyncio.sleep(since + self.HURRY_S - loop.time())
-                oldest.cancel()
-            talk = loop.create_task(self._talk(connection))
-            talks[talk] = loop.time()
-            talk.add_done_callback(talks.pop)
-            loop.call_later(self.CONNECTION_S, talk.cancel)
+            server.setblocking(not talks)  # with nobody to look after, sleep until somebody comes
+            with contextlib.suppress(OSError):  # nobody has come, or no descriptor is left
+                for _ in range(min(self.NEWCOMERS, self.CONNECTIONS - len(talks))):
+                    talk = self._talk(server.accept()[0])
+                    talks[talk] = time.monotonic()
+                    server.setblocking(False)
+            for talk, since in [*talks.items()]:
+                ended, age = next(talk, True), time.monotonic() - since
+                crowded = len(talks) > self.CONNECTIONS - self.NEWCOMERS
+                if ended or age > (self.HURRY_S if crowded else self.CONNECTION_S):
+                    talks.pop(talk)
+                    talk.close()
+            time.sleep(self.TICK_S)
 
-    async def _talk(self, connection: socket.socket) -> None:
-        """Read a request's head, and answer."""
-        loop, head, piece = asyncio.get_running_loop(), b"", b"-"
+    def _talk(self, connection: socket.socket) -> Generator[None, None, None]:
+        """Read a request's head, and answer; yields when there is something to wait for."""
         with connection, contextlib.suppress(OSError):
+            connection.setblocking(False)
+            head, piece = b"", b"-"
             while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
-                await asyncio.sleep(self.READ_PAUSE_S if head else 0)
-                piece = await loop.sock_recv(connection, self.HEAD_BYTES)
-                head += piece
-            await loop.sock_sendall(connection, self.answer(head))
+                try:
+                    piece = connection.recv(self.HEAD_BYTES)
+                    head += piece
+                except BlockingIOError:
+                    yield
+            answer = self.answer(head)
+            while answer:
+                try:
+                    answer = answer[connection.send(answer) :]
+                except BlockingIOError:
+                    yield
             connection.shutdown(socket.SHUT_WR)
-            while await loop.sock_recv(connection, 65536):  # closed with bytes unread, it could lose the answer
-                await asyncio.sleep(self.READ_PAUSE_S)
+            while piece:  # closed with bytes unread, it could lose the answer
+                with contextlib.suppress(BlockingIOError):
+                    piece = connection.recv(65536)
+                yield
 
 
 # ======================================================================================
@@ -5530,7 +5766,7 @@ def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[
 
 def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
     """Give a few round numbers that enclose a range, or zero and a number."""
-    low = 0.0 if low == high else low
+    low = 0.0 if high - low <= 1e-9 * high else low
     fifth = (high - low or 1.0) / 5
     unit = 10.0 ** math.floor(math.log10(fifth))
     step = max(finest, next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= fifth))
@@ -5580,36 +5816,31 @@ STYLE = """
 body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
 color:var(--ink);background:var(--back);overflow-wrap:anywhere}
 h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
-p,ul{margin:.25rem 0}td ul{padding:0;list-style:none}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
+p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
+progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
-figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.875rem}
+figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.8rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
 text{font-size:.8rem;fill:var(--soft);text-anchor:middle}.up{text-anchor:end}
 path{fill:none;stroke:var(--faint);vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
-path:first-child{stroke:var(--line)}path:nth-last-child(2){stroke:var(--mark);stroke-width:2}
-path:last-child{stroke:var(--mark);stroke-width:6}
+path:first-child{stroke:var(--line)}path:nth-last-child(-n+2){stroke:var(--mark);stroke-width:2}
+path:last-child{stroke-width:6}pre{white-space:pre-wrap;font-size:.8rem}
 .shots{padding:0;list-style:none;gap:.5rem;grid-template-columns:repeat(auto-fit,minmax(5.5rem,1fr))}
-img{display:block;width:100%;max-width:16rem;aspect-ratio:1}pre{white-space:pre-wrap;font-size:.8rem}
-table{border-collapse:collapse;width:100%}th{width:min(9rem,35%);font-weight:400}
+img{display:block;width:100%;max-width:24rem;aspect-ratio:1}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
+th{width:8rem;font-weight:400;overflow-wrap:normal}progress{width:100%;accent-color:var(--mark)}
 """
 
 PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
+<style>{style}</style></head>
+<body><main>
 <h1>{title}</h1>
 {body}
-</main>
-</body>
-</html>
+</main></body></html>
 """
 
 
@@ -5619,7 +5850,7 @@ class Report:
     def __init__(self, folder: OutputFolder, events: EventStream, plan: Plan, run_id: str, precision: str) -> None:
         self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
         self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
-        self.log = RunLog()
+        self.dataset, self.log = dataset_report(plan, None), RunLog()
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
         """Bring both files up to date; no run is lost for them."""
@@ -5666,19 +5897,19 @@ class Report:
         hardware: Any = plan.hardware
         run = {
             "Message": why,
-            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):g} passes over the dataset",
+            "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
             "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
             "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
-        both, encoders = ("progress loss", "progress loss_avg"), "Faint: the text encoders'."
-        charts = chart("Loss", "Faint: each step; strong: mean of 50.", *(curves[name] for name in both))
+        each, mean, encoder = curves["progress loss"], curves["progress loss_avg"], curves["text_encoder"]
+        limit, highest = 2 * max(mean.values(), default=0.0), max(each.values(), default=0.0)
+        note = f"Faint: each step (up to {highest:.4g}; drawn up to twice the highest mean). Strong: mean of 50."
+        charts = chart("Loss", note, {step: min(loss, limit) for step, loss in each.items()}, mean)
         charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
-        charts += chart(
-            "Learning rate", encoders * bool(curves["text_encoder"]), curves["text_encoder"], curves["unet"]
-        )
-        dataset = {key.replace("_", " ").capitalize(): value for key, value in dataset_report(plan, None).items()}
+        charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
+        dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
         dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
         config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
         bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
@@ -6503,8 +6734,8 @@ class LoRATrainer:
         texts = [config.sample_negative_prompt, prompt]
         conditions = self.conditions(texts, torch.tensor([[side, side, 0, 0, side, side]] * 2))
         latents: Tensor = noise * sampler.init_noise_sigma
-        for timestep in sampler.timesteps:
-            self.events.beat()
+        message, times = f"Sampling at step {self.state.step}.", sampler.timesteps
+        for timestep in self.events.track(message, times, len(times), phase="sampling"):
             if self.stop.requested:
                 return None
             negative, positive = self.predict(torch.cat([latents] * 2), timestep, *conditions).float().chunk(2)
@@ -6928,7 +7159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         warnings.simplefilter("ignore")
         logging.lastResort = None  # what a library logs without a handler would go to stderr
-    events = EventStream() if group.is_main else Relay(group)
+    events = EventStream(plain=options.debug) if group.is_main else Relay(group)
     stop = StopWatcher(events) if group.is_main else Follower(events, group)
     stop.install()
     events.start(lambda: stop.request(stop.READER_GONE), options.config)
