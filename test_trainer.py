@@ -8295,7 +8295,7 @@ OURS = {
     for pattern in ("*.py", "*.json", "*.txt", "*/*.py", "docs/*.json", "Dockerfile")
     for path in ROOT.glob(pattern)
 }
-OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--index-url", "--user", "--help"}
+OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--index-url", "--read-only", "--tmpfs", "--user", "--help"}
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -8361,14 +8361,102 @@ def test_the_demo_teaches_its_concept_and_old_prompts_stay(tmp_path: Path) -> No
         assert after > before - 0.2, prompt
 
 
-def test_docker_files_agree_with_the_tree() -> None:
-    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    assert "ARG BASE_IMAGE=nvidia/cuda:11.8.0-base-ubuntu22.04" in dockerfile
-    for word in ("USER ", "HEALTHCHECK ", "VOLUME ", "ENTRYPOINT [", "requirements.txt"):
-        assert word in dockerfile
-    for line in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
-        for name in line.split():
-            assert (ROOT / name).exists(), name
+DOCKERFILE = re.sub(r"^#.*\n|\\\n", "", (ROOT / "Dockerfile").read_text("utf-8"), flags=re.MULTILINE)
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name} +(.+)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_image_is_what_the_readme_says() -> None:
+    assert instructions("ARG")[0] == "BASE_IMAGE=nvidia/cuda:11.8.0-base-ubuntu22.04"
+    assert f'image.version="{trainer.VERSION}"' in DOCKERFILE
+    said = section(README, "## Docker")
+    assert {f"{name}=" for name in re.findall(r"--build-arg (\w+)=", said)} == {
+        re.sub("=.*", "=", argument) for argument in instructions("ARG")
+    }
+    assert f"without `--user`: {instructions('USER')[0]}" in said
+    for variable in ("HF_HOME=/models", "LORA_HEALTH_PORT=8080"):
+        assert variable in instructions("ENV")[-1].split()
+
+
+def test_the_files_of_the_image_are_enough_to_validate_its_demo(tmp_path: Path) -> None:
+    """Copies what COPY names and .dockerignore lets through."""
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
+    copied = [(name, copy.split()[-1]) for copy in instructions("COPY") for name in copy.split()[:-1]]
+    assert sorted(name for name, _ in copied) == sorted(allowed)
+    for name, target in copied:
+        place = tmp_path / target.strip("/")
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("output"))
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place)
+    script = json.loads(instructions("ENTRYPOINT")[0])[1]
+    arguments = ["--config", "app/demo/config.json", "--set", "output_path=output", "--validate-only"]
+    done = subprocess.run([sys.executable, script.strip("/"), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1])["type"] == "validated", done.stderr
+
+
+def docker_runs() -> list[list[str]]:
+    """The words of every `docker run` in the README's section, and what the compose file says as such a line."""
+    lines = section(README, "## Docker").replace("\\\n", " ")
+    runs = [
+        shlex.split(line, comments=True) for line in re.findall(r"(?:^|`)(docker run [^`\n]+)", lines, re.MULTILINE)
+    ]
+    yaml = pytest.importorskip("yaml")
+    service = yaml.safe_load((ROOT / "docs/compose.yaml").read_text("utf-8"))["services"]["train"]
+    volumes = [word for volume in service["volumes"] for word in ("-v", volume)]
+    return [*runs, ["docker", "run", *volumes, service["image"], *service["command"]]]
+
+
+def test_docker_runs_mount_the_volumes_of_the_image_and_keep_to_them() -> None:
+    volumes = {*json.loads(instructions("VOLUME")[0]), "/app"}
+    for words in docker_runs():
+        options, arguments = words[: words.index("train-lora")], words[words.index("train-lora") + 1 :]
+        mounted = {word.split(":")[1] for option, word in itertools.pairwise(options) if option == "-v"}
+        assert mounted in (set(), {"/data", "/output", "/models"})
+        check_call(arguments)
+        paths = re.findall(r"(?:^|=)(/\w+)", "\n".join(arguments), re.MULTILINE)
+        assert paths
+        assert {*paths} <= volumes
+        assert not mounted or {*paths} <= mounted
+    assert len(docker_runs()) == 5
+
+
+@posix
+@pytest.mark.parametrize("form", ["{}", "127.0.0.1:{}", "0.0.0.0:{}"])
+def test_the_health_check_of_the_image_follows_the_health_port(form: str) -> None:
+    check = instructions("HEALTHCHECK")[0].partition(" CMD ")[2]
+
+    def checked(address: str | None) -> int:
+        environment = {name: text for name, text in os.environ.items() if name != "LORA_HEALTH_PORT"}
+        environment |= {
+            "http_proxy": "http://127.0.0.1:9",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        environment |= {} if address is None else {"LORA_HEALTH_PORT": address}
+        return subprocess.run(["sh", "-c", check], env=environment, stderr=subprocess.DEVNULL, timeout=60).returncode
+
+    answer = 200
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = form.format(server.server_port)
+        assert checked(address) == 0
+        answer = 503
+        assert checked(address) == 1
+        server.shutdown()
+    assert checked(address) == 1
+    assert (checked(""), checked(None)) == (0, 0)
 
 
 # ======================================================================================
