@@ -1229,7 +1229,7 @@ def test_at_a_real_terminal_the_line_fits_and_goes_at_the_end(width: int) -> Non
     screen = Screen(width)
     screen.write(written)
     assert (ended, screen.breaks) == (0, 0)
-    assert screen.text().startswith("Complete: 1 steps in 00:01, loss")
+    assert screen.text().startswith("Complete: 1 step in 00:01, loss")
     assert max(line.count("Step") for line in written.split("\x1b[J")) == 1
 
 
@@ -4383,7 +4383,7 @@ def make_junk(folder: Path) -> dict[str, str]:
             if f".{suffix}" in Image.registered_extensions():
                 data = save_picture(folder / f"cut.{suffix}", good).read_bytes()
                 (folder / f"cut.{suffix}").write_bytes(data[: len(data) * 2 // 3])
-                bad[f"cut.{suffix}"] = "is skipped"
+                bad[f"cut.{suffix}"] = "cannot be used"
         good.save(folder / "script.jpg", "EPS")
         good.convert("P").save(folder / "other.png", "GIF")
         good.save(folder / "maskless.png")
@@ -4397,7 +4397,7 @@ def make_junk(folder: Path) -> dict[str, str]:
     for name in ("empty.webp", "phone.heic"):
         (folder / name).touch()
     bad |= dict.fromkeys(
-        ("script.jpg", "other.png", "page.jpg", "empty.webp"), "is skipped: no image of a known format"
+        ("script.jpg", "other.png", "page.jpg", "empty.webp"), "cannot be used: no image of a known format"
     )
     bad |= {"maskless.png": "mask maskless-masklabel.png: no image of a known format"}
     bad |= dict.fromkeys(("scans.jpg", "phone.jpg"), "minutes to decode")
@@ -4414,7 +4414,7 @@ def make_bad_metadata(path: Path) -> dict[str, str]:
     path.write_text("\n".join([*lines, "", *map(json.dumps, good)]), "utf-8")
     bad = {f"metadata.jsonl:{number}": "leads out" for number in range(1, 5)}
     bad |= {f"metadata.jsonl:{number}": "both strings" for number in range(5, 13)}
-    return bad | {"metadata.jsonl": 'names 1 files that are no images of the folder: "nowhere.png"'}
+    return bad | {"metadata.jsonl": 'names 1 file that the folder has no image of: "nowhere.png"'}
 
 
 @posix
@@ -4474,7 +4474,7 @@ def test_a_thousand_nested_folders_are_searched_or_named(tmp_path: Path) -> None
         dataset = scan(tmp_path, tmp_path / "images")
         assert len(dataset.examples) == 2
         (flaw,) = dataset.flaws
-        assert flaw.message == "is skipped: its path is too long, or it cannot be read"
+        assert flaw.message == "cannot be used: its path is too long, or it cannot be read"
     finally:
         subprocess.run(["rm", "-rf", tmp_path / "images"], check=True)  # shutil's calls itself too
 
@@ -4856,7 +4856,7 @@ def test_captions_over_the_limit_and_common_trigger_words_are_told(tmp_path: Pat
     (folder / "long.txt").write_text(LONG)
     config = small(folder, models / "sd15", tmp_path / "out", trigger_words=["z", "zorb"])
     warned = {event["code"]: event["message"] for event in emitted(prepare(tmp_path, config), "warning")}
-    assert warned["captions_cut"].startswith("1 captions are longer than 75 tokens (the longest has 135): long.png")
+    assert warned["captions_cut"].startswith("1 caption of more than 75 tokens (the longest has 135): long.png")
     assert warned["trigger_words_common"].endswith("common words: z.")
     wide = prepare(tmp_path, config | {"output_path": str(tmp_path / "wide"), "max_caption_tokens": 150})
     assert "captions_cut" not in warning_codes(wide)
@@ -7764,7 +7764,7 @@ def test_validation_reports_model_dataset_memory_and_hardware(tmp_path: Path, im
         "validation_images": 1,
         "regularization_images": 1,
         "masks": 2,
-        "skipped": [{"path": "4.png", "message": "is skipped: no image of a known format"}],
+        "skipped": [{"path": "4.png", "message": "cannot be used: no image of a known format"}],
         "captions": {"sidecar": 4, "folder name": 1, "trigger words": 1},
         "repeats": {"2": 5, "6": 1},
         "buckets": {},
