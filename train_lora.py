@@ -5817,7 +5817,6 @@ body{max-width:75rem;margin:auto;padding:1.5rem clamp(1rem,4vw,3rem);font:1rem/1
 color:var(--ink);background:var(--back);overflow-wrap:anywhere}
 h1{margin:0;font-size:1.75rem}h2{margin:2.5rem 0 .5rem;font-size:1.25rem}h3{margin:1rem 0 0;font-size:1rem}
 p,ul{margin:.25rem 0}td ul{margin:0;padding:0;list-style:none}a{color:var(--mark)}
-progress{width:100%;accent-color:var(--mark)}
 .charts,.shots{display:grid;gap:0 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
 figure,.shots li{margin:0;break-inside:avoid}figcaption,th,.shots{color:var(--soft)}figcaption,.shots{font-size:.8rem}
 .plot{display:block;width:calc(100% - 4.5rem);height:12rem;margin:.75rem 1rem 2rem 3.5rem}svg{overflow:visible}
@@ -5899,7 +5898,7 @@ class Report:
             "Message": why,
             "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
             "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
-            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that is killed leaves it so",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that was killed cannot say so here",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
