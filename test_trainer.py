@@ -7381,16 +7381,23 @@ def test_what_a_run_does_not_need_is_not_imported(tmp_path: Path) -> None:
 
 
 @needs_torch
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("Failed to find a C++ compiler\nand a stack trace"),
+        OSError("/tmp/x.so: failed to map segment from shared object"),  # where /tmp runs no code
+    ],
+)
 def test_without_a_compiler_a_run_warns_and_goes_on(
-    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compile_nothing(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("Failed to find a C++ compiler\nand a stack trace")
+        raise failure
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=1, compile=True))
     (told,) = (event for event in emitted(made, "warning") if event["code"] == "compile_unavailable")
-    assert told["message"].endswith("nothing is compiled: RuntimeError: Failed to find a C++ compiler")
+    assert told["message"].endswith(f"nothing is compiled: {type(failure).__name__}: {failure}".partition("\n")[0])
     assert made.train()
 
 
