@@ -8207,6 +8207,7 @@ KNOWN_COMMANDS = [  # `names` are files of ours or packages in requirements.txt,
     r"pip install (-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
     r"python3? (?P<ours>test_trainer\.py)( .+)?",
     r"python3? (?P<ours>(benchmarks|demo)/\w+\.py)( .+)?",
+    r"(python parent\.py|node parent\.mjs) (?P<names>[\w/.]+) [\w/]+",
     r"docker (build|compose|exec|inspect|logs|ps|run|stop) .+",
     r"curl (-\w )?http://127\.0\.0\.1:\d+/(health|status)",
     r"mkdir -p \w+( \w+)*",
@@ -8517,11 +8518,15 @@ def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
     assert rest.endswith("last event: interrupted, exit code: 143\n")
+    assert process.returncode == 143
     saved = int(re.findall(r"saved at step (\d+)", rest)[0])
     with parent(tmp_path, language, write_config(tmp_path, **demo | {"steps": saved + 2}), ROOT) as process:
         told, _ = process.communicate(timeout=120)
     assert re.findall(r"^step (\d+) of", told, re.MULTILINE) == [str(saved + 1), str(saved + 2)]
     assert told.endswith("last event: complete, exit code: 0\n")
+    assert process.returncode == 0
+    assert re.search(r"^Encoding images\. \d+ of \d+$", told, re.MULTILINE)
+    assert "Complete: " in (tmp_path / "out/stderr.log").read_text("utf-8")
     assert not (tmp_path / "out/stop").exists()
 
 
@@ -8547,6 +8552,28 @@ def test_a_parent_takes_pieces_long_lines_and_unknown_ones_and_sees_a_child_die(
     first, long, last = told.splitlines()
     assert (first, long.strip()) == ("step 1 of 2, 0 s left", "x" * 300_000)
     assert last == f"last event: info, exit code: {-9 if language == 'python' else 'SIGKILL'}"
+    assert process.returncode != 0
+
+
+@pytest.mark.parametrize("language", PARENTS)
+def test_a_parent_without_arguments_says_how_it_is_called(tmp_path: Path, language: str) -> None:
+    program = sys.executable if language == "python" else shutil.which("node")
+    if not program:
+        pytest.skip("node is not installed")
+    path = tmp_path / f"parent{PARENTS[language]}"
+    path.write_text(fenced(EMBEDDING, language), "utf-8")
+    done = subprocess.run([program, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"usage: {path.name} CONFIG OUTPUT\n")
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+def test_a_parent_in_node_says_that_the_interpreter_in_its_environment_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "parent.mjs"
+    path.write_text(fenced(EMBEDDING, "js"), "utf-8")
+    environment = os.environ | {"PYTHON": str(tmp_path / "none")}
+    command = ["node", str(path), "x.json", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (127, f"PYTHON: spawn {tmp_path / 'none'} ENOENT\n")
 
 
 @posix
