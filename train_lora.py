@@ -3056,7 +3056,15 @@ def gpu_trouble() -> str:
 
 
 def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str, str]]:
-    if hardware.device != "cpu" or wish == "cpu":
+    if hardware.device != "cpu":
+        return
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores and not os.environ.get("OMP_NUM_THREADS"):
+        message = (
+            f"Other programs use this CPU too ({load:.0f} for {cores} cores), and torch's threads wait for each other."
+        )
+        yield "cpu_shared", message, "With the variable OMP_NUM_THREADS=1 it can be ten times as fast."
+    if wish == "cpu":
         return
     if has_nvidia_gpu():
         message = f"There is a GPU, but {gpu_trouble()}."
@@ -5492,6 +5500,14 @@ def find_resume_point(
     return None
 
 
+BASE_KEYS = (
+    "base_model",
+    "vae_path",
+    "revision",
+    "variant",
+)  # where the base is: its weights may be the same elsewhere
+
+
 def run_identity(plan: Plan) -> JSON:
     """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
     resolved = plan.resolved()
@@ -6016,6 +6032,7 @@ class LoRATrainer:
             self.predict_as(point.record.get("prediction_type", source.prediction_type))  # older states lack it
         if point and group.share(functools.partial(self.is_finished, point.state.step)):
             self.state = point.state
+            self.events.info("This run is finished already: a larger steps makes it longer, --fresh starts over.")
             return True
         self.cache()
         self.adapt()
@@ -6064,7 +6081,7 @@ class LoRATrainer:
         if point:
             theirs = point.record["identity"]
             if point.record.get("base") == self.base:  # the same weights, wherever they lie now
-                theirs = theirs | {key: self.identity[key] for key in ("base_model", "vae_path", "revision", "variant")}
+                theirs = theirs | {key: self.identity[key] for key in BASE_KEYS}
             check_identity(self.identity, theirs, self.folder.path)
             step, loras = point.state.step, self.ours(f"{self.config.output_name}_step")
             newest = next((str(path) for number, path in loras if number <= step), None)
@@ -6353,6 +6370,7 @@ class LoRATrainer:
             message = f"The run was planned for {before} steps and now has {total}: the learning rate jumps."
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
             self.events.warning("schedule_stretched", message, hint)
+        self.events.info(f"Going on from step {point.state.step} of {total}.")
 
     def environment(self) -> JSON:
         """Give what else decides the last bits."""
@@ -6690,7 +6708,8 @@ class LoRATrainer:
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
-        if samples := is_due(step, config.validation_steps):
+        ends = bool(config.validation_steps) and step == self.plan.total_steps
+        if samples := ends or is_due(step, config.validation_steps):
             self.settle()
             self.validate(step)
             self.sample(step)
@@ -7032,7 +7051,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def validate(config: TrainingConfig, events: EventStream, processes: int = 1) -> None:
+def validate(config: TrainingConfig, events: EventStream, processes: int = 1, fresh: bool = False) -> None:
     """Check all that a run needs, also without torch. Raises the first problem's code, with every problem listed."""
     failures: list[TrainerError] = []
 
@@ -7060,10 +7079,27 @@ def validate(config: TrainingConfig, events: EventStream, processes: int = 1) ->
         events.info(reason)
     if hardware:
         check_single_file(source)
+    if hardware and not source.guessed and not fresh:
+        foresee_resume(plan, events)
     tokens = count_tokens(plan) if hardware else None
     for warning in (*plan_warnings(plan), *(token_warnings(tokens) if tokens else ())):
         events.warning(*warning)
     events.emit("validated", **validation_report(plan, tokens, hardware), warnings=events.warnings)
+
+
+def foresee_resume(plan: Plan, events: EventStream) -> None:
+    """Tell what a start would go on from, by the newest state's header. Raises `resume_mismatch`."""
+    folder = Path(plan.config.output_path)
+    run_id = read_run(folder / "config.json").get("run_id")
+    for step, path in numbered(folder / "checkpoints", "state_step"):
+        header = read_header(path)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: an older one is used
+            theirs = json.loads(header["record"])["identity"]
+            if header["train_lora.run_id"] == run_id:
+                theirs = {key: value for key, value in theirs.items() if key not in BASE_KEYS}
+                check_identity(run_identity(plan), theirs, folder)
+                return events.info(f"A start goes on from step {step} of {plan.total_steps}.")
+    return None
 
 
 def count_tokens(plan: Plan) -> JSON | None:
@@ -7118,7 +7154,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     config = load_config(options.config, options.set)
     check_sharing(config, group)
     if options.validate_only:
-        return validate(config, events, group.size) if group.is_main else events.emit("validated")
+        return validate(config, events, group.size, options.fresh) if group.is_main else events.emit("validated")
     group.join(events, stop)
     folder = OutputFolder(Path(config.output_path))
 
