@@ -1049,6 +1049,8 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
         (60, " Step  400/1500  ━━───────   26%  loss 0.0912  1:02:05 left"),
         (40, " Step  400/1500   26%  1:02:05 left"),
         (24, " Step  400/1500   26%"),
+        (4, " .."),
+        (1, " "),
     ],
 )
 def test_the_line_has_the_width_of_the_terminal(screen: Screen, width: int, line: str) -> None:
@@ -1148,6 +1150,7 @@ def test_columns_are_counted_as_terminals_draw_them() -> None:
         assert trainer.columns(text) == width, text
     assert trainer.for_terminal("a\r\nb\tc\x9bm\u202ed") == "a b c?m?d"
     assert trainer.clip("日本語モデル", 8) == "日..."
+    assert trainer.clip("a", -1) == ""
     assert trainer.wrap("a path: /a/very/long/one that is whole", 8) == [
         "a path:",
         "/a/very/long/one",

@@ -946,19 +946,23 @@ def columns(text: str) -> int:
 
 
 def clip(text: str, width: int) -> str:
-    shorter = text[: max(width, 0)]
+    width = max(width, 0)
+    shorter = text[:width]
     while columns(shorter) > width:
         shorter = shorter[:-1]
-    return text if shorter == text else shorter[:-3] + "..."
+    return text if shorter == text else f"{shorter[:-3]}..."[:width]
 
 
 def wrap(text: str, width: int) -> list[str]:
     """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
-    rows = [""]
+    rows, used = [""], 0
     for word in text.split(" "):
-        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
+        size = columns(word)
+        if rows[-1] and used + 1 + size > width:
             rows.append(word)
+            used = size
         else:
+            used += size + bool(rows[-1])
             rows[-1] += f" {word}" if rows[-1] else word
     return rows
 
