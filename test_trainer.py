@@ -6814,6 +6814,26 @@ def test_a_log_is_read_on_from_where_it_was_and_what_is_no_event_is_passed_over(
     assert [*log.curves["progress loss"]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[" * 100_000, "0" * 2_500_000, '{"type": "sample", "step": "2", "index": 0}'),
+        *(f'{{"type": "progress", "step": {step}, "loss": 1}}' for step in ("NaN", '"5"', "null", "-1", "1e999", 2.5)),
+        *(f'{{"type": "validation", "step": 2, "loss": {loss}}}' for loss in ("NaN", "-1e999", '"x"', "[1]", 10**400)),
+    ],
+    ids=lambda line: line[:60],
+)
+def test_a_log_that_was_tampered_with_is_still_drawn(tmp_path: Path, line: str) -> None:
+    path, log = tmp_path / "events.jsonl", trainer.RunLog()
+    ours = [f'{{"type": "progress", "step": {step}, "loss": 0.5}}' for step in (1, 2, 3)]
+    path.write_text("\n".join([line, *ours[:2], line, ours[2], ""]))
+    log.read(path)
+    log.cut(3)
+    assert log.curves["progress loss"] == {1: 0.5, 2: 0.5, 3: 0.5}
+    assert not log.samples
+    assert all("<svg" in trainer.chart("", "", curve) for curve in log.curves.values() if curve)
+
+
 def test_a_thinned_curve_keeps_ends_and_extremes_and_a_hundred_thousand_steps_stay_few() -> None:
     draws = random.Random(1)
     curve = {step: draws.random() for step in range(1, 20_001, 3)} | {777: 9.0, 12_001: -9.0}

@@ -5667,6 +5667,8 @@ class RunLog:
     """
 
     MOST_POINTS = 4000  # of a curve; twice as many are thinned
+    LINE_BYTES = 1_000_000  # what is longer, like the zeros that a crash can leave, comes in pieces that are no events
+    LARGEST = 1e39  # of steps and values: float32 ends before, and a chart is drawn of what is sane
 
     def __init__(self) -> None:
         self.curves: dict[str, dict[int, float]] = collections.defaultdict(dict)  # {name: {step: value}}
@@ -5678,9 +5680,11 @@ class RunLog:
         with path.open("rb") as file:
             self._read *= file.seek(0, os.SEEK_END) >= self._read  # else it is another file: the folder was made anew
             file.seek(self._read)
-            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+            while (line := file.readline(self.LINE_BYTES)).endswith(b"\n") or len(line) == self.LINE_BYTES:
                 self._read += len(line)
-                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no event of ours
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, AttributeError, RecursionError
+                ):  # no event of ours
                     self.take(json.loads(line))
 
     def take(self, event: JSON) -> None:
@@ -5688,14 +5692,14 @@ class RunLog:
         if phase == "training" and not self._goes_on:
             self.cut(-1)
         self._goes_on = phase in ("resuming", "training") or (self._goes_on and kind != "start")
-        if kind not in ("progress", "validation", "sample"):
+        if kind not in ("progress", "validation", "sample") or not (type(step) is int and 0 <= step < self.LARGEST):
             return
         self.cut(step)
         if kind == "sample":
             self.samples[step][event["index"]] = event
         values = {f"{kind} {name}": event.get(name) for name in ("loss", "loss_avg")} | event.get("learning_rates", {})
         for name, value in values.items():
-            if value is not None:
+            if isinstance(value, (int, float)) and abs(value) < self.LARGEST:
                 self.curves[name][step] = value
             if len(self.curves[name]) > 2 * self.MOST_POINTS:
                 self.curves[name] = thinned(self.curves[name], self.MOST_POINTS)
