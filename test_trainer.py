@@ -7012,13 +7012,19 @@ def test_a_failed_run_says_so_on_its_page(
 def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
     tmp_path: Path, images: Path, models: Path
 ) -> None:
-    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1)
-    made = make_reporting(tmp_path, config)
-    (tmp_path / "out/report.html").mkdir()
-    made.run()
-    assert made.final_path.exists()
-    assert warning_codes(made).count("report_not_written") == 1
-    assert (tmp_path / "out/report.html").is_dir()
+    for hindered in ("report.html", "samples/grid.png", "events.jsonl"):
+        out = tmp_path / hindered.replace("/", "-")
+        made = make_reporting(tmp_path, small(images, models / "sd15", out, checkpoint_steps=1, validation_steps=2))
+        made.events.path = tmp_path / "log"  # type: ignore[attr-defined]
+        (out / "events.jsonl").unlink()
+        (out / hindered).mkdir()
+        made.run()
+        made.folder._lock.close()  # type: ignore[union-attr]
+        assert made.final_path.exists()
+        assert warning_codes(made).count("report_not_written") == 1
+        assert (out / hindered).is_dir()
+        if hindered != "report.html":
+            assert Page(out / "report.html").texts["h1"] == ["lora: finished"]
 
 
 @needs_torch
