@@ -609,6 +609,14 @@ def test_only_the_families_section_names_a_family() -> None:
     assert not re.search(r"\.name ==|is_xl|== \"sd", "\n".join(after[end:]))
 
 
+def test_a_python_that_is_too_old_is_told_so_in_words() -> None:
+    code = "import sys; sys.version_info = (3, 9, 18); import train_lora"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("train_lora.py needs Python 3.10 or later; this is ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
 def test_importing_the_script_imports_nothing_heavy() -> None:
     heavy = ("torch", "diffusers", "PIL", "numpy", "jsonschema")
     code = f"import sys, train_lora; print([name for name in {heavy} if name in sys.modules])"

@@ -56,8 +56,14 @@ The file reads once, top to bottom; each section uses only what stands above it:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # said in words here, before an import fails
+    sys.exit(f"train_lora.py needs Python 3.10 or later; this is {sys.version.split()[0]}.")
+
 import argparse
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -84,7 +90,6 @@ import shutil
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 import traceback
