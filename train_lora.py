@@ -5739,9 +5739,10 @@ def label(text: str, font: Any, width: float) -> str:
     box = bytes(font.getmask("\U0010ffff"))
     line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
     line = re.sub("…[… ]*…", "…", line)
-    while font.getlength(line) > width:
-        line = line[:-2] + "…"
-    return line
+    if font.getlength(line) <= width:
+        return line
+    fitting = bisect.bisect(range(len(line)), width, key=lambda kept: font.getlength(line[:kept] + "…"))
+    return line[: max(fitting - 1, 0)] + "…"
 
 
 def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
