@@ -2348,6 +2348,8 @@ def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
         head, _, body = server.answer(b"GET /health HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
         return int(head.split()[1]), json.loads(body)
 
+    events.beat_at = time.monotonic() + 9
+    assert ask()[1]["idle_seconds"] == 0, "a beat that comes while the answer is made"
     events.beat()
     assert ask()[0] == 200
     events.beat_at -= server.STALLED_S + 1

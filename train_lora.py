@@ -1978,7 +1978,7 @@ class HealthServer:
         events, stop, now = self._events, self._stop, time.monotonic()
         lines = events.recent.get("progress")
         progress = json.loads(lines[-1][1]) if lines else {}
-        idle = now - events.beat_at
+        idle = max(now - events.beat_at, 0.0)  # a beat may have come since
         status = "ended" if events.ended else "stalled" if idle > self.STALLED_S else "ok"
         report = {"status": status, "phase": events.phase, "step": progress.get("step", stop.saved.step)}
         report |= {"idle_seconds": round(idle, 3), "stalled_after_seconds": self.STALLED_S}
