@@ -2375,6 +2375,25 @@ def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
     assert (ask()[0], ask()[1]["status"]) == (200, "ended")
 
 
+def test_a_request_that_cannot_be_answered_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: Any = Recorder()
+    server = trainer.HealthServer(events, Quiet())
+    answers = iter((MemoryError(), b"well"))
+
+    def answer(head: bytes) -> bytes:
+        if isinstance(found := next(answers), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(server, "answer", answer)
+    server.start("127.0.0.1", 0)
+    port = int(events.events[-1]["address"].partition(":")[2])
+    for expected in (b"", b"well"):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            assert connection.recv(99) == expected
+
+
 @needs_torch
 def test_every_micro_batch_and_denoising_step_is_a_sign_of_progress(
     tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch

@@ -2027,7 +2027,7 @@ class HealthServer:
 
     def _talk(self, connection: socket.socket) -> Generator[None, None, None]:
         """Read a request's head, and answer; yields when there is something to wait for."""
-        with connection, contextlib.suppress(OSError):
+        with connection, contextlib.suppress(Exception):  # whatever it is, the next one is answered
             connection.setblocking(False)
             head, piece = b"", b"-"
             while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
