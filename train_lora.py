@@ -5868,6 +5868,7 @@ class Report:
         self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
         self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
         self.dataset, self.log = dataset_report(plan, None), RunLog()
+        self.samples: dict[Place, Path] = {}  # the ones to show
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
         """Bring both files up to date, each as far as it can be; no run is lost for them."""
@@ -5876,8 +5877,9 @@ class Report:
         page = self.folder.path / "report.html"
         self.attempt(lambda: self.log.read(self.folder.path / "events.jsonl"))
         self.log.cut(state.step)
-        self.attempt(lambda: write_file(page, self.page(state, self.samples(), ending, why).encode()))
-        self.attempt(lambda: self.draw(self.samples()))
+        self.attempt(self.choose)
+        self.attempt(lambda: write_file(page, self.page(state, ending, why).encode()))
+        self.attempt(self.draw)
 
     def attempt(self, part: Callable[[], object]) -> None:
         """Do a part of it; where that fails, the others are done all the same."""
@@ -5888,7 +5890,7 @@ class Report:
                 message = f"report.html or samples/grid.png is not up to date: {error}"
                 self.events.warning("report_not_written", message, "The run goes on; it is tried again.")
 
-    def samples(self) -> dict[Place, Path]:
+    def choose(self) -> None:
         """Choose the samples to show, of the prompts as they are now."""
         seed, found = self.plan.config.sample_seed, {}
         for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
@@ -5896,29 +5898,29 @@ class Report:
             if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
                 found[step, row] = path
         steps = spread(sorted({step for step, _ in found}), 12)
-        return {place: path for place, path in found.items() if place[0] in steps}
+        self.samples = {place: path for place, path in found.items() if place[0] in steps}
 
-    def draw(self, samples: Mapping[Place, Path]) -> None:
+    def draw(self) -> None:
         """Draw them as one picture."""
         grid = self.folder.samples / "grid.png"
-        if samples:
+        if self.samples:
             side = min(256, self.plan.resolution, 4096 // len(self.prompts))
-            draw_grid(grid, self.run_id, self.prompts, samples, side)
+            draw_grid(grid, self.run_id, self.prompts, self.samples, side)
         elif written_by(grid):
             remove(grid)  # of other prompts, or of a run that this one replaced
 
-    def gallery(self, samples: Mapping[Place, Path]) -> str:
+    def gallery(self) -> str:
         """Show samples as linked pictures, prompt by prompt."""
         shots: dict[int, str] = collections.defaultdict(str)
-        for (step, row), path in samples.items():
+        for (step, row), path in self.samples.items():
             picture = f'<img src="samples/{path.name}" loading="lazy" alt="Prompt {row + 1} at step {step:,}">'
             shots[row] += f'<li><a href="samples/{path.name}">{picture}</a>Step {step:,}</li>'
         head = '<h3>Prompt {}</h3><p>{}</p>\n<ul class="shots">{}</ul>'
         parts = [head.format(row + 1, shown(self.prompts[row]), pictures) for row, pictures in shots.items()]
-        count = f"{len({step for step, _ in samples})} of {len(self.log.samples)} steps with samples"
+        count = f"{len({step for step, _ in self.samples})} of {len(self.log.samples)} steps with samples"
         return "\n".join([*parts, f'<p><a href="samples/grid.png">All in one picture</a> ({count})</p>'])
 
-    def page(self, state: TrainState, samples: Mapping[Place, Path], ending: str, why: str) -> str:
+    def page(self, state: TrainState, ending: str, why: str) -> str:
         plan, curves, total = self.plan, self.log.curves, self.plan.total_steps
         hardware: Any = plan.hardware
         run = {
@@ -5943,7 +5945,7 @@ class Report:
         parts = {
             "Run": f"{bar}\n{table(run)}",
             "Curves": f'<div class="charts">{charts}</div>',
-            "Samples": self.gallery(samples) if samples else "None yet.",
+            "Samples": self.gallery() if self.samples else "None yet.",
             "Warnings": shown(warnings or "None."),
             "Dataset": table(dataset),
             "Config": f"<pre>{html.escape(config)}</pre>",
