@@ -1409,7 +1409,7 @@ class EventStream:
             whole = content.rfind(b"\n") + 1
             torn, ours = content[whole:], b'{"type"'
             # Zeros: the power went before the data came.
-            if torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0")):
+            if (whole or not start) and (torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0"))):
                 self._log.truncate(start + whole)
             else:
                 write_all(self._log.fileno(), b"\n")  # not ours: keep it
