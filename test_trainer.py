@@ -610,6 +610,14 @@ def test_only_the_families_section_names_a_family() -> None:
     assert not re.search(r"\.name ==|is_xl|== \"sd", "\n".join(after[end:]))
 
 
+def test_a_python_that_is_too_old_is_told_so_in_words() -> None:
+    code = "import sys; sys.version_info = (3, 9, 18); import train_lora"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("train_lora.py needs Python 3.10 or later; this is ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
 def test_importing_the_script_imports_nothing_heavy() -> None:
     heavy = ("torch", "diffusers", "PIL", "numpy", "jsonschema")
     code = f"import sys, train_lora; print([name for name in {heavy} if name in sys.modules])"
@@ -1050,6 +1058,8 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
         (60, " Step  400/1500  ━━───────   26%  loss 0.0912  1:02:05 left"),
         (40, " Step  400/1500   26%  1:02:05 left"),
         (24, " Step  400/1500   26%"),
+        (4, " .."),
+        (1, " "),
     ],
 )
 def test_the_line_has_the_width_of_the_terminal(screen: Screen, width: int, line: str) -> None:
@@ -1149,6 +1159,7 @@ def test_columns_are_counted_as_terminals_draw_them() -> None:
         assert trainer.columns(text) == width, text
     assert trainer.for_terminal("a\r\nb\tc\x9bm\u202ed") == "a b c?m?d"
     assert trainer.clip("日本語モデル", 8) == "日..."
+    assert trainer.clip("a", -1) == ""
     assert trainer.wrap("a path: /a/very/long/one that is whole", 8) == [
         "a path:",
         "/a/very/long/one",
@@ -1454,7 +1465,11 @@ def test_a_slow_reader_loses_progress_and_nothing_else() -> None:
     assert progress + events[-1]["dropped"] == 5000
 
 
-@pytest.mark.parametrize("torn", [b'{"type": "prog', b'{"ty', b'{"ty\0\0', b"\0\0\0", b"{"])
+@pytest.mark.parametrize(
+    "torn",
+    [b'{"type": "prog', b'{"ty', b'{"ty\0\0', b"\0\0\0", b"{", b"\0" * 1_500_000],
+    ids=lambda torn: str(torn[:9]),
+)
 def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path, torn: bytes) -> None:
     log = tmp_path / "events.jsonl"
     log.write_bytes(b'{"type": "start"}\n' + torn)
@@ -1466,8 +1481,10 @@ def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path, torn: bytes) -> None
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "events.jsonl")], cwd=ROOT, check=True, capture_output=True
     )
-    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [line["type"] for line in lines] == ["start", "start", "info"]
+    lines = [
+        line for line in (tmp_path / "events.jsonl").read_text().splitlines() if line.strip("\0")
+    ]  # too many to cut
+    assert [json.loads(line)["type"] for line in lines] == ["start", "start", "info"]
 
 
 def test_the_log_takes_whole_lines_only_and_catches_up_once_the_disk_has_room(
@@ -2348,6 +2365,8 @@ def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
         head, _, body = server.answer(b"GET /health HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
         return int(head.split()[1]), json.loads(body)
 
+    events.beat_at = time.monotonic() + 9
+    assert ask()[1]["idle_seconds"] == 0, "a beat that comes while the answer is made"
     events.beat()
     assert ask()[0] == 200
     events.beat_at -= server.STALLED_S + 1
@@ -2360,6 +2379,25 @@ def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
     events.ended = "complete"
     events.beat_at -= server.STALLED_S + 1
     assert (ask()[0], ask()[1]["status"]) == (200, "ended")
+
+
+def test_a_request_that_cannot_be_answered_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: Any = Recorder()
+    server = trainer.HealthServer(events, Quiet())
+    answers = iter((MemoryError(), b"well"))
+
+    def answer(head: bytes) -> bytes:
+        if isinstance(found := next(answers), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(server, "answer", answer)
+    server.start("127.0.0.1", 0)
+    port = int(events.events[-1]["address"].partition(":")[2])
+    for expected in (b"", b"well"):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            assert connection.recv(99) == expected
 
 
 @needs_torch
@@ -6822,6 +6860,26 @@ def test_a_log_is_read_on_from_where_it_was_and_what_is_no_event_is_passed_over(
     assert [*log.curves["progress loss"]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[" * 100_000, "0" * 2_500_000, '{"type": "sample", "step": "2", "index": 0}'),
+        *(f'{{"type": "progress", "step": {step}, "loss": 1}}' for step in ("NaN", '"5"', "null", "-1", "1e999", 2.5)),
+        *(f'{{"type": "validation", "step": 2, "loss": {loss}}}' for loss in ("NaN", "-1e999", '"x"', "[1]", 10**400)),
+    ],
+    ids=lambda line: line[:60],
+)
+def test_a_log_that_was_tampered_with_is_still_drawn(tmp_path: Path, line: str) -> None:
+    path, log = tmp_path / "events.jsonl", trainer.RunLog()
+    ours = [f'{{"type": "progress", "step": {step}, "loss": 0.5}}' for step in (1, 2, 3)]
+    path.write_text("\n".join([line, *ours[:2], line, ours[2], ""]))
+    log.read(path)
+    log.cut(3)
+    assert log.curves["progress loss"] == {1: 0.5, 2: 0.5, 3: 0.5}
+    assert not log.samples
+    assert all("<svg" in trainer.chart("", "", curve) for curve in log.curves.values() if curve)
+
+
 def test_a_thinned_curve_keeps_ends_and_extremes_and_a_hundred_thousand_steps_stay_few() -> None:
     draws = random.Random(1)
     curve = {step: draws.random() for step in range(1, 20_001, 3)} | {777: 9.0, 12_001: -9.0}
@@ -7000,13 +7058,19 @@ def test_a_failed_run_says_so_on_its_page(
 def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
     tmp_path: Path, images: Path, models: Path
 ) -> None:
-    config = small(images, models / "sd15", tmp_path / "out", checkpoint_steps=1)
-    made = make_reporting(tmp_path, config)
-    (tmp_path / "out/report.html").mkdir()
-    made.run()
-    assert made.final_path.exists()
-    assert warning_codes(made).count("report_not_written") == 1
-    assert (tmp_path / "out/report.html").is_dir()
+    for hindered in ("report.html", "samples/grid.png", "events.jsonl"):
+        out = tmp_path / hindered.replace("/", "-")
+        made = make_reporting(tmp_path, small(images, models / "sd15", out, checkpoint_steps=1, validation_steps=2))
+        made.events.path = tmp_path / "log"  # type: ignore[attr-defined]
+        (out / "events.jsonl").unlink()
+        (out / hindered).mkdir()
+        made.run()
+        made.folder._lock.close()  # type: ignore[union-attr]
+        assert made.final_path.exists()
+        assert warning_codes(made).count("report_not_written") == 1
+        assert (out / hindered).is_dir()
+        if hindered != "report.html":
+            assert Page(out / "report.html").texts["h1"] == ["lora: finished"]
 
 
 @needs_torch

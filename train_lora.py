@@ -56,8 +56,14 @@ The file reads once, top to bottom; each section uses only what stands above it:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # said in words here, before an import fails
+    sys.exit(f"train_lora.py needs Python 3.10 or later; this is {sys.version.split()[0]}.")
+
 import argparse
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -84,7 +90,6 @@ import shutil
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 import traceback
@@ -948,19 +953,23 @@ def columns(text: str) -> int:
 
 
 def clip(text: str, width: int) -> str:
-    shorter = text[: max(width, 0)]
+    width = max(width, 0)
+    shorter = text[:width]
     while columns(shorter) > width:
         shorter = shorter[:-1]
-    return text if shorter == text else shorter[:-3] + "..."
+    return text if shorter == text else f"{shorter[:-3]}..."[:width]
 
 
 def wrap(text: str, width: int) -> list[str]:
     """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
-    rows = [""]
+    rows, used = [""], 0
     for word in text.split(" "):
-        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
+        size = columns(word)
+        if rows[-1] and used + 1 + size > width:
             rows.append(word)
+            used = size
         else:
+            used += size + bool(rows[-1])
             rows[-1] += f" {word}" if rows[-1] else word
     return rows
 
@@ -1400,7 +1409,7 @@ class EventStream:
             whole = content.rfind(b"\n") + 1
             torn, ours = content[whole:], b'{"type"'
             # Zeros: the power went before the data came.
-            if torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0")):
+            if (whole or not start) and (torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0"))):
                 self._log.truncate(start + whole)
             else:
                 write_all(self._log.fileno(), b"\n")  # not ours: keep it
@@ -1966,7 +1975,7 @@ class HealthServer:
         events, stop, now = self._events, self._stop, time.monotonic()
         lines = events.recent.get("progress")
         progress = json.loads(lines[-1][1]) if lines else {}
-        idle = now - events.beat_at
+        idle = max(now - events.beat_at, 0.0)  # a beat may have come since
         status = "ended" if events.ended else "stalled" if idle > self.STALLED_S else "ok"
         report = {"status": status, "phase": events.phase, "step": progress.get("step", stop.saved.step)}
         report |= {"idle_seconds": round(idle, 3), "stalled_after_seconds": self.STALLED_S}
@@ -2018,7 +2027,7 @@ class HealthServer:
 
     def _talk(self, connection: socket.socket) -> Generator[None, None, None]:
         """Read a request's head, and answer; yields when there is something to wait for."""
-        with connection, contextlib.suppress(OSError):
+        with connection, contextlib.suppress(Exception):  # whatever it is, the next one is answered
             connection.setblocking(False)
             head, piece = b"", b"-"
             while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
@@ -5684,6 +5693,8 @@ class RunLog:
     """
 
     MOST_POINTS = 4000  # of a curve; twice as many are thinned
+    LINE_BYTES = 1_000_000  # what is longer, like the zeros that a crash can leave, comes in pieces that are no events
+    LARGEST = 1e39  # of steps and values: float32 ends before, and a chart is drawn of what is sane
 
     def __init__(self) -> None:
         self.curves: dict[str, dict[int, float]] = collections.defaultdict(dict)  # {name: {step: value}}
@@ -5695,9 +5706,11 @@ class RunLog:
         with path.open("rb") as file:
             self._read *= file.seek(0, os.SEEK_END) >= self._read  # else it is another file: the folder was made anew
             file.seek(self._read)
-            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+            while (line := file.readline(self.LINE_BYTES)).endswith(b"\n") or len(line) == self.LINE_BYTES:
                 self._read += len(line)
-                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no event of ours
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, AttributeError, RecursionError
+                ):  # no event of ours
                     self.take(json.loads(line))
 
     def take(self, event: JSON) -> None:
@@ -5705,14 +5718,14 @@ class RunLog:
         if phase == "training" and not self._goes_on:
             self.cut(-1)
         self._goes_on = phase in ("resuming", "training") or (self._goes_on and kind != "start")
-        if kind not in ("progress", "validation", "sample"):
+        if kind not in ("progress", "validation", "sample") or not (type(step) is int and 0 <= step < self.LARGEST):
             return
         self.cut(step)
         if kind == "sample":
             self.samples[step][event["index"]] = event
         values = {f"{kind} {name}": event.get(name) for name in ("loss", "loss_avg")} | event.get("learning_rates", {})
         for name, value in values.items():
-            if value is not None:
+            if isinstance(value, (int, float)) and abs(value) < self.LARGEST:
                 self.curves[name][step] = value
             if len(self.curves[name]) > 2 * self.MOST_POINTS:
                 self.curves[name] = thinned(self.curves[name], self.MOST_POINTS)
@@ -5747,9 +5760,10 @@ def label(text: str, font: Any, width: float) -> str:
     box = bytes(font.getmask("\U0010ffff"))
     line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
     line = re.sub("…[… ]*…", "…", line)
-    while font.getlength(line) > width:
-        line = line[:-2] + "…"
-    return line
+    if font.getlength(line) <= width:
+        return line
+    fitting = bisect.bisect(range(len(line)), width, key=lambda kept: font.getlength(line[:kept] + "…"))
+    return line[: max(fitting - 1, 0)] + "…"
 
 
 def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
@@ -5870,48 +5884,59 @@ class Report:
         self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
         self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
         self.dataset, self.log = dataset_report(plan, None), RunLog()
+        self.samples: dict[Place, Path] = {}  # the ones to show
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
-        """Bring both files up to date; no run is lost for them."""
+        """Bring both files up to date, each as far as it can be; no run is lost for them."""
+        if not self.folder.is_ours():  # the next save makes it anew, or finds that another run has it
+            return
+        page = self.folder.path / "report.html"
+        self.attempt(lambda: self.log.read(self.folder.path / "events.jsonl"))
+        self.log.cut(state.step)
+        self.attempt(self.choose)
+        self.attempt(lambda: write_file(page, self.page(state, ending, why).encode()))
+        self.attempt(self.draw)
+
+    def attempt(self, part: Callable[[], object]) -> None:
+        """Do a part of it; where that fails, the others are done all the same."""
         try:
-            if self.folder.is_ours():  # else the next save makes it anew, or finds that another run has it
-                self.log.read(self.folder.path / "events.jsonl")
-                self.log.cut(state.step)
-                samples = self.draw_samples()
-                write_file(self.folder.path / "report.html", self.page(state, samples, ending, why).encode())
+            part()
         except Exception as error:  # disks, pictures, events of other versions
             if all(told["code"] != "report_not_written" for told in self.events.warnings):
-                message = f"report.html and samples/grid.png are not up to date: {error}"
-                self.events.warning("report_not_written", message, "The run goes on; they are tried again.")
+                message = f"report.html or samples/grid.png is not up to date: {error}"
+                self.events.warning("report_not_written", message, "The run goes on; it is tried again.")
 
-    def draw_samples(self) -> dict[Place, Path]:
-        """Choose the samples to show, of the prompts as they are now, and draw them as one picture."""
-        grid, seed, found = self.folder.samples / "grid.png", self.plan.config.sample_seed, {}
+    def choose(self) -> None:
+        """Choose the samples to show, of the prompts as they are now."""
+        seed, found = self.plan.config.sample_seed, {}
         for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
             path = self.folder.samples / f"step_{step}_{row}.png"
             if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
                 found[step, row] = path
         steps = spread(sorted({step for step, _ in found}), 12)
-        samples = {place: path for place, path in found.items() if place[0] in steps}
-        if samples:
+        self.samples = {place: path for place, path in found.items() if place[0] in steps}
+
+    def draw(self) -> None:
+        """Draw them as one picture."""
+        grid = self.folder.samples / "grid.png"
+        if self.samples:
             side = min(256, self.plan.resolution, 4096 // len(self.prompts))
-            draw_grid(grid, self.run_id, self.prompts, samples, side)
+            draw_grid(grid, self.run_id, self.prompts, self.samples, side)
         elif written_by(grid):
             remove(grid)  # of other prompts, or of a run that this one replaced
-        return samples
 
-    def gallery(self, samples: Mapping[Place, Path]) -> str:
+    def gallery(self) -> str:
         """Show samples as linked pictures, prompt by prompt."""
         shots: dict[int, str] = collections.defaultdict(str)
-        for (step, row), path in samples.items():
+        for (step, row), path in self.samples.items():
             picture = f'<img src="samples/{path.name}" loading="lazy" alt="Prompt {row + 1} at step {step:,}">'
             shots[row] += f'<li><a href="samples/{path.name}">{picture}</a>Step {step:,}</li>'
         head = '<h3>Prompt {}</h3><p>{}</p>\n<ul class="shots">{}</ul>'
         parts = [head.format(row + 1, shown(self.prompts[row]), pictures) for row, pictures in shots.items()]
-        count = f"{len({step for step, _ in samples})} of {len(self.log.samples)} steps with samples"
+        count = f"{len({step for step, _ in self.samples})} of {len(self.log.samples)} steps with samples"
         return "\n".join([*parts, f'<p><a href="samples/grid.png">All in one picture</a> ({count})</p>'])
 
-    def page(self, state: TrainState, samples: Mapping[Place, Path], ending: str, why: str) -> str:
+    def page(self, state: TrainState, ending: str, why: str) -> str:
         plan, curves, total = self.plan, self.log.curves, self.plan.total_steps
         hardware: Any = plan.hardware
         run = {
@@ -5936,7 +5961,7 @@ class Report:
         parts = {
             "Run": f"{bar}\n{table(run)}",
             "Curves": f'<div class="charts">{charts}</div>',
-            "Samples": self.gallery(samples) if samples else "None yet.",
+            "Samples": self.gallery() if self.samples else "None yet.",
             "Warnings": shown(warnings or "None."),
             "Dataset": table(dataset),
             "Config": f"<pre>{html.escape(config)}</pre>",
