@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator
@@ -941,7 +942,7 @@ class Screen:
                 self.put(part)
 
     def put(self, letter: str) -> None:
-        cells = letter + "\0" * (trainer.columns(letter) - 1)  # the second half of a wide one
+        cells = letter + "\0" * (unicodedata.east_asian_width(letter) in "WF")  # the second half of a wide one
         if self.column + len(cells) > self.width:
             self.column, self.row, self.breaks = 0, self.row + 1, self.breaks + 1
             self.rows += [""] * (self.row == len(self.rows))
@@ -1020,20 +1021,20 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
     assert screen.text() == " Encoding images 4/9  ━━━━━━━━━━━━━━━━━───────────────────────   44%"
     show(terminal, phase("Encoding images.", current=9, total=9), phase("Training.", "training"))
     show(terminal, progress(1), A_WARNING, progress(400))
-    head = "Encoding images: 9 in 0.4 s\nWarning: The pictures of 日本 are small. Use larger ones.\n"
-    line = " Step  400/1500  ━━────────   26%  loss 0.0912   2.3 it/s  1:02:05 left  7.9 GB"
+    head = "Warning: The pictures of 日本 are small. Use larger ones.\n"
+    line = " Step  400/1500  ━━────────   26%  1:02:05 left  loss 0.0912   2.3 it/s  7.9 GB"
     assert screen.text() == head + line
-    assert (screen.row, screen.column) == (2, 0), "the cursor stands at the start of the line"
+    assert (screen.row, screen.column) == (1, 0), "the cursor stands at the start of the line"
     show(terminal, phase("Sampling at step 400.", "sampling"), A_SAMPLE, every=5)
     assert screen.text().splitlines()[-1] == " Sampling at step 400  00:05"
     show(terminal, phase("Training.", "training"))
     assert screen.text() == f"{head}Sample: /out/a?[2J.png (a zorb, in 東京)\n{line}"
     Clock.now += 4
-    terminal.draw()
+    terminal.show("", {})
     assert "  1:02:01 left" in screen.text()
     show(terminal, AN_END | {"warnings": [A_WARNING]})
     ended = screen.text()
-    terminal.draw()
+    terminal.show("", {})
     assert ended == screen.text()
     assert ended.endswith(
         "Complete: 1500 steps in 1:02:05, loss 0.0900.\n  LoRA        /out/lora_final.safetensors\n  Warnings    1"
@@ -1044,9 +1045,9 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
 @pytest.mark.parametrize(
     ("width", "line"),
     [
-        (200, f" Step  400/1500  {'━' * 10}{'─' * 30}   26%  loss 0.0912   2.3 it/s  1:02:05 left  7.9 GB"),
-        (72, " Step  400/1500  ━━────────   26%  loss 0.0912   2.3 it/s  1:02:05 left"),
-        (60, " Step  400/1500  ━━───────   26%  loss 0.0912  1:02:05 left"),
+        (200, f" Step  400/1500  {'━' * 10}{'─' * 30}   26%  1:02:05 left  loss 0.0912   2.3 it/s  7.9 GB"),
+        (72, " Step  400/1500   26%  1:02:05 left  loss 0.0912   2.3 it/s  7.9 GB"),
+        (60, " Step  400/1500   26%  1:02:05 left  loss 0.0912   2.3 it/s"),
         (40, " Step  400/1500   26%  1:02:05 left"),
         (24, " Step  400/1500   26%"),
     ],
@@ -1080,11 +1081,11 @@ def test_the_line_is_drawn_ten_times_a_second_at_most_and_only_if_it_changes(scr
     show(terminal := trainer.Terminal(), *(progress(step) for step in range(1000)), every=0.001)
     assert len(screen.writes) <= 12
     Clock.now += 0.1
-    terminal.draw()
+    terminal.show("", {})
     assert " Step  999/1500" in screen.writes[-1]
     count = len(screen.writes)
     Clock.now += 0.2
-    terminal.draw()
+    terminal.show("", {})
     assert len(screen.writes) == count
 
 
@@ -1143,17 +1144,25 @@ def test_a_bar_has_letters_that_the_terminal_can_show(screen: Screen) -> None:
     assert screen.text().isascii()
 
 
-def test_columns_are_counted_as_terminals_draw_them() -> None:
-    for text, width in {"abc": 3, "日本": 4, "é": 1, "e\u0301": 1, "😀": 2, "\u200b": 0, "❤\ufe0f": 2, "": 0}.items():
-        assert trainer.columns(text) == width, text
-    assert trainer.for_terminal("a\r\nb\tc\x9bm\u202ed") == "a b c?m?d"
-    assert trainer.clip("日本語モデル", 8) == "日..."
-    assert trainer.wrap("a path: /a/very/long/one that is whole", 8) == [
-        "a path:",
-        "/a/very/long/one",
-        "that is",
-        "whole",
+def test_no_text_moves_the_cursor_and_a_long_path_stays_whole(screen: Screen) -> None:
+    screen.width = 20
+    show(trainer.Terminal(), A_WARNING | {"message": "a\r\nb\tc\x9bm\u202ed", "hint": "in /a/very/long-path/to it."})
+    assert screen.writes[-1].replace("\x1b[1;33m", "").replace("\x1b[m", "").splitlines() == [
+        "Warning: a b c?m?d",
+        "         in",
+        "         /a/very/long-path/to",
+        "         it.",
     ]
+
+
+def test_a_log_tells_each_phase_once_and_then_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, screen: Screen
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    counts = [phase("Sampling at step 4.", "sampling", current=done, total=40) for done in (*range(40), 40)]
+    show(trainer.Terminal(), *counts, A_SAMPLE | {"prompt": "a"}, *counts, every=0.45)
+    told = [line for line in screen.text().splitlines() if line.startswith("Sampling")]
+    assert told == [f"Sampling at step 4. {done}/40" for done in (0, 23, 4, 27)]
 
 
 def test_an_error_says_what_happened_where_and_what_to_do(screen: Screen) -> None:
@@ -1168,7 +1177,7 @@ def test_an_error_says_what_happened_where_and_what_to_do(screen: Screen) -> Non
         "  Code        config_invalid",
         "  Problems    - steps: must be at least 1",
         "              - x: unknown key; " + "b " * 23 + "b",
-        " " * 16 + "b " * 16,
+        " " * 16 + "b " * 15 + "b",
     ]
     many = [{"path": f"{number}.png", "message": "is broken"} for number in range(300)]
     show(trainer.Terminal(), error | {"message": "No images.", "problems": many, "step": None, "phase": "checking"})

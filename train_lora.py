@@ -85,6 +85,7 @@ import signal
 import socket
 import stat
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -938,29 +939,8 @@ def for_terminal(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
 
 
-def columns(text: str) -> int:
-    """Count the columns of a terminal that a text takes; at most, where terminals differ (emoji)."""
-    joins = (unicodedata.category(letter) in ("Mn", "Me", "Cf") and letter != "\ufe0f" for letter in text)
-    wide = (unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return sum(0 if joined else 1 + double for joined, double in zip(joins, wide, strict=True))
-
-
 def clip(text: str, width: int) -> str:
-    shorter = text[: max(width, 0)]
-    while columns(shorter) > width:
-        shorter = shorter[:-1]
-    return text if shorter == text else shorter[:-3] + "..."
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
-    rows = [""]
-    for word in text.split(" "):
-        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
-            rows.append(word)
-        else:
-            rows[-1] += f" {word}" if rows[-1] else word
-    return rows
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
 
 def clock(seconds: float) -> str:
@@ -977,31 +957,21 @@ def amounts(f: JSON) -> tuple[int, int]:
     return (f["step"], f["total_steps"]) if "step" in f else (f.get("current", 0), f.get("total", 0))
 
 
-def facts(f: JSON, waited: float) -> list[tuple[int, str]]:
-    """List what a line tells of training or another phase, each with its rank; the empty one is the bar.
+def facts(f: JSON, waited: float) -> list[str]:
+    """List what a line tells of training or another phase, what matters most first.
 
     `waited` are the seconds since the progress event, or since the phase began.
     """
     title, (done, total) = f.get("message", "Step"), amounts(f)
     if not total:
-        return [(0, title), (1, clock(waited))]
+        return [title, clock(waited)]
     rate, loss, memory = (f.get(key) for key in ("steps_per_second", "loss_avg", "vram_gb"))
     left = f.get("eta_seconds", waited * total / done if done and waited > 2 else None)
-    told = [(0, f"{title} {done:>{len(str(total))}}/{total}"), (4, ""), (1, f"{100 * done // total:3}%")]
-    told += [(3, f"loss {loss:.4f}")] if loss is not None else []
-    told += [(5, f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it")] if rate else []
-    told += [(2, f"{clock(left - waited)} left")] if left is not None else []
-    return told + ([(6, f"{memory:.1f} GB")] if memory is not None else [])
-
-
-def fitted(told: Sequence[tuple[int, str]], width: int) -> tuple[list[str], int]:
-    """Leave out the last ranks until one line holds the rest; give that, and how long its bar can be."""
-    for last in range(6, -1, -1):
-        texts = [text for rank, text in told if rank <= last]
-        room = width + 2 - sum(columns(text) + 2 for text in texts)
-        if room >= 8 * ("" in texts):
-            break
-    return [clip(texts[0], width), *texts[1:]], min(room, 40)
+    told = [f"{title} {done:>{len(str(total))}}/{total}", f"{100 * done // total:3}%"]
+    told += [f"{clock(left - waited)} left"] if left is not None else []
+    told += [f"loss {loss:.4f}"] if loss is not None else []
+    told += [f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it"] if rate else []
+    return told + ([f"{memory:.1f} GB"] if memory is not None else [])
 
 
 def labelled(style: str, start: str, text: str, **labels: object) -> list[Line]:
@@ -1049,7 +1019,7 @@ HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
     "start": lambda f: [("", f"Events for a program follow; > {os.devnull} gives a progress line instead.", "")],
     "info": lambda f: [("", f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""), "")],
     "warning": lambda f: [("Warning: ", f"{f['message']} {f['hint']}", "odd")],
-    "progress": lambda f: [("", "  ".join(text for _, text in facts(f, 0) if text), "")],
+    "progress": lambda f: [("", "  ".join(facts(f, 0)), "")],
     "validation": lambda f: [("Held-out loss: ", f"{loss_text(f['loss'])} at step {f['step']}", "quiet")],
     "sample": lambda f: [("Sample: ", f"{f['image_path']} ({f['prompt']})", "quiet")],
     "checkpoint": lambda f: [("Saved:  ", f["path"] or f["state_path"], "quiet")],
@@ -1106,63 +1076,49 @@ class Terminal:
         self._bar = "━─" if self._encodable("━─") == "━─" else "#-"
         self._doing: JSON = {}  # what the live line tells of: a progress event, or a phase
         self._progress: JSON = {}  # the newest
-        self._trains = False
-        self._since = self._heard = 0.0  # when that began, and when it was heard of last
+        self._since = 0.0  # of that progress, or of the phase's start
+        self._counting = ""  # the phase whose counts the log told last
         self._drawn, self._drawn_at, self._told = "", -math.inf, -math.inf
 
     def show(self, kind: str, fields: JSON) -> None:
-        """Tell of an event."""
-        now, repeats = time.monotonic(), kind == "progress" or 0 < fields.get("current", 0) < fields.get("total", 0)
-        if kind not in self._kinds:
-            return
+        """Tell of an event, and of the time that goes by: with no news, `kind` is empty."""
+        now, counting = time.monotonic(), fields["message"] if "total" in fields else ""
+        repeats = kind == "progress" or (counting and counting == self._counting)
         if self.live and (kind == "progress" or (kind == "info" and "phase" in fields)):
             self._turn_to(fields, now)
-        elif not repeats or now - self._told >= self.LOG_S:
-            self._told = now if repeats else self._told
+        elif kind in self._kinds and (not repeats or now - self._told >= self.LOG_S):
+            self._told, self._counting = now if repeats or counting else self._told, counting or self._counting
             self._doing = {} if kind in LAST_TYPES else self._doing
             self._print(HUMAN[kind](fields))
+        self._draw(now)
 
-    def draw(self) -> None:
-        """Draw the live line, if it has changed; called without news too, as time goes by and windows change."""
-        now = time.monotonic()
+    def _turn_to(self, fields: JSON, now: float) -> None:
+        """Let the live line tell of this from now on."""
+        if fields.get("message") != self._doing.get("message") or not fields.get("current"):
+            self._since = now
+        self._doing = self._progress or fields if fields.get("phase") == "training" else fields
+        self._progress = fields if "step" in fields else self._progress
+
+    def _draw(self, now: float) -> None:
+        """Draw the live line, if it has changed: time goes by, and windows change."""
         if self._doing and now - self._drawn_at >= self.REDRAW_S and in_foreground():
             line, self._drawn_at = self._live_line(now), now
             if line != self._drawn:
                 print(f"\r{line}\x1b[J\r", end="", file=sys.stderr, flush=True)
             self._drawn = line
 
-    def _turn_to(self, fields: JSON, now: float) -> None:
-        """Let the live line tell of this from now on. A phase that is over leaves a line."""
-        over: list[Line] = []
-        if fields.get("phase") == "training":
-            fields = self._progress or fields
-        if fields.get("message") != self._doing.get("message") or fields.get("current") == 0:
-            over, self._since = self._over(now), now
-        self._doing, self._heard = fields, now
-        self._progress = fields if "step" in fields else self._progress
-        self._trains |= "step" in fields or fields.get("phase") == "training"
-        if 0 < fields.get("total", 0) == fields.get("current") and not self._trains:
-            over, self._doing = over + self._over(now), {}
-        if over:
-            self._print(over)
-        self.draw()
-
-    def _over(self, now: float) -> list[Line]:
-        """Give the line of the phase that is over now; once it trains, samples and files speak for themselves."""
-        seconds, total = now - self._since, self._doing.get("total")
-        if self._trains or not self._doing or not (total or seconds >= 1):
-            return []
-        took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
-        return [("", f"{self._doing['message'].rstrip('.')}: {f'{total} in ' if total else ''}{took}", "")]
-
     def _live_line(self, now: float) -> str:
         width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
-        title = self._encodable(for_terminal(f.get("message", "Step"))).rstrip(".")
-        waited = now - (self._heard if "step" in f else self._since)
-        texts, room = fitted(facts(f | {"message": clip(title, width // 2)}, waited), width)
-        done = room * amounts(f)[0] // max(amounts(f)[1], 1)
-        bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
-        return " " + "  ".join(text or bar for text in texts)
+        title = for_terminal(f.get("message", "Step")).encode("ascii", "replace").decode()  # a letter is a column
+        told = facts(f | {"message": clip(title.rstrip("."), width // 2)}, now - self._since)
+        while len(told) > 1 and len("  ".join(told)) > width:
+            told.pop()
+        (done, total), room = amounts(f), min(width - 2 - len("  ".join(told)), 40)
+        if total and room >= 8:
+            done = room * done // total
+            bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
+            told.insert(1, bar)
+        return " " + "  ".join([clip(told[0], width), *told[1:]])
 
     def _print(self, lines: Sequence[Line]) -> None:
         """Print lines that stay, above the live line."""
@@ -1170,11 +1126,13 @@ class Terminal:
         self._drawn, self._drawn_at = "", -math.inf
         rows = "\n".join(row for line in lines for row in self._rows(*line))
         print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
-        self.draw()
 
     def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
         text, indent = self._encodable(for_terminal(text)), len(start) or 2
-        rows = wrap(text, terminal_width() - 1 - indent) if self._wraps else [text]
+        rows = [text]
+        if self._wraps:  # a path stays whole, so that it can be copied as one
+            width = max(terminal_width() - 1 - indent, 1)
+            rows = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or rows
         yield self._style(start, style) + rows[0]
         yield from (" " * indent + row for row in rows[1:])
 
@@ -1444,18 +1402,16 @@ class EventStream:
 
     def _speak(self) -> None:
         while True:
+            try:
+                kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
+            except queue.Empty:
+                kind, fields = "", {}  # no news
+            if self._terminal.shared:
+                wait_until_empty(self._queue, None)
             with contextlib.suppress(OSError, ValueError):
-                try:
-                    kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
-                except queue.Empty:
-                    self._terminal.draw()
-                    continue
-                try:
-                    if self._terminal.shared:
-                        wait_until_empty(self._queue, None)
-                    self._terminal.show(kind, fields)
-                finally:
-                    self._spoken.task_done()
+                self._terminal.show(kind, fields)
+            if kind:
+                self._spoken.task_done()
 
 
 # ======================================================================================
@@ -6697,7 +6653,6 @@ class LoRATrainer:
     @main_only
     def sample(self, step: int) -> None:
         """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
-        self.events.info(f"Sampling at step {step}.", phase="sampling")
         with self.evaluating(), torch.no_grad():
             for index, prompt in enumerate(self.config.sample_prompts):
                 try:
