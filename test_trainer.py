@@ -49,7 +49,7 @@ from typing import Any, cast
 
 import jsonschema
 import pytest
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 import train_lora as trainer
 
@@ -6766,15 +6766,12 @@ class Page(html.parser.HTMLParser):
         return [value for owner, key, value in self.attributes if (owner, key) == (tag, name)]
 
     @property
+    def samples(self) -> list[str]:
+        return [source.removeprefix("samples/step_").removesuffix(".png") for source in self.of("img", "src")]
+
+    @property
     def rows(self) -> dict[str, str]:
         return dict(zip(self.texts["th"], self.texts["td"], strict=True))
-
-
-def grid_text(path: Path) -> tuple[str, list[str]]:
-    """Give (run, names of the samples) of a grid.png."""
-    with Image.open(path) as image:
-        text: Any = image.info
-    return text["run_id"], [key.split()[0] for key in json.loads(text["tiles"])]
 
 
 def told(*events: Any) -> trainer.RunLog:
@@ -6862,60 +6859,41 @@ def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expecte
 
 
 @needs_torch
-def test_a_label_has_no_boxes_and_fits() -> None:
-    font = ImageFont.load_default(16)
-    assert trainer.label("a  caf\u00e9\non \u5e02\u5834 \U0001f600 hill", font, 900) == "a cafe on … hill"
-    assert trainer.label("\u8d64\u3044\u732b", font, 900) == "…"
-    assert trainer.label("lone \ud800", font, 900) == "lone …"
-    long = trainer.label("word " * 400, font, 200)
-    assert long.endswith("…") and 150 < font.getlength(long) <= 200
-
-
-@needs_torch
-def test_the_grid_has_this_runs_samples_only_and_decodes_each_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded: list[Any] = []
-    thumbnail = Image.Image.thumbnail
-
-    def counted(image: Any, size: Any) -> None:
-        decoded.append(image)
-        thumbnail(image, size)
-
-    monkeypatch.setattr(Image.Image, "thumbnail", counted)
-    samples = {(step, row): tmp_path / f"step_{step}_{row}.png" for step in (0, 5, 10) for row in (0, 1)}
-    for (step, row), path in samples.items():
+def test_the_grid_has_the_samples_where_they_belong_and_labels_that_fit(tmp_path: Path) -> None:
+    tiles: dict[Any, Any] = {}
+    for step, row in itertools.product((0, 5, 10), (0, 1)):
+        path = tmp_path / f"step_{step}_{row}.png"
         picture = Image.new("RGB", (512, 512), (20 * step, 200 * row, 9))
         path.write_bytes(trainer.png_bytes(picture, {"run_id": "other" if (step, row) == (5, 1) else "ours"}))
-    samples[0, 1].write_bytes(samples[0, 1].read_bytes()[:-300])
-    grid = tmp_path / "grid.png"
-
-    def draw(chosen: Any, prompts: tuple[str, ...] = ("a", "b")) -> tuple[int, Any]:
-        decoded.clear()
-        trainer.draw_grid(grid, "ours", prompts, {place: samples[place] for place in chosen}, 128)
-        with Image.open(grid) as image:
-            image.load()
-        return len(decoded), image
-
-    early = [place for place in samples if place[0] < 10]
-    assert draw(early)[0] == 3
-    count, image = draw(samples)
-    assert (count, image.size) == (2, (416, 28 + 2 * 156 + 8))
+        if (step, row) == (0, 1):
+            path.write_bytes(path.read_bytes()[:-300])
+        tiles[step, row] = trainer.tile(path, "ours", 128)
+    grid = trainer.draw_grid(("a caf\u00e9 on \u5e02\u5834 \U0001f600\ud800 hill", "word " * 400), tiles, 128)
+    assert grid.size == (416, 28 + 2 * 156 + 8)
     middles = {
-        (step, row): image.getpixel((72 + 136 * column, 120 + 156 * row))
+        (step, row): grid.getpixel((72 + 136 * column, 120 + 156 * row))
         for column, step in enumerate((0, 5, 10))
         for row in (0, 1)
     }
     white = (255, 255, 255)
     expected = {(0, 0): (0, 0, 9), (5, 0): (100, 0, 9), (10, 0): (200, 0, 9), (10, 1): (200, 200, 9)}
     assert middles == expected | {(0, 1): white, (5, 1): white}
-    unchanged = grid.stat().st_mtime_ns
-    assert draw(samples)[0] == 0 and grid.stat().st_mtime_ns == unchanged
-    assert draw(samples, ("a", "c"))[0] == 0 and grid.stat().st_mtime_ns != unchanged
-    os.utime(samples[10, 0], ns=(1, 1))
-    assert draw(samples)[0] == 1
-    grid.write_bytes(b"no picture")
-    assert draw(samples)[0] == 5
+    for top in (30, 186):
+        margin = grid.crop((408, top, 416, top + 24))
+        assert margin.getextrema() == ((255, 255),) * 3, "the label ends before the edge"
+        assert grid.crop((8, top, 408, top + 24)).getextrema()[0][0] < 99, "and is there"
+
+
+@needs_torch
+def test_each_sample_is_decoded_once_and_the_grid_is_drawn_for_new_ones(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    tile = trainer.tile
+    monkeypatch.setattr(trainer, "tile", lambda path, *rest: [decoded.append(path.name), tile(path, *rest)][1])
+    changes: Json = {"validation_steps": 2, "checkpoint_steps": 1, "steps": 6}
+    report_of(tmp_path, small(images, models / "sd15", tmp_path / "out", **changes))
+    assert decoded == [f"step_{step}_0.png" for step in (2, 4, 6)]
 
 
 @needs_torch
@@ -6960,22 +6938,23 @@ def test_report_and_grid_follow_a_run_through_stop_resume_other_prompts_and_fres
     killed.folder._lock.close()  # type: ignore[union-attr]
     page = Page(tmp_path / "out/report.html")
     assert (page.texts["h1"], page.rows["Steps"][:6]) == (["lora: running"], "6 of 8")
-    run_id, names = grid_text(grid)
-    assert names == [f"step_{step}_{row}.png" for row in (0, 1) for step in (2, 4, 6)]
+    run_id = trainer.written_by(grid)
+    assert page.samples == [f"{step}_{row}" for row in (0, 1) for step in (2, 4, 6)]
     config["sample_prompts"] = ["a", "other"]
     stopped = report_of(tmp_path, config, stop=Quiet(after=0))
     assert (stopped.texts["h1"], stopped.rows["Steps"][:6]) == (["lora: interrupted"], "4 of 8")
-    assert grid_text(grid) == (run_id, ["step_2_0.png", "step_4_0.png"])
+    assert (trainer.written_by(grid), stopped.samples) == (run_id, ["2_0", "4_0"])
     assert (tmp_path / "out/samples/step_6_0.png").exists()
-    assert report_of(tmp_path, config).texts["h1"] == ["lora: finished"]
-    assert grid_text(grid)[1] == [f"step_{name}.png" for name in ("2_0", "4_0", "6_0", "8_0", "6_1", "8_1")]
+    finished = report_of(tmp_path, config)
+    assert finished.texts["h1"] == ["lora: finished"]
+    assert finished.samples == ["2_0", "4_0", "6_0", "8_0", "6_1", "8_1"]
     before = {path: path.stat().st_mtime_ns for path in (grid, tmp_path / "out/report.html")}
     report_of(tmp_path, config)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     fresh = report_of(tmp_path, config | {"validation_steps": 3, "steps": 4}, fresh=True)
     assert fresh.rows["Steps"].startswith("4 of 4, ")
-    assert fresh.of("img", "src") == ["samples/step_3_0.png", "samples/step_3_1.png"]
-    assert grid_text(grid)[0] != run_id and grid_text(grid)[1] == ["step_3_0.png", "step_3_1.png"]
+    assert fresh.samples == ["3_0", "3_1"]
+    assert trainer.written_by(grid) not in (run_id, None)
     report_of(tmp_path, config | {"validation_steps": 0}, fresh=True)
     assert not grid.exists()
 

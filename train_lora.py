@@ -5676,47 +5676,35 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     return [*items[:-1:stride], *items[-1:]]
 
 
-def label(text: str, font: Any, width: float) -> str:
-    """Shorten a text to a width in pixels; letters lose accents, and "…" stands for what Pillow's own font lacks."""
-    plain = [char for char in unicodedata.normalize("NFKD", " ".join(text.split())) if not unicodedata.combining(char)]
-    box = bytes(font.getmask("\U0010ffff"))
-    line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
-    line = re.sub("…[… ]*…", "…", line)
-    while font.getlength(line) > width:
-        line = line[:-2] + "…"
-    return line
+def tile(path: Path, run_id: str, side: int) -> Image.Image | None:
+    """Give a sample, small; None where it is broken or another run's."""
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:
+        if image.info["run_id"] == run_id:
+            image.thumbnail((side, side))
+            return image.convert("RGB")
+    return None
 
 
-def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
-    """Draw samples side by side, a row per prompt; tiles that the grid has already are taken from there."""
+def draw_grid(prompts: Sequence[str], tiles: Mapping[Place, Image.Image | None], side: int) -> Image.Image:
+    """Draw samples side by side, a row per prompt. Labels hold ASCII letters only: Pillow's own font has few others."""
     gap, line, font = 8, 28, ImageFont.load_default(16)
-    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in samples}))}
+    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in tiles}))}
     down = [2 * line + row * (side + line) for row in range(len(prompts))]
-    keys = {f"{file.name} {file.stat().st_mtime_ns}": place for place, file in samples.items()}
-    corners = {key: (across[step], down[row]) for key, (step, row) in keys.items()}
-    text = {"run_id": run_id, "prompts": json.dumps(prompts), "side": str(side), "tiles": json.dumps(corners)}
-    tiles: dict[str, Image.Image] = {}
-    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as old:  # none yet, or none of ours
-        if text.items() <= old.info.items():
-            return
-        had = json.loads(old.info["tiles"]).items() if old.info["side"] == str(side) else ()
-        tiles = {key: old.crop((x, y, x + side, y + side)) for key, (x, y) in had if key in keys}
-    for key in keys.keys() - tiles.keys():
-        file = samples[keys[key]]
-        if written_by(file) == run_id:
-            with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:  # a broken one stays blank
-                image.thumbnail((side, side))
-                tiles[key] = image.convert("RGB")
     width = max(360, gap + len(across) * (side + gap))
     sheet = Image.new("RGB", (width, down[-1] + side + gap), "white")
     pen, word = ImageDraw.Draw(sheet), "step " if font.getlength(f"step {max(across)}") <= side else ""
     for step, x in across.items():
         pen.text((x, 6), f"{word}{step}", "black", font)
     for row, prompt in enumerate(prompts):
-        pen.text((gap, down[row] - line + 6), label(f"{row + 1}. {prompt}", font, width - 2 * gap), "black", font)
-    for key, tile in tiles.items():
-        sheet.paste(tile, corners[key])
-    write_file(path, png_bytes(sheet, text))
+        letters = unicodedata.normalize("NFKD", f"{row + 1}. {prompt}").encode("ascii", "ignore").decode()
+        label = " ".join(letters.split())[:400]
+        while font.getlength(label) > width - 2 * gap:
+            label = f"{label[:-4]}..."
+        pen.text((gap, down[row] - line + 6), label, "black", font)
+    for (step, row), picture in tiles.items():
+        if picture:
+            sheet.paste(picture, (across[step], down[row]))
+    return sheet
 
 
 def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
@@ -5805,6 +5793,7 @@ class Report:
         self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
         self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
         self.dataset, self.log = dataset_report(plan, None), RunLog()
+        self.tiles: dict[Place, Image.Image | None] = {}  # of the grid, as it was drawn last
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
         """Bring both files up to date; no run is lost for them."""
@@ -5828,10 +5817,13 @@ class Report:
                 found[step, row] = path
         steps = spread(sorted({step for step, _ in found}), 12)
         samples = {place: path for place, path in found.items() if place[0] in steps}
-        if samples:
+        if samples and samples.keys() != self.tiles.keys():
             side = min(256, self.plan.resolution, 4096 // len(self.prompts))
-            draw_grid(grid, self.run_id, self.prompts, samples, side)
-        elif written_by(grid):
+            new = {place: tile(samples[place], self.run_id, side) for place in samples.keys() - self.tiles.keys()}
+            tiles = {place: (self.tiles | new)[place] for place in samples}
+            write_file(grid, png_bytes(draw_grid(self.prompts, tiles, side), {"run_id": self.run_id}))
+            self.tiles = tiles
+        elif not samples and written_by(grid):
             remove(grid)  # of other prompts, or of a run that this one replaced
         return samples
 
