@@ -1473,8 +1473,6 @@ class StopWatcher:
             if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
                 self._numbers.add(number)
-        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, it would stop a background job that writes
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -5678,11 +5676,12 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 
 def tile(path: Path, run_id: str, side: int) -> Image.Image | None:
     """Give a sample, small; None where it is broken or another run's."""
+    small: Image.Image | None = None
     with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:
         if image.info["run_id"] == run_id:
             image.thumbnail((side, side))
-            return image.convert("RGB")
-    return None
+            small = image.convert("RGB")
+    return small
 
 
 def draw_grid(prompts: Sequence[str], tiles: Mapping[Place, Image.Image | None], side: int) -> Image.Image:
@@ -6953,8 +6952,8 @@ EXAMPLES = """examples:
 """
 
 
-HEALTH_HELP = """serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
-LORA_HEALTH_PORT does the same; /health says 503 after 600 s without progress"""
+HEALTH_HELP = f"""serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
+LORA_HEALTH_PORT does the same; /health says 503 after {HealthServer.STALLED_S:.0f} s without progress"""
 
 
 class Arguments(argparse.ArgumentParser):
