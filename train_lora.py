@@ -6356,7 +6356,6 @@ class LoRATrainer:
         """
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
-            self.events.beat()
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
@@ -6543,6 +6542,7 @@ class LoRATrainer:
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
+        self.events.beat()
         with self.autocast():
             latents = latents.to(self.dtype)
             output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
