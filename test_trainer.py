@@ -6969,6 +6969,29 @@ def test_a_report_that_cannot_be_written_is_one_warning_and_the_run_goes_on(
 
 
 @needs_torch
+def test_a_grid_that_a_viewer_holds_keeps_no_page_from_being_written_and_comes_later(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", validation_steps=2)
+    made, write = make_reporting(tmp_path, config), trainer.write_file
+
+    def held(path: Path, data: bytes) -> None:
+        if path.name == "grid.png":
+            raise PermissionError(13, "in use", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(trainer, "write_file", held)
+    made.run()
+    page = Page(tmp_path / "out/report.html")
+    assert (page.texts["h1"], page.samples) == (["lora: finished"], ["2_0", "4_0"])
+    assert warning_codes(made).count("report_not_written") == 1
+    assert not (tmp_path / "out/samples/grid.png").exists()
+    monkeypatch.setattr(trainer, "write_file", write)
+    made.show()
+    assert (tmp_path / "out/samples/grid.png").exists()
+
+
+@needs_torch
 def test_a_folder_that_was_moved_away_keeps_its_successors_report(tmp_path: Path, images: Path, models: Path) -> None:
     made = make_reporting(tmp_path, small(images, models / "sd15", tmp_path / "out"))
     made.setup()

@@ -5800,22 +5800,27 @@ class Report:
             if self.folder.is_ours():  # else the next save makes it anew, or finds that another run has it
                 self.log.read(self.folder.path / "events.jsonl")
                 self.log.cut(state.step)
-                samples = self.draw_samples()
+                samples = self.samples()
                 write_file(self.folder.path / "report.html", self.page(state, samples, ending, why).encode())
+                self.draw(samples)
         except Exception as error:  # disks, pictures, events of other versions
             if all(told["code"] != "report_not_written" for told in self.events.warnings):
                 message = f"report.html and samples/grid.png are not up to date: {error}"
                 self.events.warning("report_not_written", message, "The run goes on; they are tried again.")
 
-    def draw_samples(self) -> dict[Place, Path]:
-        """Choose the samples to show, of the prompts as they are now, and draw them as one picture."""
-        grid, seed, found = self.folder.samples / "grid.png", self.plan.config.sample_seed, {}
+    def samples(self) -> dict[Place, Path]:
+        """Choose the samples to show, of the prompts as they are now."""
+        seed, found = self.plan.config.sample_seed, {}
         for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
             path = self.folder.samples / f"step_{step}_{row}.png"
             if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
                 found[step, row] = path
         steps = spread(sorted({step for step, _ in found}), 12)
-        samples = {place: path for place, path in found.items() if place[0] in steps}
+        return {place: path for place, path in found.items() if place[0] in steps}
+
+    def draw(self, samples: Mapping[Place, Path]) -> None:
+        """Draw them as one picture, if they are others than before."""
+        grid = self.folder.samples / "grid.png"
         if samples and samples.keys() != self.tiles.keys():
             side = min(256, self.plan.resolution, 4096 // len(self.prompts))
             new = {place: tile(samples[place], self.run_id, side) for place in samples.keys() - self.tiles.keys()}
@@ -5824,7 +5829,6 @@ class Report:
             self.tiles = tiles
         elif not samples and written_by(grid):
             remove(grid)  # of other prompts, or of a run that this one replaced
-        return samples
 
     def gallery(self, samples: Mapping[Place, Path]) -> str:
         """Show samples as linked pictures, prompt by prompt."""
