@@ -1027,7 +1027,7 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
     assert screen.text() == head + line
     assert (screen.row, screen.column) == (1, 0), "the cursor stands at the start of the line"
     show(terminal, phase("Sampling at step 400.", "sampling"), A_SAMPLE, every=5)
-    assert screen.text().splitlines()[-1] == " Sampling at step 400  00:05"
+    assert screen.text().splitlines()[-1] == " Sampling at step 400  0:00:05"
     show(terminal, phase("Training.", "training"))
     assert screen.text() == f"{head}Sample: /out/a?[2J.png (a zorb, in 東京)\n{line}"
     Clock.now += 4
@@ -1238,7 +1238,7 @@ def test_at_a_real_terminal_the_line_fits_and_goes_at_the_end(width: int) -> Non
     screen = Screen(width)
     screen.write(written)
     assert (ended, screen.breaks) == (0, 0)
-    assert screen.text().startswith("Complete: 1 steps in 00:01, loss")
+    assert screen.text().startswith("Complete: 1 steps in 0:00:01, loss")
     assert max(line.count("Step") for line in written.split("\x1b[J")) == 1
 
 
@@ -2271,13 +2271,12 @@ def test_a_port_that_cannot_be_had_is_a_warning_and_the_run_goes_on(tmp_path: Pa
     assert "The run goes on" in result.events[1]["hint"]
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "x", "-1", "65536", ":80", "::1:80", "[::1]", "1.2.3.4", "80x", "a:b:1", "\uff18"]
-)
-def test_a_malformed_port_is_a_wrong_command_line(tmp_path: Path, text: str) -> None:
-    result = run("--config", tmp_path / "none", f"--health-port={text}")
+def test_a_malformed_port_is_a_wrong_command_line(tmp_path: Path) -> None:
+    for text in ("", " ", "x", "-1", "65536", ":80", "::1:80", "[::1]", "1.2.3.4", "80x", "a:b:1", "\uff18"):
+        with pytest.raises(trainer.TrainerError, match=re.escape(f"--health-port: '{text}' is not [HOST:]N")):
+            trainer.health_address(text)
+    result = run("--config", tmp_path / "none", "--health-port=80x")
     assert (result.code, result.last["code"], len(result.events)) == (2, "usage", 2)
-    assert result.last["message"].startswith(f"--health-port: '{text}' is not [HOST:]N")
     assert "8080" in result.last["hint"]
 
 

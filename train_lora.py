@@ -944,8 +944,7 @@ def clip(text: str, width: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    minutes, rest = divmod(max(round(seconds), 0), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+    return str(datetime.timedelta(seconds=max(round(seconds), 0)))
 
 
 def loss_text(loss: float | None) -> str:
@@ -1050,10 +1049,7 @@ def in_foreground() -> bool:
 
 
 def terminal_width() -> int:
-    try:
-        return os.get_terminal_size(2).columns or 80
-    except OSError:
-        return 80
+    return shutil.get_terminal_size().columns  # stdout's, which `EventStream` points at stderr
 
 
 class Terminal:
@@ -5847,7 +5843,7 @@ class Report:
         run = {
             "Message": why,
             "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
-            "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
+            "Training time": f"{clock(state.seconds)} in all attempts",
             "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that was killed cannot say so here",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
