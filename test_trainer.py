@@ -1372,6 +1372,24 @@ def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path, terminal: bool
     assert len(done.stdout.splitlines()) == 3002
 
 
+@posix
+def test_progress_does_not_crowd_out_the_end_for_a_person_who_was_away() -> None:
+    code = (
+        "import train_lora as t\n"
+        "s = t.EventStream(); s.start(lambda: None, None)\n"
+        "s.warning('x', 'y' * 200_000)\n"  # more than a pipe holds
+        f"for n in range(3000): s.emit('progress', **{progress(7)})\n"
+        "s.emit('complete', step=1, final_path='', total_time=1, loss=None)\n"
+        "t.wait_until_empty(s._spoken, None)\n"
+    )
+    pipes: Json = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as child:
+        while b'"complete"' not in child.stdout.readline():  # type: ignore[union-attr]
+            pass
+        told = child.stderr.read().decode()  # type: ignore[union-attr]
+    assert told.splitlines()[-2].startswith("Complete: ")
+
+
 STDOUT_FULL = """
 whole, t.write_all = t.write_all, lambda fd, data: full(fd, data)
 def full(fd, data):

@@ -1391,6 +1391,8 @@ class EventStream:
             self._queue.task_done()
 
     def _say(self, kind: str, fields: JSON) -> None:
+        if kind == "progress" and self._spoken.qsize() >= 100:  # stderr is not read: leave room for the end
+            return
         where = self._reading if self.phase == "starting" else self.phase
         about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
