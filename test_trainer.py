@@ -1238,7 +1238,7 @@ def test_at_a_real_terminal_the_line_fits_and_goes_at_the_end(width: int) -> Non
     screen = Screen(width)
     screen.write(written)
     assert (ended, screen.breaks) == (0, 0)
-    assert screen.text().startswith("Complete: 1 steps in 0:00:01, loss")
+    assert screen.text().startswith("Complete: 1 step in 0:00:01, loss")
     assert max(line.count("Step") for line in written.split("\x1b[J")) == 1
 
 
@@ -2242,6 +2242,16 @@ def test_who_hangs_up_early_is_let_go(served: Served, request_: bytes) -> None:
         with served.connect(request) as rude:
             rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing it resets
     assert served.get("/health")[0] == 200
+
+
+def test_a_client_that_takes_a_moment_is_heard_after_however_long_a_silence(served: Served) -> None:
+    time.sleep(trainer.HealthServer.CONNECTION_S + 0.1)
+    with served.connect() as connection:
+        time.sleep(0.1)
+        connection.sendall(AT_HOME[:20])
+        time.sleep(0.1)
+        connection.sendall(AT_HOME[20:] + b"\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_drip_does_not_extend_the_time_of_a_connection(served: Served) -> None:
@@ -4376,7 +4386,7 @@ def make_junk(folder: Path) -> dict[str, str]:
             if f".{suffix}" in Image.registered_extensions():
                 data = save_picture(folder / f"cut.{suffix}", good).read_bytes()
                 (folder / f"cut.{suffix}").write_bytes(data[: len(data) * 2 // 3])
-                bad[f"cut.{suffix}"] = "is skipped"
+                bad[f"cut.{suffix}"] = "cannot be used"
         good.save(folder / "script.jpg", "EPS")
         good.convert("P").save(folder / "other.png", "GIF")
         good.save(folder / "maskless.png")
@@ -4390,7 +4400,7 @@ def make_junk(folder: Path) -> dict[str, str]:
     for name in ("empty.webp", "phone.heic"):
         (folder / name).touch()
     bad |= dict.fromkeys(
-        ("script.jpg", "other.png", "page.jpg", "empty.webp"), "is skipped: no image of a known format"
+        ("script.jpg", "other.png", "page.jpg", "empty.webp"), "cannot be used: no image of a known format"
     )
     bad |= {"maskless.png": "mask maskless-masklabel.png: no image of a known format"}
     bad |= dict.fromkeys(("scans.jpg", "phone.jpg"), "minutes to decode")
@@ -4407,7 +4417,7 @@ def make_bad_metadata(path: Path) -> dict[str, str]:
     path.write_text("\n".join([*lines, "", *map(json.dumps, good)]), "utf-8")
     bad = {f"metadata.jsonl:{number}": "leads out" for number in range(1, 5)}
     bad |= {f"metadata.jsonl:{number}": "both strings" for number in range(5, 13)}
-    return bad | {"metadata.jsonl": 'names 1 files that are no images of the folder: "nowhere.png"'}
+    return bad | {"metadata.jsonl": 'names 1 file that the folder has no image of: "nowhere.png"'}
 
 
 @posix
@@ -4467,7 +4477,7 @@ def test_a_thousand_nested_folders_are_searched_or_named(tmp_path: Path) -> None
         dataset = scan(tmp_path, tmp_path / "images")
         assert len(dataset.examples) == 2
         (flaw,) = dataset.flaws
-        assert flaw.message == "is skipped: its path is too long, or it cannot be read"
+        assert flaw.message == "cannot be used: its path is too long, or it cannot be read"
     finally:
         subprocess.run(["rm", "-rf", tmp_path / "images"], check=True)  # shutil's calls itself too
 
@@ -4849,7 +4859,7 @@ def test_captions_over_the_limit_and_common_trigger_words_are_told(tmp_path: Pat
     (folder / "long.txt").write_text(LONG)
     config = small(folder, models / "sd15", tmp_path / "out", trigger_words=["z", "zorb"])
     warned = {event["code"]: event["message"] for event in emitted(prepare(tmp_path, config), "warning")}
-    assert warned["captions_cut"].startswith("1 captions are longer than 75 tokens (the longest has 135): long.png")
+    assert warned["captions_cut"].startswith("1 caption of more than 75 tokens (the longest has 135): long.png")
     assert warned["trigger_words_common"].endswith("common words: z.")
     wide = prepare(tmp_path, config | {"output_path": str(tmp_path / "wide"), "max_caption_tokens": 150})
     assert "captions_cut" not in warning_codes(wide)
@@ -7380,16 +7390,23 @@ def test_what_a_run_does_not_need_is_not_imported(tmp_path: Path) -> None:
 
 
 @needs_torch
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("Failed to find a C++ compiler\nand a stack trace"),
+        OSError("/tmp/x.so: failed to map segment from shared object"),  # where /tmp runs no code
+    ],
+)
 def test_without_a_compiler_a_run_warns_and_goes_on(
-    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compile_nothing(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("Failed to find a C++ compiler\nand a stack trace")
+        raise failure
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", steps=1, compile=True))
     (told,) = (event for event in emitted(made, "warning") if event["code"] == "compile_unavailable")
-    assert told["message"].endswith("nothing is compiled: RuntimeError: Failed to find a C++ compiler")
+    assert told["message"].endswith(f"nothing is compiled: {type(failure).__name__}: {failure}".partition("\n")[0])
     assert made.train()
 
 
@@ -7763,7 +7780,7 @@ def test_validation_reports_model_dataset_memory_and_hardware(tmp_path: Path, im
         "validation_images": 1,
         "regularization_images": 1,
         "masks": 2,
-        "skipped": [{"path": "4.png", "message": "is skipped: no image of a known format"}],
+        "skipped": [{"path": "4.png", "message": "cannot be used: no image of a known format"}],
         "captions": {"sidecar": 4, "folder name": 1, "trigger words": 1},
         "repeats": {"2": 5, "6": 1},
         "buckets": {},
@@ -8294,7 +8311,7 @@ OURS = {
     for pattern in ("*.py", "*.json", "*.txt", "*/*.py", "docs/*.json", "Dockerfile")
     for path in ROOT.glob(pattern)
 }
-OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--index-url", "--user", "--help"}
+OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--index-url", "--read-only", "--tmpfs", "--user", "--help"}
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -8360,14 +8377,101 @@ def test_the_demo_teaches_its_concept_and_old_prompts_stay(tmp_path: Path) -> No
         assert after > before - 0.2, prompt
 
 
-def test_docker_files_agree_with_the_tree() -> None:
-    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    assert "ARG BASE_IMAGE=nvidia/cuda:11.8.0-base-ubuntu22.04" in dockerfile
-    for word in ("USER ", "HEALTHCHECK ", "VOLUME ", "ENTRYPOINT [", "requirements.txt"):
-        assert word in dockerfile
-    for line in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
-        for name in line.split():
-            assert (ROOT / name).exists(), name
+DOCKERFILE = re.sub(r"^#.*\n|\\\n", "", (ROOT / "Dockerfile").read_text("utf-8"), flags=re.MULTILINE)
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name} +(.+)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_image_is_what_the_readme_says() -> None:
+    assert instructions("ARG")[0] == "BASE_IMAGE=nvidia/cuda:11.8.0-base-ubuntu22.04"
+    assert f'image.version="{trainer.VERSION}"' in DOCKERFILE
+    said = section(README, "## Docker")
+    assert {f"{name}=" for name in re.findall(r"--build-arg (\w+)=", said)} == {
+        re.sub("=.*", "=", argument) for argument in instructions("ARG")
+    }
+    assert f"without `--user`: {instructions('USER')[0]})" in said
+    for variable in ("HF_HOME=/models", "LORA_HEALTH_PORT=8080"):
+        assert variable in instructions("ENV")[-1].split()
+
+
+def test_the_files_of_the_image_are_enough_to_validate_its_demo(tmp_path: Path) -> None:
+    """Copies what COPY names and .dockerignore lets through."""
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text("utf-8"), re.MULTILINE)
+    copied = [(name, copy.split()[-1]) for copy in instructions("COPY") for name in copy.split()[:-1]]
+    assert sorted(name for name, _ in copied) == sorted(allowed)
+    for name, target in copied:
+        place = tmp_path / target.strip("/")
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("output"))
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place)
+    script = json.loads(instructions("ENTRYPOINT")[0])[1]
+    arguments = ["--config", "app/demo/config.json", "--set", "output_path=output", "--validate-only"]
+    done = subprocess.run([sys.executable, script.strip("/"), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1])["type"] == "validated", done.stderr
+
+
+def docker_runs() -> list[list[str]]:
+    """The words of every `docker run` in the README's section, and what the compose file says as such a line."""
+    lines = section(README, "## Docker").replace("\\\n", " ")
+    runs = [
+        shlex.split(line, comments=True) for line in re.findall(r"(?:^|`)(docker run [^`\n]+)", lines, re.MULTILINE)
+    ]
+    yaml = pytest.importorskip("yaml")
+    service = yaml.safe_load((ROOT / "docs/compose.yaml").read_text("utf-8"))["services"]["train"]
+    volumes = [word for volume in service["volumes"] for word in ("-v", volume)]
+    return [*runs, ["docker", "run", *volumes, service["image"], *service["command"]]]
+
+
+def test_docker_runs_mount_the_volumes_of_the_image_and_keep_to_them() -> None:
+    volumes = {*json.loads(instructions("VOLUME")[0])} - {"/tmp"}
+    for words in docker_runs():
+        options, arguments = words[: words.index("train-lora")], words[words.index("train-lora") + 1 :]
+        mounted = {word.split(":")[1] for option, word in itertools.pairwise(options) if option == "-v"}
+        assert mounted in (set(), volumes)
+        check_call(arguments)
+        paths = re.findall(r"(?:^|=)(/\w+)", "\n".join(arguments), re.MULTILINE)
+        assert paths
+        assert {*paths} <= (mounted or volumes | {"/app"})
+    assert len(docker_runs()) == 5
+
+
+@posix
+@pytest.mark.parametrize("form", ["{}", "127.0.0.1:{}", "0.0.0.0:{}"])
+def test_the_health_check_of_the_image_follows_the_health_port(form: str) -> None:
+    check = instructions("HEALTHCHECK")[0].partition(" CMD ")[2]
+
+    def checked(address: str | None) -> int:
+        environment = {name: text for name, text in os.environ.items() if name != "LORA_HEALTH_PORT"}
+        environment |= {
+            "http_proxy": "http://127.0.0.1:9",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        environment |= {} if address is None else {"LORA_HEALTH_PORT": address}
+        return subprocess.run(["sh", "-c", check], env=environment, stderr=subprocess.DEVNULL, timeout=60).returncode
+
+    answer = 200
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = form.format(server.server_port)
+        assert checked(address) == 0
+        answer = 503
+        assert checked(address) == 1
+        server.shutdown()
+    assert checked(address) == 1
+    assert (checked(""), checked(None)) == (0, 0)
 
 
 # ======================================================================================

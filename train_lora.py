@@ -92,15 +92,13 @@ import traceback
 import unicodedata
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    import asyncio
-
     import accelerate
     import diffusers
     import peft
@@ -682,10 +680,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     problems += more + check_values(values, definitions)
     problems += combination_problems(values) if not problems else []
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise TrainerError("config_invalid", f"The config has {count}: {first}{rest}", problems=problems)
+        message = f"The config has {counted(len(problems), 'problem')}: {first}{rest}"
+        raise TrainerError("config_invalid", message, problems=problems)
     given = {key: freeze(value, definitions[key]) for key, value in values.items()}
     when_null = {  # what a null comes to, where the config alone decides it
         "learning_rate": definitions["learning_rate"]["x-when-null"][given["optimizer"]],
@@ -730,6 +728,10 @@ def parse_json(text: str) -> Any:
         raise TrainerError("config_unreadable", message, hint) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, an integer of thousands of digits
         raise TrainerError("config_invalid", f"The config cannot be parsed: {error}") from error
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def problem(path: str, message: str) -> dict[str, str]:
@@ -819,7 +821,7 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "multipleOf": lambda rule, value: f"must be a multiple of {rule}, not {show(value)}",
     "minLength": lambda rule, value: "must not be empty",
     "maxLength": lambda rule, value: f"must have at most {rule} characters, not {len(value)}",
-    "minItems": lambda rule, value: f"must have at least {rule} item{'s' if rule > 1 else ''}",
+    "minItems": lambda rule, value: f"must have at least {counted(rule, 'item')}",
     "maxItems": lambda rule, value: f"must have at most {rule} items, not {len(value)}",
     "uniqueItems": lambda rule, value: "must not name anything twice",
     "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
@@ -1000,7 +1002,7 @@ def validated_lines(f: JSON) -> list[Line]:
 
 
 def complete_lines(f: JSON) -> list[Line]:
-    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
+    done = f"{counted(f['step'], 'step')} in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
     return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
 
 
@@ -1881,15 +1883,15 @@ class HealthServer:
     """Answers GET /health and GET /status, from a thread that nothing waits for.
 
     Who connects may be broken or hostile. So a connection is good for one answer within two seconds; where there are
-    many, the oldest is dropped, and slow ones shut nobody out; and all that comes is taken in small pieces with pauses
-    between them, so that it cannot take the interpreter away from the training.
+    many, the oldest are dropped, and slow ones shut nobody out; and all of them are looked after together, a hundred
+    times a second, so that they cannot take the interpreter away from the training.
     """
 
     STALLED_S = 600.0  # a large model may take as long from a slow disk, and so may other processes (JOIN_S)
-    CONNECTIONS = 32
-    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there are too many
+    TICK_S = 0.01
+    CONNECTIONS, NEWCOMERS = 32, 8  # at once, and in a tick
+    CONNECTION_S, HURRY_S = 2.0, 0.05  # what one has for its request, and what it has where there is no room
     HEAD_BYTES = 8192
-    ACCEPT_PAUSE_S, READ_PAUSE_S = 0.001, 0.02
 
     def __init__(self, events: EventStream, stop: StopWatcher) -> None:
         self._events, self._stop = events, stop
@@ -1897,9 +1899,6 @@ class HealthServer:
 
     def start(self, host: str, port: int) -> None:
         """Serve, and tell where. Where that fails, warn: no run is lost for its monitor."""
-        global asyncio
-        import asyncio  # takes half as long as all else up to here
-
         try:
             family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
@@ -1908,12 +1907,10 @@ class HealthServer:
             message = f"/health and /status cannot be served on {host}, port {port}: {error}"
             hint = f"The run goes on without them. {ADDRESS_HINT}"
             return self._events.warning("health_unavailable", message, hint)
-        server.setblocking(False)
         host, port = server.getsockname()[:2]
         self.local = host == "::1" or host.startswith("127.")
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        serve = functools.partial(asyncio.run, self._accept(server), debug=False)
-        threading.Thread(target=serve, name="health", daemon=True).start()
+        threading.Thread(target=self._serve, args=(server,), name="health", daemon=True).start()
         return self._events.info(f"Serving http://{address}/health and /status.", address=address)
 
     def report(self) -> JSON:
@@ -1954,37 +1951,45 @@ class HealthServer:
         body = json.dumps(report).encode()[:-1] + b', "events": [' + b", ".join(lines) + b"]}"
         return response(200, body, bodiless=bodiless)
 
-    async def _accept(self, server: socket.socket) -> None:
-        loop, talks = asyncio.get_running_loop(), dict[Any, float]()
-        loop.set_exception_handler(lambda *_: None)
+    def _serve(self, server: socket.socket) -> None:
+        talks: dict[Generator[None, None, None], float] = {}  # and when they began; the oldest is the first
         while True:
-            await asyncio.sleep(self.ACCEPT_PAUSE_S)
-            try:
-                connection, _ = await loop.sock_accept(server)
-            except OSError:  # no descriptor is left, say
-                await asyncio.sleep(0.1)
-                continue
-            if len(talks) >= self.CONNECTIONS:
-                oldest, since = next(iter(talks.items()))
-                await asyncio.sleep(since + self.HURRY_S - loop.time())
-                oldest.cancel()
-            talk = loop.create_task(self._talk(connection))
-            talks[talk] = loop.time()
-            talk.add_done_callback(talks.pop)
-            loop.call_later(self.CONNECTION_S, talk.cancel)
+            server.setblocking(not talks)  # with nobody to look after, sleep until somebody comes
+            with contextlib.suppress(OSError):  # nobody has come, or no descriptor is left
+                for _ in range(min(self.NEWCOMERS, self.CONNECTIONS - len(talks))):
+                    talk = self._talk(server.accept()[0])
+                    talks[talk] = time.monotonic()
+                    server.setblocking(False)
+            for talk, since in [*talks.items()]:
+                ended, age = next(talk, True), time.monotonic() - since
+                crowded = len(talks) > self.CONNECTIONS - self.NEWCOMERS
+                if ended or age > (self.HURRY_S if crowded else self.CONNECTION_S):
+                    talks.pop(talk)
+                    talk.close()
+            time.sleep(self.TICK_S)
 
-    async def _talk(self, connection: socket.socket) -> None:
-        """Read a request's head, and answer."""
-        loop, head, piece = asyncio.get_running_loop(), b"", b"-"
+    def _talk(self, connection: socket.socket) -> Generator[None, None, None]:
+        """Read a request's head, and answer; yields when there is something to wait for."""
         with connection, contextlib.suppress(OSError):
+            connection.setblocking(False)
+            head, piece = b"", b"-"
             while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
-                await asyncio.sleep(self.READ_PAUSE_S if head else 0)
-                piece = await loop.sock_recv(connection, self.HEAD_BYTES)
-                head += piece
-            await loop.sock_sendall(connection, self.answer(head))
+                try:
+                    piece = connection.recv(self.HEAD_BYTES)
+                    head += piece
+                except BlockingIOError:
+                    yield
+            answer = self.answer(head)
+            while answer:
+                try:
+                    answer = answer[connection.send(answer) :]
+                except BlockingIOError:
+                    yield
             connection.shutdown(socket.SHUT_WR)
-            while await loop.sock_recv(connection, 65536):  # closed with bytes unread, it could lose the answer
-                await asyncio.sleep(self.READ_PAUSE_S)
+            while piece:  # closed with bytes unread, it could lose the answer
+                with contextlib.suppress(BlockingIOError):
+                    piece = connection.recv(65536)
+                yield
 
 
 # ======================================================================================
@@ -3686,7 +3691,7 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         flaws += more
     bad = [flaw for flaw in flaws if flaw.code in ("image_skipped", "caption_skipped")]  # the others' images train
     if bad and config.on_bad_image == "error":
-        message = f"{len(bad)} entries cannot be used, and on_bad_image is error."
+        message = f"{counted(len(bad), 'file')} cannot be used, and on_bad_image is error."
         hint = 'Mend the entries under problems, or set on_bad_image to "skip".'
         raise TrainerError("dataset_unreadable", message, hint, [problem(flaw.path, flaw.message) for flaw in bad])
     return Dataset(tuple(examples), tuple(flaws))
@@ -3712,7 +3717,7 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
         examples += [example] if example else []
         flaws += found
     if not examples:
-        message = f"No usable image in {root}; {len(flaws)} entries are flawed."
+        message = f"No usable image in {root} ({counted(len(flaws), 'problem')} found)."
         raise TrainerError("dataset_empty", message, problems=[problem(flaw.path, flaw.message) for flaw in flaws])
     return examples, flaws
 
@@ -3743,7 +3748,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
     flaws: list[Flaw] = []
 
     def refuse(path: Path, reason: str, code: str = "image_skipped") -> None:
-        flaws.append(Flaw(code, path.relative_to(root).as_posix(), f"is skipped: {reason}"))
+        flaws.append(Flaw(code, path.relative_to(root).as_posix(), f"cannot be used: {reason}"))
 
     waiting = [root]  # os.walk calls itself, before Python 3.12, and a thousand nested folders end that
     while waiting:
@@ -3797,7 +3802,7 @@ def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str],
             name, caption = parse_metadata(line) if line.strip() else ("", "")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings, in JSON"
-            tell(number, "caption_skipped", f"is skipped: {reason}")
+            tell(number, "caption_skipped", f"cannot be used: {reason}")
             bad += 1
             continue
         if name in names:
@@ -3807,7 +3812,7 @@ def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str],
         elif name:
             unknown.append(show(name))
     if unknown:
-        message = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
+        message = f"names {counted(len(unknown), 'file')} that the folder has no image of: {listing(unknown)}"
         flaws.append(Flaw("metadata_unmatched", path.name, message))
     if bad > MAX_BAD_LINES:
         flaws.append(Flaw("caption_skipped", path.name, f"has {bad} bad lines, which are skipped"))
@@ -3860,7 +3865,7 @@ def check_image(
         caption, source, flaws = find_caption(path, root, config.caption_extension, described.get(name, "").strip())
         mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
     except (OSError, ValueError) as error:
-        return None, [Flaw("image_skipped", told, f"is skipped: {error}")]
+        return None, [Flaw("image_skipped", told, f"cannot be used: {error}")]
     matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
     kohya = next(filter(None, matches), None)  # the nearest such folder above the image: its repeats and its name
     repeats = (1 if prior else config.repeats) * (int(kohya[1]) if kohya else 1)
@@ -4088,7 +4093,7 @@ class Plan:
         doubt = "" if source.prediction_told else " (a guess that is measured before training)"
         yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {self.resolution}."
         yield f"Gradient checkpointing: {'on' if self.checkpointing else 'off'} ({self.checkpointing_why})."
-        yield f"Dataset: {len(self.dataset.examples)} images in {len(self.buckets)} buckets."
+        yield f"Dataset: {counted(len(self.dataset.examples), 'image')} in {counted(len(self.buckets), 'bucket')}."
         yield f"Cache: {self.cache.why}."
         if saved := bytes_saved(config, source, width):
             before = unet_weights(source)[0] * width
@@ -4747,7 +4752,7 @@ def token_warnings(report: JSON) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what the tokenizers make of captions and trigger words."""
     if cut := report["cut"]:
         longest = f"the longest has {report['longest']}"
-        message = f"{len(cut)} captions are longer than {report['limit']} tokens ({longest}): {listing(cut)}."
+        message = f"{counted(len(cut), 'caption')} of more than {report['limit']} tokens ({longest}): {listing(cut)}."
         more = "Set max_caption_tokens to 150 or 225, or put" if report["limit"] < 225 else "Put"
         yield "captions_cut", message, f"{more} what matters first; the rest is not seen."
     if common := report["common_trigger_words"]:
@@ -6214,9 +6219,7 @@ class LoRATrainer:
         try:
             self.unet.compile_repeated_blocks(dynamic=True)
             self.accumulate(0)
-        except Exception as error:  # no compiler, no Triton, no space: each its own class
-            if as_trainer_error(error, "").code == "out_of_memory":
-                raise
+        except Exception as error:  # no compiler, no Triton, no space, no right to run code in /tmp: each its own class
             for block in self.unet.modules():
                 block._compiled_call_impl = None
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
