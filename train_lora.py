@@ -936,8 +936,8 @@ Line = tuple[str, str, str]  # how it starts, what it says, and the style (of ST
 STYLES = {"good": "1;32", "odd": "1;33", "bad": "1;31", "bar": "36", "quiet": "2"}
 
 
-def for_terminal(text: str) -> str:
-    """Put a text on one line, without what would move a cursor or turn letters round: a file's name may hold it."""
+def one_line(text: str) -> str:
+    """Put a text on one line, without what moves a cursor or turns letters round: a file's name may hold it."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
 
 
@@ -1051,7 +1051,10 @@ def in_foreground() -> bool:
 
 
 def terminal_width() -> int:
-    return shutil.get_terminal_size().columns  # stdout's, which `EventStream` points at stderr
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
 
 
 class Terminal:
@@ -1107,7 +1110,7 @@ class Terminal:
 
     def _live_line(self, now: float) -> str:
         width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
-        title = for_terminal(f.get("message", "Step")).encode("ascii", "replace").decode()  # a letter is a column
+        title = one_line(f.get("message", "Step")).encode("ascii", "replace").decode()  # a letter is a column
         told = facts(f | {"message": clip(title.rstrip("."), width // 2)}, now - self._since)
         while len(told) > 1 and len("  ".join(told)) > width:
             told.pop()
@@ -1126,7 +1129,7 @@ class Terminal:
         print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
 
     def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
-        text, indent = self._encodable(for_terminal(text)), len(start) or 2
+        text, indent = self._encodable(one_line(text)), len(start) or 2
         rows = [text]
         if self._wraps:  # a path stays whole, so that it can be copied as one
             width = max(terminal_width() - 1 - indent, 1)
@@ -5746,7 +5749,7 @@ def shown(value: Any) -> str:
         return f"<ul>{''.join([*(f'<li>{shown(item)}</li>' for item in value[:20]), *more])}</ul>"
     if isinstance(value, Mapping):
         return ", ".join(f"{shown(key)}: {shown(item)}" for key, item in value.items())
-    return html.escape(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", clean(str(value))))
+    return html.escape(one_line(clean(str(value))))
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -5777,7 +5780,7 @@ th{width:8rem;font-weight:400;overflow-wrap:normal}progress{width:100%;accent-co
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src 'self' file:;style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style></head>
@@ -5875,8 +5878,7 @@ class Report:
             "Config": f"<pre>{html.escape(config)}</pre>",
         }
         body = "\n".join(f"<h2>{name}</h2>\n{part}" for name, part in parts.items())
-        digest = f"sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}"
-        return PAGE.format(title=f"{plan.config.output_name}: {ending}", hash=digest, style=STYLE, body=body)
+        return PAGE.format(title=f"{plan.config.output_name}: {ending}", style=STYLE, body=body)
 
 
 # ======================================================================================
