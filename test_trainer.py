@@ -2521,11 +2521,9 @@ def test_slow_connections_do_not_delay_a_stop(tmp_path: Path, images: Path, mode
 
 @posix
 @needs_torch
-def test_of_several_processes_the_main_one_serves(
-    tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LORA_HEALTH_PORT", "0")
-    result = together(tmp_path, small(images, models / "sd15", tmp_path / "out"))
+def test_of_several_processes_the_main_one_serves(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    result, _ = Pair(tmp_path / "pair", config, "--health-port", "0").end()
     assert [event["seq"] for event in result.events if "address" in event] == [1]
     assert "health_unavailable" not in [event["code"] for event in result.of("warning")]
 
