@@ -3884,6 +3884,16 @@ def test_the_device_is_chosen_in_order_and_a_missing_one_is_an_error() -> None:
     assert trainer.choose_dtype("bf16", "cpu")[0] == torch.bfloat16
 
 
+@needs_torch
+def test_a_cpu_that_others_keep_busy_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores, codes = os.cpu_count() or 1, []
+    for load, threads in ((cores + 0.5, ""), (cores + 0.5, "1"), (cores - 0.5, "")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        codes.append([code for code, *_ in trainer.hardware_warnings(trainer.choose_device("cpu"), "cpu")])
+    assert codes == [["cpu_shared"], [], []]
+
+
 def full_size_unet(family: trainer.ModelFamily) -> Any:
     """The family's real UNet on the meta device: right names and shapes, no memory."""
     with torch.device("meta"):
@@ -7009,11 +7019,14 @@ def test_report_and_grid_follow_a_run_through_stop_resume_other_prompts_and_fres
     assert finished.texts["h1"] == ["lora: finished"]
     assert finished.samples == ["2_0", "4_0", "6_0", "8_0", "6_1", "8_1"]
     before = {path: path.stat().st_mtime_ns for path in (grid, tmp_path / "out/report.html")}
-    report_of(tmp_path, config)
+    again = make_reporting(tmp_path, config)
+    again.run()
+    again.folder._lock.close()  # type: ignore[union-attr]
+    assert any(event["message"].startswith("This run is finished already") for event in emitted(again, "info"))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     fresh = report_of(tmp_path, config | {"validation_steps": 3, "steps": 4}, fresh=True)
     assert fresh.rows["Steps"].startswith("4 of 4, ")
-    assert fresh.samples == ["3_0", "3_1"]
+    assert fresh.samples == ["3_0", "4_0", "3_1", "4_1"], "also of the finished LoRA"
     assert trainer.written_by(grid) not in (run_id, None)
     report_of(tmp_path, config | {"validation_steps": 0}, fresh=True)
     assert not grid.exists()
@@ -7853,6 +7866,26 @@ def test_validation_reports_model_dataset_memory_and_hardware(tmp_path: Path, im
     assert last["config"]["resolution"] == 96
     assert [item["code"] for item in last["warnings"]] == [event["code"] for event in result.of("warning")]
     assert not (tmp_path / "out").exists()
+
+
+@needs_torch
+def test_validation_tells_what_a_start_would_go_on_from(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    train(tmp_path, config, stop=Quiet(after=1))
+
+    def told(**options: Any) -> list[str]:
+        events: Any = Recorder()
+        trainer.validate(trainer.load_config(str(write_config(tmp_path, **config))), events, **options)
+        return [event["message"] for event in events.events if "goes on from" in event.get("message", "")]
+
+    (step,) = {step for step, _ in trainer.numbered(tmp_path / "out/checkpoints", "state_step")}
+    assert told() == [f"A start goes on from step {step} of 4."]
+    config["lora_rank"] = 8
+    with pytest.raises(trainer.TrainerError) as caught:
+        told()
+    assert caught.value.code == "resume_mismatch"
+    assert {item["path"] for item in caught.value.problems} == {"lora_rank", "lora_alpha"}
+    assert told(fresh=True) == []
 
 
 @needs_torch
