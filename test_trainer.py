@@ -1046,7 +1046,8 @@ def test_one_line_tells_of_the_training_and_what_happened_stands_above_it(screen
     terminal.show("", {})
     assert ended == screen.text()
     assert ended.endswith(
-        "Complete: 1,500 steps in 1:02:05, loss 0.0900.\n  LoRA        /out/lora_final.safetensors\n  Warnings    1"
+        "Complete: 1,500 steps in 1:02:05, loss 0.0900.\n  LoRA        /out/lora_final.safetensors\n"
+        "  Report      /out/report.html\n  Warnings    1"
     )
     assert screen.column == 0
 
@@ -1373,7 +1374,7 @@ def test_nobody_needs_to_read_or_even_open_stderr(tmp_path: Path, terminal: bool
         "import train_lora as t\n"
         "s = t.EventStream(); s.start(lambda: None, None)\n"
         "for n in range(3000): s.info(f'note {n} ' + 'x' * 100)\n"
-        "s.emit('complete', step=1, final_path='', total_time=1, loss=None); s.close()\n"
+        "s.emit('complete', step=1, final_path='/out/a', total_time=1, loss=None); s.close()\n"
     )
     reading, writing = os.openpty() if terminal else os.pipe()  # nobody reads: full after 64 KB, or 4
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, timeout=30)
@@ -1389,7 +1390,7 @@ def test_progress_does_not_crowd_out_the_end_for_a_person_who_was_away() -> None
         "s = t.EventStream(); s.start(lambda: None, None)\n"
         "s.warning('x', 'y' * 200_000)\n"  # more than a pipe holds
         f"for n in range(3000): s.emit('progress', **{progress(7)})\n"
-        "s.emit('complete', step=1, final_path='', total_time=1, loss=None)\n"
+        "s.emit('complete', step=1, final_path='/out/a', total_time=1, loss=None)\n"
         "t.wait_until_empty(s._spoken, None)\n"
     )
     pipes: Json = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -1397,7 +1398,7 @@ def test_progress_does_not_crowd_out_the_end_for_a_person_who_was_away() -> None
         while b'"complete"' not in child.stdout.readline():  # type: ignore[union-attr]
             pass
         told = child.stderr.read().decode()  # type: ignore[union-attr]
-    assert told.splitlines()[-2].startswith("Complete: ")
+    assert told.splitlines()[-4].startswith("Complete: ")
 
 
 STDOUT_FULL = """
@@ -1451,7 +1452,7 @@ def test_a_slow_reader_loses_progress_and_nothing_else() -> None:
         "    s.emit('progress', **{k: n for k in 'step total_steps percent loss loss_avg learning_rate grad_norm epoch'"
         " ' steps_per_second eta_seconds vram_gb'.split()})\n"
         "    n % 100 or s.info(f'note {n}')\n"
-        "s.emit('complete', step=1, final_path='', total_time=1, loss=None); s.close()\n"
+        "s.emit('complete', step=1, final_path='/out/a', total_time=1, loss=None); s.close()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

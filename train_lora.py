@@ -1007,7 +1007,8 @@ def validated_lines(f: JSON) -> list[Line]:
 
 def complete_lines(f: JSON) -> list[Line]:
     done = f"{counted(f['step'], 'step')} in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
-    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
+    page = Path(f["final_path"]).with_name("report.html")
+    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Report=page, Warnings=str(len(f["warnings"])))
 
 
 def error_lines(f: JSON) -> list[Line]:
@@ -5883,9 +5884,11 @@ class Report:
         hardware: Any = plan.hardware
         run = {
             "Message": why,
+            "LoRA": f"{plan.config.output_name}_final.safetensors" if ending == "finished" else "",
+            "Trigger words": ", ".join(plan.config.trigger_words),
             "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
             "Training time": f"{clock(state.seconds)} in all attempts",
-            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that was killed cannot say so here",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; after a kill nothing more is written",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
@@ -5896,7 +5899,7 @@ class Report:
         charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
         charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
         dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
-        dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
+        dataset["Repeats"] = [f"{counted(count, 'image')} {times}\u00d7" for times, count in dataset["Repeats"].items()]
         config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
         bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
         warnings = [f"{told['code']}: {told['message']} {told['hint']}" for told in self.events.warnings]
