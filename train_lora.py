@@ -57,6 +57,7 @@ The file reads once, top to bottom; each section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import codecs
 import collections
@@ -243,6 +244,8 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
         from PIL import ImageDraw, ImageFont
     finally:
         gc.freeze()  # modules live as long as the process
+        if "triton" in sys.modules:
+            atexit.register(gc.unfreeze)  # or it (from 3.9) reports all it has as leaked, below the summary
         gc.enable()
 
     for library in (diffusers, transformers):
