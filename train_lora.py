@@ -682,10 +682,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     problems += more + check_values(values, definitions)
     problems += combination_problems(values) if not problems else []
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise TrainerError("config_invalid", f"The config has {count}: {first}{rest}", problems=problems)
+        message = f"The config has {counted(len(problems), 'problem')}: {first}{rest}"
+        raise TrainerError("config_invalid", message, problems=problems)
     given = {key: freeze(value, definitions[key]) for key, value in values.items()}
     when_null = {  # what a null comes to, where the config alone decides it
         "learning_rate": definitions["learning_rate"]["x-when-null"][given["optimizer"]],
@@ -730,6 +730,10 @@ def parse_json(text: str) -> Any:
         raise TrainerError("config_unreadable", message, hint) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, an integer of thousands of digits
         raise TrainerError("config_invalid", f"The config cannot be parsed: {error}") from error
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def problem(path: str, message: str) -> dict[str, str]:
@@ -819,7 +823,7 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "multipleOf": lambda rule, value: f"must be a multiple of {rule}, not {show(value)}",
     "minLength": lambda rule, value: "must not be empty",
     "maxLength": lambda rule, value: f"must have at most {rule} characters, not {len(value)}",
-    "minItems": lambda rule, value: f"must have at least {rule} item{'s' if rule > 1 else ''}",
+    "minItems": lambda rule, value: f"must have at least {counted(rule, 'item')}",
     "maxItems": lambda rule, value: f"must have at most {rule} items, not {len(value)}",
     "uniqueItems": lambda rule, value: "must not name anything twice",
     "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
@@ -1032,7 +1036,7 @@ def validated_lines(f: JSON) -> list[Line]:
 
 
 def complete_lines(f: JSON) -> list[Line]:
-    done = f"{f['step']} steps in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
+    done = f"{counted(f['step'], 'step')} in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
     return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
 
 
@@ -3738,7 +3742,7 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         flaws += more
     bad = [flaw for flaw in flaws if flaw.code in ("image_skipped", "caption_skipped")]  # the others' images train
     if bad and config.on_bad_image == "error":
-        message = f"{len(bad)} entries cannot be used, and on_bad_image is error."
+        message = f"{counted(len(bad), 'file')} cannot be used, and on_bad_image is error."
         hint = 'Mend the entries under problems, or set on_bad_image to "skip".'
         raise TrainerError("dataset_unreadable", message, hint, [problem(flaw.path, flaw.message) for flaw in bad])
     return Dataset(tuple(examples), tuple(flaws))
@@ -3764,7 +3768,7 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
         examples += [example] if example else []
         flaws += found
     if not examples:
-        message = f"No usable image in {root}; {len(flaws)} entries are flawed."
+        message = f"No usable image in {root} ({counted(len(flaws), 'problem')} found)."
         raise TrainerError("dataset_empty", message, problems=[problem(flaw.path, flaw.message) for flaw in flaws])
     return examples, flaws
 
@@ -3795,7 +3799,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
     flaws: list[Flaw] = []
 
     def refuse(path: Path, reason: str, code: str = "image_skipped") -> None:
-        flaws.append(Flaw(code, path.relative_to(root).as_posix(), f"is skipped: {reason}"))
+        flaws.append(Flaw(code, path.relative_to(root).as_posix(), f"cannot be used: {reason}"))
 
     waiting = [root]  # os.walk calls itself, before Python 3.12, and a thousand nested folders end that
     while waiting:
@@ -3849,7 +3853,7 @@ def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str],
             name, caption = parse_metadata(line) if line.strip() else ("", "")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error) if type(error) is ValueError else "it needs file_name and text, both strings, in JSON"
-            tell(number, "caption_skipped", f"is skipped: {reason}")
+            tell(number, "caption_skipped", f"cannot be used: {reason}")
             bad += 1
             continue
         if name in names:
@@ -3859,7 +3863,7 @@ def read_metadata(root: Path, names: Mapping[str, str]) -> tuple[dict[str, str],
         elif name:
             unknown.append(show(name))
     if unknown:
-        message = f"names {len(unknown)} files that are no images of the folder: {listing(unknown)}"
+        message = f"names {counted(len(unknown), 'file')} that the folder has no image of: {listing(unknown)}"
         flaws.append(Flaw("metadata_unmatched", path.name, message))
     if bad > MAX_BAD_LINES:
         flaws.append(Flaw("caption_skipped", path.name, f"has {bad} bad lines, which are skipped"))
@@ -3912,7 +3916,7 @@ def check_image(
         caption, source, flaws = find_caption(path, root, config.caption_extension, described.get(name, "").strip())
         mask, mask_digest = find_mask(path, root, size) if config.masked_loss else (None, "")
     except (OSError, ValueError) as error:
-        return None, [Flaw("image_skipped", told, f"is skipped: {error}")]
+        return None, [Flaw("image_skipped", told, f"cannot be used: {error}")]
     matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
     kohya = next(filter(None, matches), None)  # the nearest such folder above the image: its repeats and its name
     repeats = (1 if prior else config.repeats) * (int(kohya[1]) if kohya else 1)
@@ -4140,7 +4144,7 @@ class Plan:
         doubt = "" if source.prediction_told else " (a guess that is measured before training)"
         yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {self.resolution}."
         yield f"Gradient checkpointing: {'on' if self.checkpointing else 'off'} ({self.checkpointing_why})."
-        yield f"Dataset: {len(self.dataset.examples)} images in {len(self.buckets)} buckets."
+        yield f"Dataset: {counted(len(self.dataset.examples), 'image')} in {counted(len(self.buckets), 'bucket')}."
         yield f"Cache: {self.cache.why}."
         if saved := bytes_saved(config, source, width):
             before = unet_weights(source)[0] * width
@@ -4799,7 +4803,7 @@ def token_warnings(report: JSON) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what the tokenizers make of captions and trigger words."""
     if cut := report["cut"]:
         longest = f"the longest has {report['longest']}"
-        message = f"{len(cut)} captions are longer than {report['limit']} tokens ({longest}): {listing(cut)}."
+        message = f"{counted(len(cut), 'caption')} of more than {report['limit']} tokens ({longest}): {listing(cut)}."
         more = "Set max_caption_tokens to 150 or 225, or put" if report["limit"] < 225 else "Put"
         yield "captions_cut", message, f"{more} what matters first; the rest is not seen."
     if common := report["common_trigger_words"]:
@@ -6269,9 +6273,7 @@ class LoRATrainer:
         try:
             self.unet.compile_repeated_blocks(dynamic=True)
             self.accumulate(0)
-        except Exception as error:  # no compiler, no Triton, no space: each its own class
-            if as_trainer_error(error, "").code == "out_of_memory":
-                raise
+        except Exception as error:  # no compiler, no Triton, no space, no right to run code in /tmp: each its own class
             for block in self.unet.modules():
                 block._compiled_call_impl = None
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
