@@ -7461,6 +7461,13 @@ def test_what_a_run_does_not_need_is_not_imported(tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
+@needs("torch", "triton")
+def test_nothing_is_reported_as_leaked_when_the_process_ends() -> None:
+    code = "import train_lora; train_lora.import_libraries(['kernels', 'bitsandbytes'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "leaked" not in done.stderr
+
+
 @needs_torch
 @pytest.mark.parametrize(
     "failure",

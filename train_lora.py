@@ -62,6 +62,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said in words here, before an i
     sys.exit(f"train_lora.py needs Python 3.10 or later; this is {sys.version.split()[0]}.")
 
 import argparse
+import atexit
 import base64
 import codecs
 import collections
@@ -248,6 +249,8 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
         from PIL import ImageDraw, ImageFont
     finally:
         gc.freeze()  # modules live as long as the process
+        if "triton" in sys.modules:
+            atexit.register(gc.unfreeze)  # or it (from 3.9) reports all it has as leaked, below the summary
         gc.enable()
 
     for library in (diffusers, transformers):
