@@ -8309,10 +8309,12 @@ def check_command(words: list[str]) -> None:
 REQUIREMENTS = (ROOT / "requirements.txt").read_text("utf-8")
 KNOWN_COMMANDS = [  # `names` are files of ours or packages in requirements.txt, `ours` a script whose options are known
     r"(python3?(\.\d+)?|py) -m (venv (\.venv|build/\w+)|json\.tool)",
-    r"python3? -m pytest -q (-n 0 )?test_trainer\.py( -k [\w ]+)?",
+    r"python3? -m pytest -q (-n [02] )?test_trainer\.py( -k [\w ]+)?",
     r"source \.venv/bin/activate",
     r"pre-commit install",
-    r"pip install (-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
+    r"sed s/>=\\\(\[0-9\]\\\)/==\\1/ requirements\.txt",  # lower bounds as versions
+    r"pip install -r build/\w+/requirements\.txt",
+    r"pip install (-U )?(-r )?(?P<names>[\w.-]+( [\w-]+)*)( --index-url https://download\.pytorch\.org/whl/\w+)?",
     r"python3? (?P<ours>test_trainer\.py)( .+)?",
     r"python3? (?P<ours>(benchmarks|demo)/\w+\.py)( .+)?",
     r"docker (build|compose|exec|inspect|logs|ps|run|stop) .+",
@@ -8410,7 +8412,8 @@ OURS = {
     for pattern in ("*.py", "*.json", "*.txt", "*/*.py", "docs/*.json", "Dockerfile")
     for path in ROOT.glob(pattern)
 }
-OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--index-url", "--read-only", "--tmpfs", "--user", "--help"}
+OTHERS_OPTIONS = {"--all-files", "--build-arg", "--gpus", "--help", "--index-url", "--python-version", "--read-only"}
+OTHERS_OPTIONS |= {"--tmpfs", "--user"}
 
 
 @pytest.mark.parametrize("page", TEXTS)
