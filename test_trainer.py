@@ -1206,7 +1206,7 @@ def test_a_check_ends_with_what_a_run_needs_and_whether_it_fits(screen: Screen, 
     show(trainer.Terminal(), event | {"type": "validated", "memory": {"total_gb": 9.1, "host_gb": 5.0}})
     text = screen.text()
     for line in (
-        "Images      40, 4 held out, 1 skipped or odd",
+        "Images      40, 4 held out, 1 with a flaw",
         "Buckets     512x512: 30, 448x576: 6",
         fits,
         "Warnings    0",
@@ -3204,6 +3204,7 @@ def test_offline_validation_guesses_the_family_and_says_so(tmp_path: Path, image
     result = run("--config", config, "--validate-only", env=environment)
     assert result.last["model"]["family"] == "sdxl"
     assert result.last["model"]["guessed"] is True
+    assert "Valid: as far as it can be told: the base model was not reached." in result.stderr
     assert "model_guessed" in [event["code"] for event in result.of("warning")]
     result = run("--config", config, "--validate-only", "--set", "base_model=sd21", env=environment)
     model = result.last["model"]

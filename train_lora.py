@@ -995,10 +995,11 @@ def validated_lines(f: JSON) -> list[Line]:
     images = [f"{data[key]}{what}" for key, what in counts.items() if data[key]]
     needed, free, device = memory["total_gb"], hardware.get("free_gb"), hardware.get("device", "unknown without torch")
     fits = "" if free is None else f", {free} GB free: {'it fits' if needed <= free else 'it does NOT fit'}"
+    unsure = "as far as it can be told: the base model was not reached."
     return labelled(
-        *("good", "Valid: ", "this run can start."),
+        *(("odd", "Valid: ", unsure) if model["guessed"] else ("good", "Valid: ", "this run can start.")),
         Model=f"{model['name']}: {model['title']}, {model['prediction_type']}{', a guess' if model['guessed'] else ''}",
-        Images=", ".join(images + [f"{len(data['skipped'])} skipped or odd"] * bool(data["skipped"])),
+        Images=", ".join(images + [f"{len(data['skipped'])} with a flaw"] * bool(data["skipped"])),
         Captions=", ".join(f"{count} from {source}" for source, count in data["captions"].items()),
         Buckets=", ".join(f"{size}: {count}" for size, count in data["buckets"].items()),
         Length=f"{config['steps']} steps, {data['steps_per_epoch']} to an epoch",
