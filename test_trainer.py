@@ -6465,6 +6465,7 @@ def test_fresh_starts_over_and_removes_the_old_run_after_its_first_save(
     assert names == {
         ".lock",
         "config.json",
+        "report.html",
         "my_best.safetensors",
         "keep/lora_final.safetensors",
         "lora_final.safetensors",

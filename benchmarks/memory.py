@@ -147,6 +147,7 @@ def hollow(config: trainer.TrainingConfig, unet: Mapping[str, Any], half: bool, 
 
     made = trainer.LoRATrainer.__new__(trainer.LoRATrainer)
     made.config, made.device, made.half = config, torch.device("cpu"), half
+    made.events = mock.Mock()
     made.dtype, made.autocasts = torch.bfloat16 if half else torch.float32, half and config.lora_type != "lora"
     owner: Any = diffusers.UNet2DConditionModel
     pattern = trainer.TARGETS[config.lora_targets][0]
