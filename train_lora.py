@@ -146,7 +146,7 @@ class TrainerError(Exception):
 
 HINTS = {  # the remedy, where the place that fails knows no better one
     "usage": "train_lora.py --help shows the options.",
-    "config_invalid": "Correct the keys listed under problems; config_schema.json and the README describe every key.",
+    "config_invalid": "Correct what is named; config_schema.json and the README describe every key.",
     "config_unreadable": "Check the path after --config, and that the file is UTF-8 JSON as in example_config.json.",
     "dependency_missing": "Install the requirements: pip install -r requirements.txt",
     "dataset_empty": "Put images there, each with a caption file beside it.",
@@ -697,13 +697,58 @@ def keys_marked(mark: str) -> list[str]:
     return [key for key, definition in load_schema()["definitions"].items() if definition.get(mark)]
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask, in brackets, for the known name that is spelled most alike; '' where none is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def alike_beside(path: Path) -> str:
+    """Ask for what lies in the folder of a path, if that does not exist, and is spelled alike."""
+    with contextlib.suppress(OSError, ValueError):
+        return "" if path.exists() else did_you_mean(path.name, os.listdir(path.parent))  # noqa: PTH208
+    return ""
+
+
 def read_source(source: str) -> str:
+    path = Path(source).absolute()
+    name = "on stdin" if source == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8-sig")  # Windows editors write a BOM
+        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TrainerError("config_unreadable", f"The config {source!r} cannot be read: {reason}") from error
+        reason = f"{getattr(error, 'strerror', None) or error}{alike_beside(path)}"
+        raise TrainerError("config_unreadable", f"The config {name} cannot be read: {reason}.") from error
+    text = data.decode("utf-8-sig", "surrogateescape")  # Windows editors write a BOM
+    if bad := re.search("[\0\udc80-\udcff]", text):  # a NUL for every letter is UTF-16
+        line = text.count("\n", 0, bad.start()) + 1
+        what = "UTF-16, or no text" if "\0" in text else f"not UTF-8 (line {line})"
+        raise TrainerError("config_unreadable", f"The config {name} is {what}.", "Save it as UTF-8.")
+    return text
+
+
+JSON_HINTS = {  # in what json says, with the last character before the place | and what follows -> the remedy
+    r"escape": 'Write / or \\\\ in the place of \\ on line {line}: "C:/photos".',
+    r"control character|Unterminated": 'Close the text with " on line {line}, where it begins.',
+    r"\|\Z": "The file is empty or ends too early: close what is open.",
+    r"trailing comma|,\|\s*[]}]": "Remove the comma before the closing bracket, on line {before}.",
+    r"',' delimiter: .\|\s*\n\s*[\"{[]": "Put a comma at the end of line {before}.",
+    r"\|\s*(//|/\*|#)": "Remove the comment on line {line}: JSON has none.",
+    r"\|\s*['\u201c-\u201e]": 'Write plain double quotes (") on line {line}.',
+    r"\|\s*(True|False|None)": "Write true, false or null on line {line}.",
+    "": "Look at that place and just before it: a missing comma, quote or bracket.",
+}
+
+
+def not_json(error: json.JSONDecodeError) -> TrainerError:
+    """Say what to mend where JSON is broken, and show the lines: the cause stands before the place that json names."""
+    text = error.doc[: error.pos].rstrip()
+    spot = f"{error.msg}: {text[-1:]}|{error.doc[len(text) :][:100]}"
+    places = {"line": error.lineno, "before": text.count("\n") + 1}
+    hint = next(hint for sign, hint in JSON_HINTS.items() if re.search(sign, spot)).format(**places)
+    said, lines = error.msg.removesuffix(" at"), error.doc.split("\n")
+    message = f"The config is not valid JSON: {said} at line {error.lineno}, column {error.colno}."
+    shown = [problem(f"line {number}", lines[number - 1].strip()[:100]) for number in sorted({*places.values()})]
+    return TrainerError("config_unreadable", message, hint, shown)
 
 
 def parse_json(text: str) -> Any:
@@ -722,9 +767,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except json.JSONDecodeError as error:
-        message = f"The config is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        hint = "Look at that place and just before it: a missing comma, quote or bracket."
-        raise TrainerError("config_unreadable", message, hint) from error
+        raise not_json(error) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, an integer of thousands of digits
         raise TrainerError("config_invalid", f"The config cannot be parsed: {error}") from error
 
@@ -738,8 +781,10 @@ def problem(path: str, message: str) -> dict[str, str]:
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> dict[str, str]:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return problem(path, "unknown key; " + (f"did you mean '{near[0]}'?" if near else "the README lists all keys"))
+    rows = load_schema()["definitions"].items()
+    ours = next((ours for ours, definition in rows if key in definition.get("x-other-names", ())), None)
+    told = f" (here it is '{ours}')" if ours else did_you_mean(key, known)
+    return problem(path, "unknown key" + (told or "; the README lists all keys"))
 
 
 def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
@@ -810,8 +855,22 @@ def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     return int(value) if whole else value
 
 
+UNQUOTED = {"integer": r"-?\d+", "number": r"-?\d+(\.\d+)?(e-?\d+)?", "boolean": "true|false"}
+
+
+def instead_of_text(types: str | Sequence[str], value: Any) -> str:
+    """Show how to write what is text, in a type that is asked for."""
+    plain = str(value).lower() * isinstance(value, str)
+    meant = {name: f"{plain} without quotes" for name, form in UNQUOTED.items() if re.fullmatch(form, plain)}
+    meant |= {"array": show([value])} if isinstance(value, str) else {}
+    return next((f": write {text}" for name, text in meant.items() if name in types), "")
+
+
 EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
-    "type": lambda rule, value: f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}, not {kind(value)}",
+    "type": lambda rule, value: (
+        f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}, not {kind(value)}"
+        + instead_of_text(rule, value)
+    ),
     "enum": lambda rule, value: f"must be one of {', '.join(map(show, rule))}, not {show(value)}",
     "minimum": lambda rule, value: f"must be at least {rule}, not {show(value)}",
     "maximum": lambda rule, value: f"must be at most {rule}, not {show(value)}",
@@ -826,6 +885,10 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
     "additionalProperties": lambda rule, value: "has a key that is not allowed",
 }
+
+
+PATH_FLAWS = {r"[\1-\x1f]": "holds what JSON makes of \\ and a letter: write / between folders"}
+PATH_FLAWS |= {} if WINDOWS else {r"\\": "holds \\, as on Windows: write a path of this system, with /"}
 
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
@@ -844,6 +907,8 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         unfit = "[\ud800-\udc7f\udd00-\udfff]" if "format" in definition else "[\ud800-\udfff]"
         if not errors and re.search(unfit, json.dumps(value, ensure_ascii=False)):
             problems.append(problem(key, "has characters that no file name or prompt can hold (lone surrogates)"))
+        elif not errors and "format" in definition and value and not os.path.lexists(value):
+            problems += [problem(key, what) for sign, what in PATH_FLAWS.items() if re.search(sign, value)][:1]
     return problems
 
 
