@@ -2783,6 +2783,29 @@ def test_pickled_weights_are_never_an_alternative() -> None:
         ("model.gguf", lambda model: model.touch(), "model_not_found", "is no .safetensors file"),
     ],
 )
+def test_a_model_or_a_dataset_that_is_spelled_wrong_is_answered_with_what_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("my_photos", "demo/base"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "demo/base/model_index.json").touch()
+    (tmp_path / "one.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    base, config = tmp_path / "demo/base", parse(tmp_path, REQUIRED)
+    offline = trainer.hub_unreachable(dataclasses.replace(config, base_model="demo/bas"))
+    assert "no folder here (did you mean 'base'?)" in offline.message
+    assert "did you mean" not in trainer.hub_unreachable(config).message
+    answers: dict[Callable[[], Any], str] = {
+        lambda: scan(tmp_path, tmp_path / "my_fotos"): "my_photos",
+        lambda: trainer.local_folder(base.with_name("bas")): "base",
+        lambda: trainer.local_folder(base.parent): "base",
+        lambda: trainer.open_single_file(tmp_path / "on.safetensors"): "one.safetensors",
+    }
+    for call, name in answers.items():
+        with pytest.raises(trainer.TrainerError, match=f"did you mean '{name}'"):
+            call()
+
+
 def test_a_missing_model_is_an_error_before_anything_is_made(
     tmp_path: Path, images: Path, name: str, make: Any, code: str, words: str
 ) -> None:

@@ -2675,7 +2675,7 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
         message = f"{repo} is gated, and the Hub does not give it to us."
         hint = f"Accept its terms on {page}, and set the variable HF_TOKEN to a token of that account."
     elif isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)):
-        message = f"There is no model {repo!r}{at} on the Hub."
+        message = f"There is no model {repo!r}{at} on the Hub{alike_beside(Path(repo))}."
         hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else f"{hint} A folder must exist."
     else:
         return None
@@ -2683,8 +2683,8 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
 
 
 def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[str] = ()) -> TrainerError:
-    state, hint = "no folder here and not in the Hub's cache", "Connect to the network, or download the model elsewhere"
-    hint += " and give its folder as base_model."
+    state = f"no folder here{alike_beside(Path(config.base_model))} and not in the Hub's cache"
+    hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
     if missing:  # a download broke off, just now or once
         state = f"only in part in the Hub's cache ({', '.join(missing[:5])}{' ...' * (len(missing) > 5)} missing)"
         hint = "Start the same command again with a network; files that are whole are kept."
@@ -2887,7 +2887,7 @@ def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) ->
 def open_single_file(path: Path) -> ModelSource:
     """Read what a checkpoint in the original layout is from its header."""
     if not path.is_file():
-        raise TrainerError("model_not_found", f"base_model {path} does not exist, or is no file.")
+        raise TrainerError("model_not_found", f"base_model {path} does not exist{alike_beside(path)}, or is no file.")
     family, parts, scheduler = read_single_file(path, read_tensor_headers(path), read_header(path))
     unet, vae = (parts[name].config or {} if name in parts else {} for name in ("unet", "vae"))
     return ModelSource(path.name, family, unet, vae, scheduler, family.usually, parts=parts)
@@ -2974,7 +2974,8 @@ def local_folder(folder: Path) -> Path:
     if folder.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
     found = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
-    what = found if folder.exists() else "does not exist"
+    inside = next((f" (did you mean '{path.parent.name}' in it?)" for path in folder.glob("*/model_index.json")), "")
+    what = found + inside if folder.exists() else f"does not exist{alike_beside(folder)}"
     raise TrainerError("model_not_found", f"base_model {folder} {what}.")
 
 
@@ -3815,7 +3816,7 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
     """Check every image of the folder that the config's `key` names."""
     root = Path(getattr(config, key))
     if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
+        what = "is not a folder" if root.exists() else f"does not exist{alike_beside(root)}"
         raise TrainerError("dataset_unreadable", f"{key} {root} {what}.", f"Give the folder with your images as {key}.")
     output = Path(config.output_path)
     others = (output, output / "samples", config.dataset_path, config.regularization_path)
