@@ -1369,13 +1369,24 @@ def test_help_shows_every_option_and_examples() -> None:
     assert version.stdout == f"train_lora.py {trainer.VERSION}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--confg", "x"], ["--config"], ["--config", "a", "b"]])
-def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: list[str]) -> None:
-    result = run(*arguments)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "Put --config before the JSON file"),
+        ("my.json", "Put --config before my.json"),
+        ("--confg x", "No such option: --confg (did you mean '--config'?)"),
+        ("--config", "expected one argument"),
+        ("--config a b", "No such option: b"),
+        ("--conf a", "No such option: --conf (did you mean '--config'?)"),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: str, words: str) -> None:
+    result = run(*arguments.split())
     assert (result.code, result.last["code"]) == (2, "usage")
 
 
 def test_events_are_strict_json_whatever_they_hold() -> None:
+    assert words in result.last["message"]
     long = "é\n" * 1_000_000
     fields = {"loss": math.nan, "path": Path("a\udcffb"), "text": "\ud800 é", "deep": [{"a": math.inf}], "long": long}
     line = trainer.ProgressEvent("info", 0, "", 0.0, fields).line()

@@ -7088,14 +7088,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config."
     layout = argparse.RawDescriptionHelpFormatter
     parser = Arguments("train_lora.py", description=about, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", required=True, help="JSON config; '-' reads it from stdin")
+    parser.usage = "%(prog)s --config FILE [OPTION]..."
+    parser.add_argument("--config", metavar="FILE", help="JSON config; '-' reads it from stdin")
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
     parser.add_argument("--health-port", metavar="[HOST:]N", help=HEALTH_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
-    return parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    stray, known = (rest or [""])[0], re.findall("--[a-z-]+", parser.format_help())
+    if not options.config and not stray.startswith("-"):
+        parser.error(f"put --config before {stray or 'the JSON file'}")
+    if rest:
+        parser.error(f"no such option: {stray}{did_you_mean(stray, known)}")
+    return options
 
 
 def validate(config: TrainingConfig, events: EventStream, processes: int = 1) -> None:
