@@ -4501,6 +4501,10 @@ def make_junk(folder: Path) -> dict[str, str]:
     bad |= {"maskless.png": "mask maskless-masklabel.png: no image of a known format"}
     bad |= dict.fromkeys(("scans.jpg", "phone.jpg"), "minutes to decode")
     return bad | {"phone.heic": ".heic is not read"}
+    bad["other.png"] = "no image of a known format (it is GIF)"
+    (folder / "telephone.jpg").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
+    bad["telephone.jpg"] = "no image of a known format (it is HEIC)"
+    bad |= dict.fromkeys(("cut.jpg", "cut.png"), "the file ends too early")
 
 
 def make_bad_metadata(path: Path) -> dict[str, str]:

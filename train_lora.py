@@ -149,7 +149,7 @@ HINTS = {  # the remedy, where the place that fails knows no better one
     "config_invalid": "Correct what is named; config_schema.json and the README describe every key.",
     "config_unreadable": "Check the path after --config, and that the file is UTF-8 JSON as in example_config.json.",
     "dependency_missing": "Install the requirements: pip install -r requirements.txt",
-    "dataset_empty": "Put images there, each with a caption file beside it.",
+    "dataset_empty": "Put JPEG, PNG, WebP, BMP, TIFF or AVIF images there; a caption (01.txt) beside each helps.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
     "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
     "model_unsupported": "Use a text-to-image model of a family that model_type names.",
@@ -3521,6 +3521,7 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
         yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
 
 
+OTHER_FORMATS = {b"ftyphei": "HEIC", b"ftypmif": "HEIC", b"GIF8": "GIF", b"8BPS": "PSD"}
 # ======================================================================================
 # images
 # ======================================================================================
@@ -3586,6 +3587,9 @@ def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
+            start = file.read(16)
+            if other := [name for mark, name in OTHER_FORMATS.items() if mark in start]:
+                raise ValueError(f"no image of a known format (it is {other[0]})")
     """Yield (a file's first frame, upright, in its own mode; its SHA-256). ValueError, whatever fails in the block."""
     try:
         with open_inside(path, root) as file:
@@ -3885,7 +3889,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
             elif folder_there:
                 waiting += [path] if file_id(path) not in excluded else []
             elif suffix in UNREAD_SUFFIXES:
-                refuse(path, f"{suffix} is not read; save it as PNG or JPEG")
+                refuse(path, f"{suffix} is not read")
             elif suffix in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_SUFFIX):
                 found.append(path)
     return sorted(found), sorted(flaws, key=lambda flaw: flaw.path)
@@ -4333,7 +4337,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 DATASET_HINTS = {
-    "image_skipped": "Mend or remove the file.",
+    "image_skipped": "Save it again, as PNG or JPEG, or remove it.",
     "caption_skipped": "Mend or remove the entry.",
     "caption_doubtful": "Save it as UTF-8 text of a few sentences.",
     "metadata_unmatched": "Correct the names, or remove the lines.",
