@@ -732,9 +732,8 @@ JSON_HINTS = {  # in what json says, with the last character before the place | 
     r"\|\Z": "The file is empty or ends too early: close what is open.",
     r"trailing comma|,\|\s*[]}]": "Remove the comma before the closing bracket, on line {before}.",
     r"',' delimiter: .\|\s*\n\s*[\"{[]": "Put a comma at the end of line {before}.",
-    r"\|\s*(//|/\*|#)": "Remove the comment on line {line}: JSON has none.",
     r"\|\s*['\u201c-\u201e]": 'Write plain double quotes (") on line {line}.',
-    r"\|\s*(True|False|None)": "Write true, false or null on line {line}.",
+    r"\|\s*(//|/\*|#|True|False|None)": "JSON has no comments, and writes true, false, null: see line {line}.",
     "": "Look at that place and just before it: a missing comma, quote or bracket.",
 }
 
@@ -781,9 +780,8 @@ def problem(path: str, message: str) -> dict[str, str]:
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> dict[str, str]:
-    rows = load_schema()["definitions"].items()
-    ours = next((ours for ours, definition in rows if key in definition.get("x-other-names", ())), None)
-    told = f" (here it is '{ours}')" if ours else did_you_mean(key, known)
+    ours = [ours for ours, row in load_schema()["definitions"].items() if key in row.get("x-other-names", ())]
+    told = f" (here it is '{ours[0]}')" if ours else did_you_mean(key, known)
     return problem(path, "unknown key" + (told or "; the README lists all keys"))
 
 
@@ -855,22 +853,19 @@ def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     return int(value) if whole else value
 
 
-UNQUOTED = {"integer": r"-?\d+", "number": r"-?\d+(\.\d+)?(e-?\d+)?", "boolean": "true|false"}
+WRITTEN = {"integer": r"-?\d+", "number": r"-?\d+(\.\d+)?(e-?\d+)?", "boolean": "true|false", "array": ".*"}
 
 
-def instead_of_text(types: str | Sequence[str], value: Any) -> str:
-    """Show how to write what is text, in a type that is asked for."""
-    plain = str(value).lower() * isinstance(value, str)
-    meant = {name: f"{plain} without quotes" for name, form in UNQUOTED.items() if re.fullmatch(form, plain)}
-    meant |= {"array": show([value])} if isinstance(value, str) else {}
-    return next((f": write {text}" for name, text in meant.items() if name in types), "")
+def not_but(types: str | Sequence[str], value: Any) -> str:
+    """Say of which type a value is, and how to write what its text means in one that is asked for."""
+    text = value.lower() if isinstance(value, str) else "\n"
+    meant = next((name for name, form in WRITTEN.items() if name in types and re.fullmatch(form, text)), "")
+    better = {"": "", "array": show([value])}.get(meant, f"{text} without quotes")
+    return f", not {kind(value)}" + (better and f": write {better}")
 
 
 EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
-    "type": lambda rule, value: (
-        f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}, not {kind(value)}"
-        + instead_of_text(rule, value)
-    ),
+    "type": lambda rule, value: f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}{not_but(rule, value)}",
     "enum": lambda rule, value: f"must be one of {', '.join(map(show, rule))}, not {show(value)}",
     "minimum": lambda rule, value: f"must be at least {rule}, not {show(value)}",
     "maximum": lambda rule, value: f"must be at most {rule}, not {show(value)}",
@@ -885,8 +880,6 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
     "additionalProperties": lambda rule, value: "has a key that is not allowed",
 }
-
-
 PATH_FLAWS = {r"[\1-\x1f]": "holds what JSON makes of \\ and a letter: write / between folders"}
 PATH_FLAWS |= {} if WINDOWS else {r"\\": "holds \\, as on Windows: write a path of this system, with /"}
 
@@ -3521,7 +3514,6 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
         yield from ({"lora_rank": rank} for rank in (64, 32, 16, 8, 4) if rank < config.lora_rank)
 
 
-OTHER_FORMATS = {b"ftyphei": "HEIC", b"ftypmif": "HEIC", b"GIF8": "GIF", b"8BPS": "PSD"}
 # ======================================================================================
 # images
 # ======================================================================================
@@ -3529,6 +3521,7 @@ OTHER_FORMATS = {b"ftyphei": "HEIC", b"ftypmif": "HEIC", b"GIF8": "GIF", b"8BPS"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 UNREAD_SUFFIXES = {".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga", ".jp2"}  # pictures all the same
+OTHER_FORMATS = {b"ftyphei": "HEIC", b"ftypmif": "HEIC", b"GIF8": "GIF", b"8BPS": "PSD"}
 MASK_SUFFIX = "-masklabel.png"  # OneTrainer's name for the mask beside an image
 MAX_PIXELS = 120_000_000  # of one image: beyond what phones and cameras make
 MAX_FILE_BYTES = 1 << 30
@@ -3587,9 +3580,6 @@ def open_inside(path: Path, root: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
-            start = file.read(16)
-            if other := [name for mark, name in OTHER_FORMATS.items() if mark in start]:
-                raise ValueError(f"no image of a known format (it is {other[0]})")
     """Yield (a file's first frame, upright, in its own mode; its SHA-256). ValueError, whatever fails in the block."""
     try:
         with open_inside(path, root) as file:
@@ -3597,6 +3587,9 @@ def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
                 raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
             digest = file_digest(file)
             file.seek(0)
+            start = file.read(16)
+            if other := [name for mark, name in OTHER_FORMATS.items() if mark in start]:
+                raise ValueError(f"no image of a known format (it is {other[0]})")
             image: Image.Image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
@@ -3610,7 +3603,8 @@ def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
         raise
     except Exception as error:  # Pillow's plugins raise anything on broken files, from struct.error to SyntaxError
         unknown = type(error).__name__ == "UnidentifiedImageError"
-        raise ValueError("no image of a known format" if unknown else str(error) or type(error).__name__) from error
+        reason = "the file ends too early" if "truncated" in str(error).lower() else str(error) or type(error).__name__
+        raise ValueError("no image of a known format" if unknown else reason) from error
 
 
 def file_digest(file: IO[bytes]) -> str:
