@@ -56,7 +56,13 @@ The file reads once, top to bottom; each section uses only what stands above it:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # said in words here, before an import fails
+    sys.exit(f"train_lora.py needs Python 3.10 or later; this is {sys.version.split()[0]}.")
+
 import argparse
+import atexit
 import base64
 import codecs
 import collections
@@ -84,7 +90,7 @@ import shutil
 import signal
 import socket
 import stat
-import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -243,6 +249,8 @@ def import_libraries(unused: Iterable[str] = ()) -> None:
         from PIL import ImageDraw, ImageFont
     finally:
         gc.freeze()  # modules live as long as the process
+        if "triton" in sys.modules:
+            atexit.register(gc.unfreeze)  # or it (from 3.9) reports all it has as leaked, below the summary
         gc.enable()
 
     for library in (diffusers, transformers):
@@ -993,39 +1001,17 @@ Line = tuple[str, str, str]  # how it starts, what it says, and the style (of ST
 STYLES = {"good": "1;32", "odd": "1;33", "bad": "1;31", "bar": "36", "quiet": "2"}
 
 
-def for_terminal(text: str) -> str:
-    """Put a text on one line, without what would move a cursor or turn letters round: a file's name may hold it."""
+def one_line(text: str) -> str:
+    """Put a text on one line, without what moves a cursor or turns letters round: a file's name may hold it."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
 
 
-def columns(text: str) -> int:
-    """Count the columns of a terminal that a text takes; at most, where terminals differ (emoji)."""
-    joins = (unicodedata.category(letter) in ("Mn", "Me", "Cf") and letter != "\ufe0f" for letter in text)
-    wide = (unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return sum(0 if joined else 1 + double for joined, double in zip(joins, wide, strict=True))
-
-
 def clip(text: str, width: int) -> str:
-    shorter = text[: max(width, 0)]
-    while columns(shorter) > width:
-        shorter = shorter[:-1]
-    return text if shorter == text else shorter[:-3] + "..."
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Break a text between words. A longer word, like a path, stays whole, so that it can be copied as one."""
-    rows = [""]
-    for word in text.split(" "):
-        if rows[-1] and columns(rows[-1]) + 1 + columns(word) > width:
-            rows.append(word)
-        else:
-            rows[-1] += f" {word}" if rows[-1] else word
-    return rows
+    return text if len(text) <= width else (text[: max(width - 3, 0)] + "...")[: max(width, 0)]
 
 
 def clock(seconds: float) -> str:
-    minutes, rest = divmod(max(round(seconds), 0), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+    return str(datetime.timedelta(seconds=max(round(seconds), 0)))
 
 
 def loss_text(loss: float | None) -> str:
@@ -1037,31 +1023,21 @@ def amounts(f: JSON) -> tuple[int, int]:
     return (f["step"], f["total_steps"]) if "step" in f else (f.get("current", 0), f.get("total", 0))
 
 
-def facts(f: JSON, waited: float) -> list[tuple[int, str]]:
-    """List what a line tells of training or another phase, each with its rank; the empty one is the bar.
+def facts(f: JSON, waited: float) -> list[str]:
+    """List what a line tells of training or another phase, what matters most first.
 
     `waited` are the seconds since the progress event, or since the phase began.
     """
     title, (done, total) = f.get("message", "Step"), amounts(f)
     if not total:
-        return [(0, title), (1, clock(waited))]
+        return [title, clock(waited)]
     rate, loss, memory = (f.get(key) for key in ("steps_per_second", "loss_avg", "vram_gb"))
     left = f.get("eta_seconds", waited * total / done if done and waited > 2 else None)
-    told = [(0, f"{title} {done:>{len(str(total))}}/{total}"), (4, ""), (1, f"{100 * done // total:3}%")]
-    told += [(3, f"loss {loss:.4f}")] if loss is not None else []
-    told += [(5, f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it")] if rate else []
-    told += [(2, f"{clock(left - waited)} left")] if left is not None else []
-    return told + ([(6, f"{memory:.1f} GB")] if memory is not None else [])
-
-
-def fitted(told: Sequence[tuple[int, str]], width: int) -> tuple[list[str], int]:
-    """Leave out the last ranks until one line holds the rest; give that, and how long its bar can be."""
-    for last in range(6, -1, -1):
-        texts = [text for rank, text in told if rank <= last]
-        room = width + 2 - sum(columns(text) + 2 for text in texts)
-        if room >= 8 * ("" in texts):
-            break
-    return [clip(texts[0], width), *texts[1:]], min(room, 40)
+    told = [f"{title} {done:>{len(str(total))}}/{total}", f"{100 * done // total:3}%"]
+    told += [f"{clock(left - waited)} left"] if left is not None else []
+    told += [f"loss {loss:.4f}"] if loss is not None else []
+    told += [f"{rate:4.1f} it/s" if rate >= 1 else f"{1 / rate:4.1f} s/it"] if rate else []
+    return told + ([f"{memory:.1f} GB"] if memory is not None else [])
 
 
 def labelled(style: str, start: str, text: str, **labels: object) -> list[Line]:
@@ -1077,10 +1053,11 @@ def validated_lines(f: JSON) -> list[Line]:
     images = [f"{data[key]}{what}" for key, what in counts.items() if data[key]]
     needed, free, device = memory["total_gb"], hardware.get("free_gb"), hardware.get("device", "unknown without torch")
     fits = "" if free is None else f", {free} GB free: {'it fits' if needed <= free else 'it does NOT fit'}"
+    unsure = "as far as it can be told: the base model was not reached."
     return labelled(
-        *("good", "Valid: ", "this run can start."),
+        *(("odd", "Valid: ", unsure) if model["guessed"] else ("good", "Valid: ", "this run can start.")),
         Model=f"{model['name']}: {model['title']}, {model['prediction_type']}{', a guess' if model['guessed'] else ''}",
-        Images=", ".join(images + [f"{len(data['skipped'])} skipped or odd"] * bool(data["skipped"])),
+        Images=", ".join(images + [f"{len(data['skipped'])} with a flaw"] * bool(data["skipped"])),
         Captions=", ".join(f"{count} from {source}" for source, count in data["captions"].items()),
         Buckets=", ".join(f"{size}: {count}" for size, count in data["buckets"].items()),
         Length=f"{config['steps']} steps, {data['steps_per_epoch']} to an epoch",
@@ -1092,7 +1069,8 @@ def validated_lines(f: JSON) -> list[Line]:
 
 def complete_lines(f: JSON) -> list[Line]:
     done = f"{counted(f['step'], 'step')} in {clock(f['total_time'])}, loss {loss_text(f['loss'])}."
-    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Warnings=str(len(f["warnings"])))
+    page = Path(f["final_path"]).with_name("report.html")
+    return labelled("good", "Complete: ", done, LoRA=f["final_path"], Report=page, Warnings=str(len(f["warnings"])))
 
 
 def error_lines(f: JSON) -> list[Line]:
@@ -1109,7 +1087,7 @@ HUMAN: dict[str, Callable[[JSON], list[Line]]] = {
     "start": lambda f: [("", f"Events for a program follow; > {os.devnull} gives a progress line instead.", "")],
     "info": lambda f: [("", f["message"] + (f" {f['current']}/{f['total']}" if "total" in f else ""), "")],
     "warning": lambda f: [("Warning: ", f"{f['message']} {f['hint']}", "odd")],
-    "progress": lambda f: [("", "  ".join(text for _, text in facts(f, 0) if text), "")],
+    "progress": lambda f: [("", "  ".join(facts(f, 0)), "")],
     "validation": lambda f: [("Held-out loss: ", f"{loss_text(f['loss'])} at step {f['step']}", "quiet")],
     "sample": lambda f: [("Sample: ", f"{f['image_path']} ({f['prompt']})", "quiet")],
     "checkpoint": lambda f: [("Saved:  ", f["path"] or f["state_path"], "quiet")],
@@ -1166,63 +1144,49 @@ class Terminal:
         self._bar = "━─" if self._encodable("━─") == "━─" else "#-"
         self._doing: JSON = {}  # what the live line tells of: a progress event, or a phase
         self._progress: JSON = {}  # the newest
-        self._trains = False
-        self._since = self._heard = 0.0  # when that began, and when it was heard of last
+        self._since = 0.0  # of that progress, or of the phase's start
+        self._counting = ""  # the phase whose counts the log told last
         self._drawn, self._drawn_at, self._told = "", -math.inf, -math.inf
 
     def show(self, kind: str, fields: JSON) -> None:
-        """Tell of an event."""
-        now, repeats = time.monotonic(), kind == "progress" or 0 < fields.get("current", 0) < fields.get("total", 0)
-        if kind not in self._kinds:
-            return
+        """Tell of an event, and of the time that goes by: with no news, `kind` is empty."""
+        now, counting = time.monotonic(), fields["message"] if "total" in fields else ""
+        repeats = kind == "progress" or (counting and counting == self._counting)
         if self.live and (kind == "progress" or (kind == "info" and "phase" in fields)):
             self._turn_to(fields, now)
-        elif not repeats or now - self._told >= self.LOG_S:
-            self._told = now if repeats else self._told
+        elif kind in self._kinds and (not repeats or now - self._told >= self.LOG_S):
+            self._told, self._counting = now if repeats or counting else self._told, counting or self._counting
             self._doing = {} if kind in LAST_TYPES else self._doing
             self._print(HUMAN[kind](fields))
+        self._draw(now)
 
-    def draw(self) -> None:
-        """Draw the live line, if it has changed; called without news too, as time goes by and windows change."""
-        now = time.monotonic()
+    def _turn_to(self, fields: JSON, now: float) -> None:
+        """Let the live line tell of this from now on."""
+        if fields.get("message") != self._doing.get("message") or not fields.get("current"):
+            self._since = now
+        self._doing = self._progress or fields if fields.get("phase") == "training" else fields
+        self._progress = fields if "step" in fields else self._progress
+
+    def _draw(self, now: float) -> None:
+        """Draw the live line, if it has changed: time goes by, and windows change."""
         if self._doing and now - self._drawn_at >= self.REDRAW_S and in_foreground():
             line, self._drawn_at = self._live_line(now), now
             if line != self._drawn:
                 print(f"\r{line}\x1b[J\r", end="", file=sys.stderr, flush=True)
             self._drawn = line
 
-    def _turn_to(self, fields: JSON, now: float) -> None:
-        """Let the live line tell of this from now on. A phase that is over leaves a line."""
-        over: list[Line] = []
-        if fields.get("phase") == "training":
-            fields = self._progress or fields
-        if fields.get("message") != self._doing.get("message") or fields.get("current") == 0:
-            over, self._since = self._over(now), now
-        self._doing, self._heard = fields, now
-        self._progress = fields if "step" in fields else self._progress
-        self._trains |= "step" in fields or fields.get("phase") == "training"
-        if 0 < fields.get("total", 0) == fields.get("current") and not self._trains:
-            over, self._doing = over + self._over(now), {}
-        if over:
-            self._print(over)
-        self.draw()
-
-    def _over(self, now: float) -> list[Line]:
-        """Give the line of the phase that is over now; once it trains, samples and files speak for themselves."""
-        seconds, total = now - self._since, self._doing.get("total")
-        if self._trains or not self._doing or not (total or seconds >= 1):
-            return []
-        took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
-        return [("", f"{self._doing['message'].rstrip('.')}: {f'{total} in ' if total else ''}{took}", "")]
-
     def _live_line(self, now: float) -> str:
         width, f = terminal_width() - 2, self._doing  # a column stays free at both ends
-        title = self._encodable(for_terminal(f.get("message", "Step"))).rstrip(".")
-        waited = now - (self._heard if "step" in f else self._since)
-        texts, room = fitted(facts(f | {"message": clip(title, width // 2)}, waited), width)
-        done = room * amounts(f)[0] // max(amounts(f)[1], 1)
-        bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
-        return " " + "  ".join(text or bar for text in texts)
+        title = one_line(f.get("message", "Step")).encode("ascii", "replace").decode()  # a letter is a column
+        told = facts(f | {"message": clip(title.rstrip("."), width // 2)}, now - self._since)
+        while len(told) > 1 and len("  ".join(told)) > width:
+            told.pop()
+        (done, total), room = amounts(f), min(width - 2 - len("  ".join(told)), 40)
+        if total and room >= 8:
+            done = room * done // total
+            bar = self._style(self._bar[0] * done, "bar") + self._style(self._bar[1] * (room - done), "quiet")
+            told.insert(1, bar)
+        return " " + "  ".join([clip(told[0], width), *told[1:]])
 
     def _print(self, lines: Sequence[Line]) -> None:
         """Print lines that stay, above the live line."""
@@ -1230,11 +1194,13 @@ class Terminal:
         self._drawn, self._drawn_at = "", -math.inf
         rows = "\n".join(row for line in lines for row in self._rows(*line))
         print(f"{erase}{rows}\n", end="", file=sys.stderr, flush=True)
-        self.draw()
 
     def _rows(self, start: str, text: str, style: str) -> Iterator[str]:
-        text, indent = self._encodable(for_terminal(text)), len(start) or 2
-        rows = wrap(text, terminal_width() - 1 - indent) if self._wraps else [text]
+        text, indent = self._encodable(one_line(text)), len(start) or 2
+        rows = [text]
+        if self._wraps:  # a path stays whole, so that it can be copied as one
+            width = max(terminal_width() - 1 - indent, 1)
+            rows = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or rows
         yield self._style(start, style) + rows[0]
         yield from (" " * indent + row for row in rows[1:])
 
@@ -1458,7 +1424,7 @@ class EventStream:
             whole = content.rfind(b"\n") + 1
             torn, ours = content[whole:], b'{"type"'
             # Zeros: the power went before the data came.
-            if torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0")):
+            if (whole or not start) and (torn.startswith(ours) or ours.startswith(torn.rstrip(b"\0"))):
                 self._log.truncate(start + whole)
             else:
                 write_all(self._log.fileno(), b"\n")  # not ours: keep it
@@ -1497,6 +1463,8 @@ class EventStream:
             self._queue.task_done()
 
     def _say(self, kind: str, fields: JSON) -> None:
+        if kind == "progress" and self._spoken.qsize() >= 100:  # stderr is not read: leave room for the end
+            return
         where = self._reading if self.phase == "starting" else self.phase
         about = {"phase": where, "warnings": self.warnings} if kind in LAST_TYPES else {}
         with contextlib.suppress(queue.Full):  # nobody reads stderr: that must not stop a run
@@ -1504,18 +1472,16 @@ class EventStream:
 
     def _speak(self) -> None:
         while True:
+            try:
+                kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
+            except queue.Empty:
+                kind, fields = "", {}  # no news
+            if self._terminal.shared:
+                wait_until_empty(self._queue, None)
             with contextlib.suppress(OSError, ValueError):
-                try:
-                    kind, fields = self._spoken.get(timeout=self.TICK_S if self._terminal.live else None)
-                except queue.Empty:
-                    self._terminal.draw()
-                    continue
-                try:
-                    if self._terminal.shared:
-                        wait_until_empty(self._queue, None)
-                    self._terminal.show(kind, fields)
-                finally:
-                    self._spoken.task_done()
+                self._terminal.show(kind, fields)
+            if kind:
+                self._spoken.task_done()
 
 
 # ======================================================================================
@@ -1577,8 +1543,6 @@ class StopWatcher:
             if number.name in self.SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # Python needs one; the wakeup descriptor does the work
                 self._numbers.add(number)
-        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, it would stop a background job that writes
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
@@ -2024,7 +1988,7 @@ class HealthServer:
         events, stop, now = self._events, self._stop, time.monotonic()
         lines = events.recent.get("progress")
         progress = json.loads(lines[-1][1]) if lines else {}
-        idle = now - events.beat_at
+        idle = max(now - events.beat_at, 0.0)  # a beat may have come since
         status = "ended" if events.ended else "stalled" if idle > self.STALLED_S else "ok"
         report = {"status": status, "phase": events.phase, "step": progress.get("step", stop.saved.step)}
         report |= {"idle_seconds": round(idle, 3), "stalled_after_seconds": self.STALLED_S}
@@ -2076,7 +2040,7 @@ class HealthServer:
 
     def _talk(self, connection: socket.socket) -> Generator[None, None, None]:
         """Read a request's head, and answer; yields when there is something to wait for."""
-        with connection, contextlib.suppress(OSError):
+        with connection, contextlib.suppress(Exception):  # whatever it is, the next one is answered
             connection.setblocking(False)
             head, piece = b"", b"-"
             while piece and b"\r\n\r\n" not in head and len(head) < self.HEAD_BYTES:
@@ -3115,7 +3079,15 @@ def gpu_trouble() -> str:
 
 
 def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str, str]]:
-    if hardware.device != "cpu" or wish == "cpu":
+    if hardware.device != "cpu":
+        return
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores and not os.environ.get("OMP_NUM_THREADS"):
+        message = (
+            f"Other programs use this CPU too ({load:.0f} for {cores} cores), and torch's threads wait for each other."
+        )
+        yield "cpu_shared", message, "With the variable OMP_NUM_THREADS=1 it can be ten times as fast."
+    if wish == "cpu":
         return
     if has_nvidia_gpu():
         message = f"There is a GPU, but {gpu_trouble()}."
@@ -5556,6 +5528,14 @@ def find_resume_point(
     return None
 
 
+BASE_KEYS = (
+    "base_model",
+    "vae_path",
+    "revision",
+    "variant",
+)  # where the base is: its weights may be the same elsewhere
+
+
 def run_identity(plan: Plan) -> JSON:
     """Give what must not change between the attempts of one run (x-defines-run in the schema)."""
     resolved = plan.resolved()
@@ -5732,6 +5712,8 @@ class RunLog:
     """
 
     MOST_POINTS = 4000  # of a curve; twice as many are thinned
+    LINE_BYTES = 1_000_000  # what is longer, like the zeros that a crash can leave, comes in pieces that are no events
+    LARGEST = 1e39  # of steps and values: float32 ends before, and a chart is drawn of what is sane
 
     def __init__(self) -> None:
         self.curves: dict[str, dict[int, float]] = collections.defaultdict(dict)  # {name: {step: value}}
@@ -5743,9 +5725,11 @@ class RunLog:
         with path.open("rb") as file:
             self._read *= file.seek(0, os.SEEK_END) >= self._read  # else it is another file: the folder was made anew
             file.seek(self._read)
-            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):
+            while (line := file.readline(self.LINE_BYTES)).endswith(b"\n") or len(line) == self.LINE_BYTES:
                 self._read += len(line)
-                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no event of ours
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, AttributeError, RecursionError
+                ):  # no event of ours
                     self.take(json.loads(line))
 
     def take(self, event: JSON) -> None:
@@ -5753,14 +5737,14 @@ class RunLog:
         if phase == "training" and not self._goes_on:
             self.cut(-1)
         self._goes_on = phase in ("resuming", "training") or (self._goes_on and kind != "start")
-        if kind not in ("progress", "validation", "sample"):
+        if kind not in ("progress", "validation", "sample") or not (type(step) is int and 0 <= step < self.LARGEST):
             return
         self.cut(step)
         if kind == "sample":
             self.samples[step][event["index"]] = event
         values = {f"{kind} {name}": event.get(name) for name in ("loss", "loss_avg")} | event.get("learning_rates", {})
         for name, value in values.items():
-            if value is not None:
+            if isinstance(value, (int, float)) and abs(value) < self.LARGEST:
                 self.curves[name][step] = value
             if len(self.curves[name]) > 2 * self.MOST_POINTS:
                 self.curves[name] = thinned(self.curves[name], self.MOST_POINTS)
@@ -5789,47 +5773,36 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     return [*items[:-1:stride], *items[-1:]]
 
 
-def label(text: str, font: Any, width: float) -> str:
-    """Shorten a text to a width in pixels; letters lose accents, and "…" stands for what Pillow's own font lacks."""
-    plain = [char for char in unicodedata.normalize("NFKD", " ".join(text.split())) if not unicodedata.combining(char)]
-    box = bytes(font.getmask("\U0010ffff"))
-    line = "".join("…" if bytes(font.getmask(char)) == box else char for char in plain[:400])
-    line = re.sub("…[… ]*…", "…", line)
-    while font.getlength(line) > width:
-        line = line[:-2] + "…"
-    return line
+def tile(path: Path, run_id: str, side: int) -> Image.Image | None:
+    """Give a sample, small; None where it is broken or another run's."""
+    small: Image.Image | None = None
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:
+        if image.info["run_id"] == run_id:
+            image.thumbnail((side, side))
+            small = image.convert("RGB")
+    return small
 
 
-def draw_grid(path: Path, run_id: str, prompts: Sequence[str], samples: Mapping[Place, Path], side: int) -> None:
-    """Draw samples side by side, a row per prompt; tiles that the grid has already are taken from there."""
+def draw_grid(prompts: Sequence[str], tiles: Mapping[Place, Image.Image | None], side: int) -> Image.Image:
+    """Draw samples side by side, a row per prompt. Labels hold ASCII letters only: Pillow's own font has few others."""
     gap, line, font = 8, 28, ImageFont.load_default(16)
-    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in samples}))}
+    across = {step: gap + index * (side + gap) for index, step in enumerate(sorted({step for step, _ in tiles}))}
     down = [2 * line + row * (side + line) for row in range(len(prompts))]
-    keys = {f"{file.name} {file.stat().st_mtime_ns}": place for place, file in samples.items()}
-    corners = {key: (across[step], down[row]) for key, (step, row) in keys.items()}
-    text = {"run_id": run_id, "prompts": json.dumps(prompts), "side": str(side), "tiles": json.dumps(corners)}
-    tiles: dict[str, Image.Image] = {}
-    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as old:  # none yet, or none of ours
-        if text.items() <= old.info.items():
-            return
-        had = json.loads(old.info["tiles"]).items() if old.info["side"] == str(side) else ()
-        tiles = {key: old.crop((x, y, x + side, y + side)) for key, (x, y) in had if key in keys}
-    for key in keys.keys() - tiles.keys():
-        file = samples[keys[key]]
-        if written_by(file) == run_id:
-            with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:  # a broken one stays blank
-                image.thumbnail((side, side))
-                tiles[key] = image.convert("RGB")
     width = max(360, gap + len(across) * (side + gap))
     sheet = Image.new("RGB", (width, down[-1] + side + gap), "white")
     pen, word = ImageDraw.Draw(sheet), "step " if font.getlength(f"step {max(across)}") <= side else ""
     for step, x in across.items():
         pen.text((x, 6), f"{word}{step}", "black", font)
     for row, prompt in enumerate(prompts):
-        pen.text((gap, down[row] - line + 6), label(f"{row + 1}. {prompt}", font, width - 2 * gap), "black", font)
-    for key, tile in tiles.items():
-        sheet.paste(tile, corners[key])
-    write_file(path, png_bytes(sheet, text))
+        letters = unicodedata.normalize("NFKD", f"{row + 1}. {prompt}").encode("ascii", "ignore").decode()
+        label = " ".join(letters.split())[:400]
+        while font.getlength(label) > width - 2 * gap:
+            label = f"{label[:-4]}..."
+        pen.text((gap, down[row] - line + 6), label, "black", font)
+    for (step, row), picture in tiles.items():
+        if picture:
+            sheet.paste(picture, (across[step], down[row]))
+    return sheet
 
 
 def ticks(low: float, high: float, finest: float = 0.0) -> list[float]:
@@ -5869,7 +5842,7 @@ def shown(value: Any) -> str:
         return f"<ul>{''.join([*(f'<li>{shown(item)}</li>' for item in value[:20]), *more])}</ul>"
     if isinstance(value, Mapping):
         return ", ".join(f"{shown(key)}: {shown(item)}" for key, item in value.items())
-    return html.escape(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", clean(str(value))))
+    return html.escape(one_line(clean(str(value))))
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -5900,7 +5873,7 @@ th{width:8rem;font-weight:400;overflow-wrap:normal}progress{width:100%;accent-co
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src '{hash}'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src 'self' file:;style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style></head>
@@ -5918,55 +5891,72 @@ class Report:
         self.folder, self.events, self.plan, self.run_id, self.precision = folder, events, plan, run_id, precision
         self.prompts = [clean(prompt) for prompt in plan.config.sample_prompts]
         self.dataset, self.log = dataset_report(plan, None), RunLog()
+        self.samples: dict[Place, Path] = {}  # the ones to show
+        self.tiles: dict[Place, Image.Image | None] = {}  # of the grid, as it was drawn last
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
-        """Bring both files up to date; no run is lost for them."""
+        """Bring both files up to date, each as far as it can be; no run is lost for them."""
+        if not self.folder.is_ours():  # the next save makes it anew, or finds that another run has it
+            return
+        page = self.folder.path / "report.html"
+        self.attempt(lambda: self.log.read(self.folder.path / "events.jsonl"))
+        self.log.cut(state.step)
+        self.attempt(self.choose)
+        self.attempt(lambda: write_file(page, self.page(state, ending, why).encode()))
+        self.attempt(self.draw)
+
+    def attempt(self, part: Callable[[], object]) -> None:
+        """Do a part of it; where that fails, the others are done all the same."""
         try:
-            if self.folder.is_ours():  # else the next save makes it anew, or finds that another run has it
-                self.log.read(self.folder.path / "events.jsonl")
-                self.log.cut(state.step)
-                samples = self.draw_samples()
-                write_file(self.folder.path / "report.html", self.page(state, samples, ending, why).encode())
+            part()
         except Exception as error:  # disks, pictures, events of other versions
             if all(told["code"] != "report_not_written" for told in self.events.warnings):
-                message = f"report.html and samples/grid.png are not up to date: {error}"
-                self.events.warning("report_not_written", message, "The run goes on; they are tried again.")
+                message = f"report.html or samples/grid.png is not up to date: {error}"
+                self.events.warning("report_not_written", message, "The run goes on; it is tried again.")
 
-    def draw_samples(self) -> dict[Place, Path]:
-        """Choose the samples to show, of the prompts as they are now, and draw them as one picture."""
-        grid, seed, found = self.folder.samples / "grid.png", self.plan.config.sample_seed, {}
+    def choose(self) -> None:
+        """Choose the samples to show, of the prompts as they are now."""
+        seed, found = self.plan.config.sample_seed, {}
         for (row, prompt), (step, told) in itertools.product(enumerate(self.prompts), self.log.samples.items()):
             path = self.folder.samples / f"step_{step}_{row}.png"
             if {"prompt": prompt, "seed": seed + row}.items() <= told.get(row, {}).items() and path.is_file():
                 found[step, row] = path
         steps = spread(sorted({step for step, _ in found}), 12)
-        samples = {place: path for place, path in found.items() if place[0] in steps}
-        if samples:
-            side = min(256, self.plan.resolution, 4096 // len(self.prompts))
-            draw_grid(grid, self.run_id, self.prompts, samples, side)
-        elif written_by(grid):
-            remove(grid)  # of other prompts, or of a run that this one replaced
-        return samples
+        self.samples = {place: path for place, path in found.items() if place[0] in steps}
 
-    def gallery(self, samples: Mapping[Place, Path]) -> str:
+    def draw(self) -> None:
+        """Draw them as one picture, if they are others than before."""
+        grid, samples = self.folder.samples / "grid.png", self.samples
+        if samples and samples.keys() != self.tiles.keys():
+            side = min(256, self.plan.resolution, 4096 // len(self.prompts))
+            new = {place: tile(samples[place], self.run_id, side) for place in samples.keys() - self.tiles.keys()}
+            tiles = {place: (self.tiles | new)[place] for place in samples}
+            write_file(grid, png_bytes(draw_grid(self.prompts, tiles, side), {"run_id": self.run_id}))
+            self.tiles = tiles
+        elif not samples and written_by(grid):
+            remove(grid)  # of other prompts, or of a run that this one replaced
+
+    def gallery(self) -> str:
         """Show samples as linked pictures, prompt by prompt."""
         shots: dict[int, str] = collections.defaultdict(str)
-        for (step, row), path in samples.items():
+        for (step, row), path in self.samples.items():
             picture = f'<img src="samples/{path.name}" loading="lazy" alt="Prompt {row + 1} at step {step:,}">'
             shots[row] += f'<li><a href="samples/{path.name}">{picture}</a>Step {step:,}</li>'
         head = '<h3>Prompt {}</h3><p>{}</p>\n<ul class="shots">{}</ul>'
         parts = [head.format(row + 1, shown(self.prompts[row]), pictures) for row, pictures in shots.items()]
-        count = f"{len({step for step, _ in samples})} of {len(self.log.samples)} steps with samples"
+        count = f"{len({step for step, _ in self.samples})} of {len(self.log.samples)} steps with samples"
         return "\n".join([*parts, f'<p><a href="samples/grid.png">All in one picture</a> ({count})</p>'])
 
-    def page(self, state: TrainState, samples: Mapping[Place, Path], ending: str, why: str) -> str:
+    def page(self, state: TrainState, ending: str, why: str) -> str:
         plan, curves, total = self.plan, self.log.curves, self.plan.total_steps
         hardware: Any = plan.hardware
         run = {
             "Message": why,
+            "LoRA": f"{plan.config.output_name}_final.safetensors" if ending == "finished" else "",
+            "Trigger words": ", ".join(plan.config.trigger_words),
             "Steps": f"{state.step:,} of {total:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
-            "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
-            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; a run that was killed cannot say so here",
+            "Training time": f"{clock(state.seconds)} in all attempts",
+            "Written": f"{utc_now('seconds')[:-1].replace('T', ' ')} UTC; after a kill nothing more is written",
             "Model": f"{plan.source.name}: {plan.source.family.title}, {plan.source.prediction_type}",
             "Hardware": f"{hardware.name} ({hardware.device}), {self.precision}",
         }
@@ -5977,21 +5967,20 @@ class Report:
         charts += chart("Held-out loss", "Images that are not trained on.", curves["validation loss"])
         charts += chart("Learning rate", "Faint: the text encoders'." * bool(encoder), encoder, curves["unet"])
         dataset = {key.replace("_", " ").capitalize(): value for key, value in self.dataset.items()}
-        dataset["Repeats"] = [f"{count:,} images {times}\u00d7" for times, count in dataset["Repeats"].items()]
+        dataset["Repeats"] = [f"{counted(count, 'image')} {times}\u00d7" for times, count in dataset["Repeats"].items()]
         config = json.dumps(strict(plan.repeatable()), indent=2, ensure_ascii=False)
         bar = f'<progress max="{total}" value="{state.step}" aria-label="Steps done"></progress>'
         warnings = [f"{told['code']}: {told['message']} {told['hint']}" for told in self.events.warnings]
         parts = {
             "Run": f"{bar}\n{table(run)}",
             "Curves": f'<div class="charts">{charts}</div>',
-            "Samples": self.gallery(samples) if samples else "None yet.",
+            "Samples": self.gallery() if self.samples else "None yet.",
             "Warnings": shown(warnings or "None."),
             "Dataset": table(dataset),
             "Config": f"<pre>{html.escape(config)}</pre>",
         }
         body = "\n".join(f"<h2>{name}</h2>\n{part}" for name, part in parts.items())
-        digest = f"sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}"
-        return PAGE.format(title=f"{plan.config.output_name}: {ending}", hash=digest, style=STYLE, body=body)
+        return PAGE.format(title=f"{plan.config.output_name}: {ending}", style=STYLE, body=body)
 
 
 # ======================================================================================
@@ -6080,6 +6069,7 @@ class LoRATrainer:
             self.predict_as(point.record.get("prediction_type", source.prediction_type))  # older states lack it
         if point and group.share(functools.partial(self.is_finished, point.state.step)):
             self.state = point.state
+            self.events.info("This run is finished already: a larger steps makes it longer, --fresh starts over.")
             return True
         self.cache()
         self.adapt()
@@ -6128,7 +6118,7 @@ class LoRATrainer:
         if point:
             theirs = point.record["identity"]
             if point.record.get("base") == self.base:  # the same weights, wherever they lie now
-                theirs = theirs | {key: self.identity[key] for key in ("base_model", "vae_path", "revision", "variant")}
+                theirs = theirs | {key: self.identity[key] for key in BASE_KEYS}
             check_identity(self.identity, theirs, self.folder.path)
             step, loras = point.state.step, self.ours(f"{self.config.output_name}_step")
             newest = next((str(path) for number, path in loras if number <= step), None)
@@ -6417,6 +6407,7 @@ class LoRATrainer:
             message = f"The run was planned for {before} steps and now has {total}: the learning rate jumps."
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
             self.events.warning("schedule_stretched", message, hint)
+        self.events.info(f"Going on from step {point.state.step} of {total}.")
 
     def environment(self) -> JSON:
         """Give what else decides the last bits."""
@@ -6476,7 +6467,6 @@ class LoRATrainer:
         """
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
-            self.events.beat()
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
@@ -6663,6 +6653,7 @@ class LoRATrainer:
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, conditions: JSON | None) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
+        self.events.beat()
         with self.autocast():
             latents = latents.to(self.dtype)
             output: Tensor = self.unet(latents, timesteps, context, added_cond_kwargs=conditions).sample
@@ -6754,7 +6745,8 @@ class LoRATrainer:
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
-        if samples := is_due(step, config.validation_steps):
+        ends = bool(config.validation_steps) and step == self.plan.total_steps
+        if samples := ends or is_due(step, config.validation_steps):
             self.settle()
             self.validate(step)
             self.sample(step)
@@ -6764,7 +6756,6 @@ class LoRATrainer:
     @main_only
     def sample(self, step: int) -> None:
         """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
-        self.events.info(f"Sampling at step {step}.", phase="sampling")
         with self.evaluating(), torch.no_grad():
             for index, prompt in enumerate(self.config.sample_prompts):
                 try:
@@ -7073,8 +7064,8 @@ EXAMPLES = """examples:
 """
 
 
-HEALTH_HELP = """serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
-LORA_HEALTH_PORT does the same; /health says 503 after 600 s without progress"""
+HEALTH_HELP = f"""serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
+LORA_HEALTH_PORT does the same; /health says 503 after {HealthServer.STALLED_S:.0f} s without progress"""
 
 
 class Arguments(argparse.ArgumentParser):
@@ -7103,7 +7094,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def validate(config: TrainingConfig, events: EventStream, processes: int = 1) -> None:
+def validate(config: TrainingConfig, events: EventStream, processes: int = 1, fresh: bool = False) -> None:
     """Check all that a run needs, also without torch. Raises the first problem's code, with every problem listed."""
     failures: list[TrainerError] = []
 
@@ -7131,10 +7122,27 @@ def validate(config: TrainingConfig, events: EventStream, processes: int = 1) ->
         events.info(reason)
     if hardware:
         check_single_file(source)
+    if hardware and not source.guessed and not fresh:
+        foresee_resume(plan, events)
     tokens = count_tokens(plan) if hardware else None
     for warning in (*plan_warnings(plan), *(token_warnings(tokens) if tokens else ())):
         events.warning(*warning)
     events.emit("validated", **validation_report(plan, tokens, hardware), warnings=events.warnings)
+
+
+def foresee_resume(plan: Plan, events: EventStream) -> None:
+    """Tell what a start would go on from, by the newest state's header. Raises `resume_mismatch`."""
+    folder = Path(plan.config.output_path)
+    run_id = read_run(folder / "config.json").get("run_id")
+    for step, path in numbered(folder / "checkpoints", "state_step"):
+        header = read_header(path)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: an older one is used
+            theirs = json.loads(header["record"])["identity"]
+            if header["train_lora.run_id"] == run_id:
+                theirs = {key: value for key, value in theirs.items() if key not in BASE_KEYS}
+                check_identity(run_identity(plan), theirs, folder)
+                return events.info(f"A start goes on from step {step} of {plan.total_steps}.")
+    return None
 
 
 def count_tokens(plan: Plan) -> JSON | None:
@@ -7189,7 +7197,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     config = load_config(options.config, options.set)
     check_sharing(config, group)
     if options.validate_only:
-        return validate(config, events, group.size) if group.is_main else events.emit("validated")
+        return validate(config, events, group.size, options.fresh) if group.is_main else events.emit("validated")
     group.join(events, stop)
     folder = OutputFolder(Path(config.output_path))
 
