@@ -1079,7 +1079,8 @@ def error_lines(f: JSON) -> list[Line]:
     what = f["message"].partition(f": {listed[0]}")[0] if listed else f["message"]
     where = f"while {f['phase']}" + (f"; step {f['step']} is saved" if f["step"] else "")
     rest = [text for text, item in zip(listed, f["problems"], strict=True) if item["message"] not in what]
-    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"])
+    code = f"{f['code']} (docs/troubleshooting.md)"
+    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=code)
     return head + [(f"  {'' if number else 'Problems':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
 
 
