@@ -764,7 +764,10 @@ def test_all_problems_are_reported_at_once_before_torch_is_imported(tmp_path: Pa
     ("change", "path", "words"),
     [
         ({"steps": "many"}, "steps", "integer or null, not text"),
-        ({"deterministic": "False"}, "deterministic", "boolean, not text"),
+        ({"deterministic": "False"}, "deterministic", "boolean, not text: write false without quotes"),
+        ({"lora_rank": "16"}, "lora_rank", "integer, not text: write 16 without quotes"),
+        ({"trigger_words": "flurp"}, "trigger_words", 'array, not text: write ["flurp"]'),
+        ({"dataset_path": "C:\bilder"}, "dataset_path", "write / between folders"),
         ({"steps": True}, "steps", "not a boolean"),
         ({"batch_size": 1.5}, "batch_size", "integer"),
         ({"optimizer": "adamv"}, "optimizer", '"adamw8bit"'),
@@ -800,11 +803,76 @@ def test_a_bad_value_is_named_with_what_is_allowed(tmp_path: Path, change: Json,
         ('{"steps": 1e999}', "not finite"),
         ('{"steps": ' + "9" * 5000 + "}", "parsed"),
         ('{"steps": 1, "steps": 2}', "twice"),
-        (b'{"steps": "\xff"}', "utf-8"),
+        (b'{"steps": "\xff"}', "UTF-8"),
     ],
 )
 def test_malformed_json_is_an_error_with_a_place_or_a_reason(tmp_path: Path, text: str | bytes, words: str) -> None:
-    assert words in problems_of(tmp_path, text)[""]
+    with pytest.raises(trainer.TrainerError) as caught:
+        parse(tmp_path, text)
+    assert caught.value.code in ("config_invalid", "config_unreadable")
+    assert words in caught.value.message
+
+
+MENDED_BY = {  # a config -> words of the hint, and the lines that are shown
+    '{\n"a": 1,\n}': ("Remove the comma before the closing bracket, on line 2", {"line 2": '"a": 1,', "line 3": "}"}),
+    '{"a": ["b",]}': ("Remove the comma before", {"line 1": '{"a": ["b",]}'}),
+    '{"a": 1\n\n"b": 2}': ("Put a comma at the end of line 1", {"line 1": '{"a": 1', "line 3": '"b": 2}'}),
+    '{\n"a": "C:\\Users"}': ("Write / or \\\\ in the place of \\ on line 2", {"line 2": '"a": "C:\\Users"}'}),
+    '{"a": "x\n"}': ('Close the text with " on line 1', {"line 1": '{"a": "x'}),
+    '{"a": "x}': ('Close the text with " on line 1', {"line 1": '{"a": "x}'}),
+    '{"a": {}': ("ends too early", {"line 1": '{"a": {}'}),
+    "": ("is empty", {"line 1": ""}),
+    '{"a": 1, // one\n"b": 2}': (
+        "JSON has no comments, and writes true, false, null: see line 1",
+        {"line 1": '{"a": 1, // one'},
+    ),
+    "{'a': 1}": ("plain double quotes", {"line 1": "{'a': 1}"}),
+    '{"a": \u201cx\u201d}': ("plain double quotes", {"line 1": '{"a": \u201cx\u201d}'}),
+    '{"a": True}': ("writes true, false, null", {"line 1": '{"a": True}'}),
+    '{"a" 1}': ("Look at that place", {"line 1": '{"a" 1}'}),
+}
+
+
+@pytest.mark.parametrize("text", MENDED_BY)
+def test_broken_json_comes_with_its_remedy_and_the_lines_in_question(tmp_path: Path, text: str) -> None:
+    with pytest.raises(trainer.TrainerError) as caught:
+        parse(tmp_path, text)
+    words, lines = MENDED_BY[text]
+    assert words in caught.value.hint
+    assert {item["path"]: item["message"] for item in caught.value.problems} == lines
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_a_config_that_is_not_utf_8_is_told_how_to_save_it(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(trainer.TrainerError) as caught:
+        parse(tmp_path, '{\n"dataset_path": "Möwen"}'.encode(encoding))
+    assert ("not UTF-8 (line 2)" if encoding == "latin-1" else "UTF-16") in caught.value.message
+    assert caught.value.hint == "Save it as UTF-8."
+
+
+def test_a_config_that_is_not_there_is_named_with_its_folder_and_the_file_that_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "my.json.txt").touch()
+    with pytest.raises(trainer.TrainerError) as caught:
+        trainer.load_config(str(tmp_path / "my.json"))
+    assert f"{tmp_path / 'my.json'} cannot" in caught.value.message
+    assert "did you mean 'my.json.txt'?" in caught.value.message
+
+
+def test_keys_of_other_trainers_are_known_by_ours(tmp_path: Path) -> None:
+    others = {name: key for key, row in SCHEMA["definitions"].items() for name in row.get("x-other-names", [])}
+    assert not {*others} & {*SCHEMA["definitions"]} and len(others) > 40
+    assert all(f"here it is '{key}'" in trainer.unknown_key(name, name, [])["message"] for name, key in others.items())
+    told = problems_of(tmp_path, REQUIRED | {"lr": 1, "max_train_steps": 2}, ("network_dim=3",))
+    ours = ["learning_rate", "steps", "lora_rank"]
+    assert [message.split("'")[1] for message in told.values()] == ours
+
+
+@posix
+def test_a_path_of_windows_is_refused_on_another_system_unless_it_exists(tmp_path: Path) -> None:
+    told = problems_of(tmp_path, REQUIRED | {"dataset_path": "C:\\photos", "base_model": "demo\\base"})
+    assert set(told) == {"dataset_path", "base_model"} and all("as on Windows" in text for text in told.values())
+    (tmp_path / "a\\b").mkdir()
+    assert parse(tmp_path, REQUIRED | {"dataset_path": "a\\b"}).dataset_path == str(tmp_path / "a\\b")
 
 
 def test_a_byte_order_mark_and_whole_floats_are_accepted(tmp_path: Path) -> None:
@@ -1186,7 +1254,7 @@ def test_an_error_says_what_happened_where_and_what_to_do(screen: Screen) -> Non
         "Error: The config has 2 problems.",
         "  Where       while resuming; step 120 is saved",
         "  What to do  Mend them.",
-        "  Code        config_invalid",
+        "  Code        config_invalid (docs/troubleshooting.md)",
         "  Problems    - steps: must be at least 1",
         "              - x: unknown key; " + "b " * 23 + "b",
         " " * 16 + "b " * 15 + "b",
@@ -1260,8 +1328,9 @@ def test_events_on_the_same_terminal_stay_whole_and_the_end_can_be_read() -> Non
     events = [json.loads(line) for line in lines if line.startswith("{")]
     check_events(events)
     assert ended == 1
-    assert lines[-5].startswith("Error: The config 'none.json' cannot be read")
-    assert lines[-4] == "  Where       while reading none.json"
+    told = [line for line in lines[-12:] if re.match("Error: The config /|  (Where|What to do|Code) ", line)]
+    assert len(told) == 4
+    assert told[1] == "  Where       while reading none.json"
     assert "\x1b" not in written
     assert len([line for line in lines if "gives a progress line instead" in line]) == 1
 
@@ -1298,10 +1367,21 @@ def test_help_shows_every_option_and_examples() -> None:
     assert version.stdout == f"train_lora.py {trainer.VERSION}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--confg", "x"], ["--config"], ["--config", "a", "b"]])
-def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: list[str]) -> None:
-    result = run(*arguments)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "Put --config before the JSON file"),
+        ("my.json", "Put --config before my.json"),
+        ("--confg x", "No such option: --confg (did you mean '--config'?)"),
+        ("--config", "expected one argument"),
+        ("--config a b", "No such option: b"),
+        ("--conf a", "No such option: --conf (did you mean '--config'?)"),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: str, words: str) -> None:
+    result = run(*arguments.split())
     assert (result.code, result.last["code"]) == (2, "usage")
+    assert words in result.last["message"]
 
 
 def test_events_are_strict_json_whatever_they_hold() -> None:
@@ -2744,6 +2824,29 @@ def test_pickled_weights_are_never_an_alternative() -> None:
         with pytest.raises(trainer.TrainerError) as caught:
             trainer.choose_weights(names, "unet", wish, False)
         assert caught.value.code == code
+
+
+def test_a_model_or_a_dataset_that_is_spelled_wrong_is_answered_with_what_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("my_photos", "demo/base"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "demo/base/model_index.json").touch()
+    (tmp_path / "one.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    base, config = tmp_path / "demo/base", parse(tmp_path, REQUIRED)
+    offline = trainer.hub_unreachable(dataclasses.replace(config, base_model="demo/bas"))
+    assert "no folder here (did you mean 'base'?)" in offline.message
+    assert "did you mean" not in trainer.hub_unreachable(config).message
+    answers: dict[Callable[[], Any], str] = {
+        lambda: scan(tmp_path, tmp_path / "my_fotos"): "my_photos",
+        lambda: trainer.local_folder(base.with_name("bas")): "base",
+        lambda: trainer.local_folder(base.parent): "base",
+        lambda: trainer.open_single_file(tmp_path / "on.safetensors"): "one.safetensors",
+    }
+    for call, name in answers.items():
+        with pytest.raises(trainer.TrainerError, match=f"did you mean '{name}'"):
+            call()
 
 
 @needs_torch
@@ -4449,6 +4552,10 @@ def make_junk(folder: Path) -> dict[str, str]:
     bad |= dict.fromkeys(
         ("script.jpg", "other.png", "page.jpg", "empty.webp"), "cannot be used: no image of a known format"
     )
+    bad["other.png"] = "no image of a known format (it is GIF)"
+    (folder / "telephone.jpg").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1")
+    bad["telephone.jpg"] = "no image of a known format (it is HEIC)"
+    bad |= dict.fromkeys(("cut.jpg", "cut.png"), "the file ends too early")
     bad |= {"maskless.png": "mask maskless-masklabel.png: no image of a known format"}
     bad |= dict.fromkeys(("scans.jpg", "phone.jpg"), "minutes to decode")
     return bad | {"phone.heic": ".heic is not read"}

@@ -152,10 +152,10 @@ class TrainerError(Exception):
 
 HINTS = {  # the remedy, where the place that fails knows no better one
     "usage": "train_lora.py --help shows the options.",
-    "config_invalid": "Correct the keys listed under problems; config_schema.json and the README describe every key.",
+    "config_invalid": "Correct what is named; config_schema.json and the README describe every key.",
     "config_unreadable": "Check the path after --config, and that the file is UTF-8 JSON as in example_config.json.",
     "dependency_missing": "Install the requirements: pip install -r requirements.txt",
-    "dataset_empty": "Put images there, each with a caption file beside it.",
+    "dataset_empty": "Put JPEG, PNG, WebP, BMP, TIFF or AVIF images there; a caption (01.txt) beside each helps.",
     "dataset_unreadable": "Give the folder with your images as dataset_path.",
     "model_not_found": "Give a .safetensors checkpoint, a diffusers folder (with model_index.json) or a Hub id (sd15).",
     "model_unsupported": "Use a text-to-image model of a family that model_type names.",
@@ -705,13 +705,57 @@ def keys_marked(mark: str) -> list[str]:
     return [key for key, definition in load_schema()["definitions"].items() if definition.get(mark)]
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask, in brackets, for the known name that is spelled most alike; '' where none is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def alike_beside(path: Path) -> str:
+    """Ask for what lies in the folder of a path, if that does not exist, and is spelled alike."""
+    with contextlib.suppress(OSError, ValueError):
+        return "" if path.exists() else did_you_mean(path.name, os.listdir(path.parent))  # noqa: PTH208
+    return ""
+
+
 def read_source(source: str) -> str:
+    path = Path(source).absolute()
+    name = "on stdin" if source == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8-sig")  # Windows editors write a BOM
+        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TrainerError("config_unreadable", f"The config {source!r} cannot be read: {reason}") from error
+        reason = f"{getattr(error, 'strerror', None) or error}{alike_beside(path)}"
+        raise TrainerError("config_unreadable", f"The config {name} cannot be read: {reason}.") from error
+    text = data.decode("utf-8-sig", "surrogateescape")  # Windows editors write a BOM
+    if bad := re.search("[\0\udc80-\udcff]", text):  # a NUL for every letter is UTF-16
+        line = text.count("\n", 0, bad.start()) + 1
+        what = "UTF-16, or no text" if "\0" in text else f"not UTF-8 (line {line})"
+        raise TrainerError("config_unreadable", f"The config {name} is {what}.", "Save it as UTF-8.")
+    return text
+
+
+JSON_HINTS = {  # in what json says, with the last character before the place | and what follows -> the remedy
+    r"escape": 'Write / or \\\\ in the place of \\ on line {line}: "C:/photos".',
+    r"control character|Unterminated": 'Close the text with " on line {line}, where it begins.',
+    r"\|\Z": "The file is empty or ends too early: close what is open.",
+    r"trailing comma|,\|\s*[]}]": "Remove the comma before the closing bracket, on line {before}.",
+    r"',' delimiter: .\|\s*\n\s*[\"{[]": "Put a comma at the end of line {before}.",
+    r"\|\s*['\u201c-\u201e]": 'Write plain double quotes (") on line {line}.',
+    r"\|\s*(//|/\*|#|True|False|None)": "JSON has no comments, and writes true, false, null: see line {line}.",
+    "": "Look at that place and just before it: a missing comma, quote or bracket.",
+}
+
+
+def not_json(error: json.JSONDecodeError) -> TrainerError:
+    """Say what to mend where JSON is broken, and show the lines: the cause stands before the place that json names."""
+    text = error.doc[: error.pos].rstrip()
+    spot = f"{error.msg}: {text[-1:]}|{error.doc[len(text) :][:100]}"
+    places = {"line": error.lineno, "before": text.count("\n") + 1}
+    hint = next(hint for sign, hint in JSON_HINTS.items() if re.search(sign, spot)).format(**places)
+    said, lines = error.msg.removesuffix(" at"), error.doc.split("\n")
+    message = f"The config is not valid JSON: {said} at line {error.lineno}, column {error.colno}."
+    shown = [problem(f"line {number}", lines[number - 1].strip()[:100]) for number in sorted({*places.values()})]
+    return TrainerError("config_unreadable", message, hint, shown)
 
 
 def parse_json(text: str) -> Any:
@@ -730,9 +774,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except json.JSONDecodeError as error:
-        message = f"The config is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        hint = "Look at that place and just before it: a missing comma, quote or bracket."
-        raise TrainerError("config_unreadable", message, hint) from error
+        raise not_json(error) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, an integer of thousands of digits
         raise TrainerError("config_invalid", f"The config cannot be parsed: {error}") from error
 
@@ -746,8 +788,9 @@ def problem(path: str, message: str) -> dict[str, str]:
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> dict[str, str]:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return problem(path, "unknown key; " + (f"did you mean '{near[0]}'?" if near else "the README lists all keys"))
+    ours = [ours for ours, row in load_schema()["definitions"].items() if key in row.get("x-other-names", ())]
+    told = f" (here it is '{ours[0]}')" if ours else did_you_mean(key, known)
+    return problem(path, "unknown key" + (told or "; the README lists all keys"))
 
 
 def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
@@ -818,8 +861,19 @@ def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     return int(value) if whole else value
 
 
+WRITTEN = {"integer": r"-?\d+", "number": r"-?\d+(\.\d+)?(e-?\d+)?", "boolean": "true|false", "array": ".*"}
+
+
+def not_but(types: str | Sequence[str], value: Any) -> str:
+    """Say of which type a value is, and how to write what its text means in one that is asked for."""
+    text = value.lower() if isinstance(value, str) else "\n"
+    meant = next((name for name, form in WRITTEN.items() if name in types and re.fullmatch(form, text)), "")
+    better = {"": "", "array": show([value])}.get(meant, f"{text} without quotes")
+    return f", not {kind(value)}" + (better and f": write {better}")
+
+
 EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
-    "type": lambda rule, value: f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}, not {kind(value)}",
+    "type": lambda rule, value: f"must be {rule if isinstance(rule, str) else ' or '.join(rule)}{not_but(rule, value)}",
     "enum": lambda rule, value: f"must be one of {', '.join(map(show, rule))}, not {show(value)}",
     "minimum": lambda rule, value: f"must be at least {rule}, not {show(value)}",
     "maximum": lambda rule, value: f"must be at most {rule}, not {show(value)}",
@@ -834,6 +888,8 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
     "additionalProperties": lambda rule, value: "has a key that is not allowed",
 }
+PATH_FLAWS = {r"[\1-\x1f]": "holds what JSON makes of \\ and a letter: write / between folders"}
+PATH_FLAWS |= {} if WINDOWS else {r"\\": "holds \\, as on Windows: write a path of this system, with /"}
 
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
@@ -852,6 +908,8 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         unfit = "[\ud800-\udc7f\udd00-\udfff]" if "format" in definition else "[\ud800-\udfff]"
         if not errors and re.search(unfit, json.dumps(value, ensure_ascii=False)):
             problems.append(problem(key, "has characters that no file name or prompt can hold (lone surrogates)"))
+        elif not errors and "format" in definition and value and not os.path.lexists(value):
+            problems += [problem(key, what) for sign, what in PATH_FLAWS.items() if re.search(sign, value)][:1]
     return problems
 
 
@@ -1021,7 +1079,8 @@ def error_lines(f: JSON) -> list[Line]:
     what = f["message"].partition(f": {listed[0]}")[0] if listed else f["message"]
     where = f"while {f['phase']}" + (f"; step {f['step']} is saved" if f["step"] else "")
     rest = [text for text, item in zip(listed, f["problems"], strict=True) if item["message"] not in what]
-    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=f["code"])
+    code = f"{f['code']} (docs/troubleshooting.md)"
+    head = labelled("bad", "Error: ", f"{what.rstrip('.')}.", Where=where, What_to_do=f["hint"], Code=code)
     return head + [(f"  {'' if number else 'Problems':<10}  - ", text, "quiet") for number, text in enumerate(rest)]
 
 
@@ -2574,7 +2633,7 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
         message = f"{repo} is gated, and the Hub does not give it to us."
         hint = f"Accept its terms on {page}, and set the variable HF_TOKEN to a token of that account."
     elif isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)):
-        message = f"There is no model {repo!r}{at} on the Hub."
+        message = f"There is no model {repo!r}{at} on the Hub{alike_beside(Path(repo))}."
         hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else f"{hint} A folder must exist."
     else:
         return None
@@ -2582,8 +2641,8 @@ def hub_refusal(config: TrainingConfig, error: Exception) -> TrainerError | None
 
 
 def hub_unreachable(config: TrainingConfig, reason: str = "", missing: Sequence[str] = ()) -> TrainerError:
-    state, hint = "no folder here and not in the Hub's cache", "Connect to the network, or download the model elsewhere"
-    hint += " and give its folder as base_model."
+    state = f"no folder here{alike_beside(Path(config.base_model))} and not in the Hub's cache"
+    hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
     if missing:  # a download broke off, just now or once
         state = f"only in part in the Hub's cache ({', '.join(missing[:5])}{' ...' * (len(missing) > 5)} missing)"
         hint = "Start the same command again with a network; files that are whole are kept."
@@ -2786,7 +2845,7 @@ def with_tokenizer(source: ModelSource, config: TrainingConfig, beside: Path) ->
 def open_single_file(path: Path) -> ModelSource:
     """Read what a checkpoint in the original layout is from its header."""
     if not path.is_file():
-        raise TrainerError("model_not_found", f"base_model {path} does not exist, or is no file.")
+        raise TrainerError("model_not_found", f"base_model {path} does not exist{alike_beside(path)}, or is no file.")
     family, parts, scheduler = read_single_file(path, read_tensor_headers(path), read_header(path))
     unet, vae = (parts[name].config or {} if name in parts else {} for name in ("unet", "vae"))
     return ModelSource(path.name, family, unet, vae, scheduler, family.usually, parts=parts)
@@ -2873,7 +2932,8 @@ def local_folder(folder: Path) -> Path:
     if folder.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{folder.name} holds pickled weights.")
     found = "has no model_index.json: not a diffusers model" if folder.is_dir() else "is no .safetensors file"
-    what = found if folder.exists() else "does not exist"
+    inside = next((f" (did you mean '{path.parent.name}' in it?)" for path in folder.glob("*/model_index.json")), "")
+    what = found + inside if folder.exists() else f"does not exist{alike_beside(folder)}"
     raise TrainerError("model_not_found", f"base_model {folder} {what}.")
 
 
@@ -3434,6 +3494,7 @@ def memory_savers(config: TrainingConfig, resolution: int, *, checkpointing: boo
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 UNREAD_SUFFIXES = {".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tga", ".jp2"}  # pictures all the same
+OTHER_FORMATS = {b"ftyphei": "HEIC", b"ftypmif": "HEIC", b"GIF8": "GIF", b"8BPS": "PSD"}
 MASK_SUFFIX = "-masklabel.png"  # OneTrainer's name for the mask beside an image
 MAX_PIXELS = 120_000_000  # of one image: beyond what phones and cameras make
 MAX_FILE_BYTES = 1 << 30
@@ -3499,6 +3560,9 @@ def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
                 raise ValueError(f"it has more than {MAX_FILE_BYTES >> 20} MB")
             digest = file_digest(file)
             file.seek(0)
+            start = file.read(16)
+            if other := [name for mark, name in OTHER_FORMATS.items() if mark in start]:
+                raise ValueError(f"no image of a known format (it is {other[0]})")
             image: Image.Image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
@@ -3512,7 +3576,8 @@ def open_image(path: Path, root: Path) -> Iterator[tuple[Image.Image, str]]:
         raise
     except Exception as error:  # Pillow's plugins raise anything on broken files, from struct.error to SyntaxError
         unknown = type(error).__name__ == "UnidentifiedImageError"
-        raise ValueError("no image of a known format" if unknown else str(error) or type(error).__name__) from error
+        reason = "the file ends too early" if "truncated" in str(error).lower() else str(error) or type(error).__name__
+        raise ValueError("no image of a known format" if unknown else reason) from error
 
 
 def file_digest(file: IO[bytes]) -> str:
@@ -3722,7 +3787,7 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
     """Check every image of the folder that the config's `key` names."""
     root = Path(getattr(config, key))
     if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
+        what = "is not a folder" if root.exists() else f"does not exist{alike_beside(root)}"
         raise TrainerError("dataset_unreadable", f"{key} {root} {what}.", f"Give the folder with your images as {key}.")
     output = Path(config.output_path)
     others = (output, output / "samples", config.dataset_path, config.regularization_path)
@@ -3791,7 +3856,7 @@ def find_images(root: Path, excluded: set[tuple[int, int] | None]) -> tuple[list
             elif folder_there:
                 waiting += [path] if file_id(path) not in excluded else []
             elif suffix in UNREAD_SUFFIXES:
-                refuse(path, f"{suffix} is not read; save it as PNG or JPEG")
+                refuse(path, f"{suffix} is not read")
             elif suffix in IMAGE_SUFFIXES and not path.name.lower().endswith(MASK_SUFFIX):
                 found.append(path)
     return sorted(found), sorted(flaws, key=lambda flaw: flaw.path)
@@ -4239,7 +4304,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 DATASET_HINTS = {
-    "image_skipped": "Mend or remove the file.",
+    "image_skipped": "Save it again, as PNG or JPEG, or remove it.",
     "caption_skipped": "Mend or remove the entry.",
     "caption_doubtful": "Save it as UTF-8 text of a few sentences.",
     "metadata_unmatched": "Correct the names, or remove the lines.",
@@ -7013,14 +7078,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config."
     layout = argparse.RawDescriptionHelpFormatter
     parser = Arguments("train_lora.py", description=about, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", required=True, help="JSON config; '-' reads it from stdin")
+    parser.usage = "%(prog)s --config FILE [OPTION]..."
+    parser.add_argument("--config", metavar="FILE", help="JSON config; '-' reads it from stdin")
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="ignore and replace this run's earlier state")
     parser.add_argument("--health-port", metavar="[HOST:]N", help=HEALTH_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
-    return parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    stray, known = (rest or [""])[0], re.findall("--[a-z-]+", parser.format_help())
+    if not options.config and not stray.startswith("-"):
+        parser.error(f"put --config before {stray or 'the JSON file'}")
+    if rest:
+        parser.error(f"no such option: {stray}{did_you_mean(stray, known)}")
+    return options
 
 
 def validate(config: TrainingConfig, events: EventStream, processes: int = 1, fresh: bool = False) -> None:
