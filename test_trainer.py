@@ -4715,6 +4715,10 @@ def test_what_is_usable_but_hardly_meant_is_a_warning(tmp_path: Path) -> None:
         keep_tokens=1,
     )
     codes = [code for code, _, _ in trainer.plan_warnings(plan)]
+    for prompts, told in {("a dog", "zorbing"): 2, ("a dog", "a Zorb, red"): 0, (): 0}.items():
+        asked = dataclasses.replace(plan, config=dataclasses.replace(plan.config, sample_prompts=prompts))
+        said = [message for code, message, _ in trainer.dataset_warnings(asked) if code == "prompts_untriggered"]
+        assert said == [f"{told} sample prompts hold no trigger word: {', '.join(prompts)}."] * bool(told)
     expected = ["setting_unused", "image_skipped", "captions_missing", "prior_captions_missing", "images_tiny"]
     assert codes == [*expected, "images_cropped", "repeats_high", "duplicates", "masks_missing"]
     square = plan_of(tmp_path, prior, aspect_ratio_bucketing=False, batch_size=2)

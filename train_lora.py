@@ -4328,6 +4328,7 @@ DATASET_HINTS = {
     "buckets_small": "Their batches are smaller; a larger bucket_step makes fewer buckets.",
     "validation_empty": "validation_split needs two images of different content.",
     "prior_unused": "Crop them to shapes that the training images have.",
+    "prompts_untriggered": "Put a trigger word into one: without it the samples show little of what is learned.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}.",
 }
 
@@ -4345,6 +4346,8 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     tiny = [e.name for e in examples if min(e.width, e.height) < plan.resolution / 2]
     cropped = [e.name for e, size in zip(examples, plan.sizes, strict=True) if cropped_share(e, size) > 1 / 4]
     repeated = [e.name for e in examples if e.repeats >= 200 * config.repeats]
+    pairs = itertools.product(config.sample_prompts, config.trigger_words)
+    called = any(with_trigger_words(prompt, [word], "") == prompt for prompt, word in pairs)
     none_held_out = config.validation_split > 0 and not plan.dataset.of_role("validation")
     found = {
         "captions_missing": ("images have no caption", [e.name for e in bare if e.role != "prior"]),
@@ -4359,6 +4362,7 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
         "buckets_small": (f"buckets hold less than one batch of {config.batch_size}", small),
         "prior_unused": ("sizes hold too few regularization images to show any", unused),
         "validation_empty": ("images are too few to hold one out", [e.name for e in examples if none_held_out]),
+        "prompts_untriggered": ("sample prompts hold no trigger word", () if called else config.sample_prompts),
         "masks_missing": ("images have no mask", [e.name for e in examples if config.masked_loss and not e.has_mask]),
     }
     for code, (what, listed) in found.items():
