@@ -4658,6 +4658,20 @@ def test_our_own_output_is_never_a_training_image(tmp_path: Path) -> None:
     assert [example.name for example in same.examples] == ["out/samples/step_1_0.png", "photo.png"]
 
 
+def test_caption_files_that_no_image_takes_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("01.png", "a.b.png", "5_in/02.PNG"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_image(folder / name, (64, 64), len(name))
+    (folder / "phone.heic").touch()
+    strays = ["01.png.txt", "01.txt.txt", "1.txt", "5_in/02.PNG.txt"]
+    for name in (*strays, "01.txt", "a.b.txt", "5_in/02.TXT", "phone.txt", ".hidden.txt", "notes.md"):
+        (folder / name).write_text("told")
+    told = {flaw.code: flaw.message for flaw in scan(tmp_path, folder).flaws}
+    assert told.keys() == {"captions_stray", "image_skipped"}
+    assert told["captions_stray"] == f"has 4 caption files without an image of that name: {', '.join(strays)}"
+
+
 def test_kohya_folders_repeat_and_a_zero_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "images"
     for number, name in enumerate(("10_zorb/a.png", "10_zorb/deep/b.png", "0_off/c.png", "d.png", "1_x/2_y/e.png")):
@@ -4701,6 +4715,10 @@ def test_what_is_usable_but_hardly_meant_is_a_warning(tmp_path: Path) -> None:
         keep_tokens=1,
     )
     codes = [code for code, _, _ in trainer.plan_warnings(plan)]
+    for prompts, told in {("a dog", "zorbing"): 2, ("a dog", "a Zorb, red"): 0, (): 0}.items():
+        asked = dataclasses.replace(plan, config=dataclasses.replace(plan.config, sample_prompts=prompts))
+        said = [message for code, message, _ in trainer.dataset_warnings(asked) if code == "prompts_untriggered"]
+        assert said == [f"{told} sample prompts hold no trigger word: {', '.join(prompts)}."] * bool(told)
     expected = ["setting_unused", "image_skipped", "captions_missing", "prior_captions_missing", "images_tiny"]
     assert codes == [*expected, "images_cropped", "repeats_high", "duplicates", "masks_missing"]
     square = plan_of(tmp_path, prior, aspect_ratio_bucketing=False, batch_size=2)

@@ -3797,7 +3797,7 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
     check = functools.partial(check_image, root=root, config=config, described=described, prior=key != "dataset_path")
     message = "Checking images." if key == "dataset_path" else "Checking regularization images."
     examples: list[Example] = []
-    flaws += more
+    flaws += more + stray_captions(root, [*paths, *(root / flaw.path for flaw in flaws)], config.caption_extension)
     for example, found in events.track(message, map_ahead(check, paths), len(paths)):
         examples += [example] if example else []
         flaws += found
@@ -3805,6 +3805,15 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
         message = f"No usable image in {root} ({counted(len(flaws), 'problem')} found)."
         raise TrainerError("dataset_empty", message, problems=[problem(flaw.path, flaw.message) for flaw in flaws])
     return examples, flaws
+
+
+def stray_captions(root: Path, images: Sequence[Path], end: str) -> list[Flaw]:
+    """Find caption files that no image takes, such as 01.png.txt, in the folders that hold images."""
+    taken = {image.with_suffix(case) for image in images for case in (end, end.upper())}
+    found = {path for folder in {image.parent for image in images} for path in folder.glob(f"[!.]*{end}")} - taken
+    names = sorted(path.relative_to(root).as_posix() for path in found)
+    told = f"has {counted(len(names), 'caption file')} without an image of that name: {listing(names)}"
+    return [Flaw("captions_stray", root.name, told)] if names else []
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
@@ -4309,6 +4318,7 @@ DATASET_HINTS = {
     "caption_doubtful": "Save it as UTF-8 text of a few sentences.",
     "metadata_unmatched": "Correct the names, or remove the lines.",
     "folder_left_out": "Give it another number, or rename it, if its images are to train.",
+    "captions_stray": "The caption of 01.png is called 01.txt (see caption_extension); Windows may hide a second .txt.",
     "captions_missing": "Add a caption file beside each; captions keep the concept apart from its surroundings.",
     "prior_captions_missing": "Name their class in a caption file beside each, or in their folder's name: 1_woman.",
     "images_tiny": "Larger originals train sharper; or lower the resolution.",
@@ -4318,6 +4328,7 @@ DATASET_HINTS = {
     "buckets_small": "Their batches are smaller; a larger bucket_step makes fewer buckets.",
     "validation_empty": "validation_split needs two images of different content.",
     "prior_unused": "Crop them to shapes that the training images have.",
+    "prompts_untriggered": "Put a trigger word into one: without it the samples show little of what is learned.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or NAME{MASK_SUFFIX}.",
 }
 
@@ -4335,6 +4346,8 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     tiny = [e.name for e in examples if min(e.width, e.height) < plan.resolution / 2]
     cropped = [e.name for e, size in zip(examples, plan.sizes, strict=True) if cropped_share(e, size) > 1 / 4]
     repeated = [e.name for e in examples if e.repeats >= 200 * config.repeats]
+    pairs = itertools.product(config.sample_prompts, config.trigger_words)
+    called = any(with_trigger_words(prompt, [word], "") == prompt for prompt, word in pairs)
     none_held_out = config.validation_split > 0 and not plan.dataset.of_role("validation")
     found = {
         "captions_missing": ("images have no caption", [e.name for e in bare if e.role != "prior"]),
@@ -4349,6 +4362,7 @@ def dataset_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
         "buckets_small": (f"buckets hold less than one batch of {config.batch_size}", small),
         "prior_unused": ("sizes hold too few regularization images to show any", unused),
         "validation_empty": ("images are too few to hold one out", [e.name for e in examples if none_held_out]),
+        "prompts_untriggered": ("sample prompts hold no trigger word", () if called else config.sample_prompts),
         "masks_missing": ("images have no mask", [e.name for e in examples if config.masked_loss and not e.has_mask]),
     }
     for code, (what, listed) in found.items():
