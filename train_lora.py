@@ -5728,6 +5728,7 @@ class RunLog:
 
     MOST_POINTS = 4000  # of a curve; twice as many are thinned
     LINE_BYTES = 1_000_000  # what is longer, like the zeros that a crash can leave, comes in pieces that are no events
+    NO_EVENT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a line that is none ends in
     LARGEST = 1e39  # of steps and values: float32 ends before, and a chart is drawn of what is sane
 
     def __init__(self) -> None:
@@ -5742,9 +5743,7 @@ class RunLog:
             file.seek(self._read)
             while (line := file.readline(self.LINE_BYTES)).endswith(b"\n") or len(line) == self.LINE_BYTES:
                 self._read += len(line)
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError, AttributeError, RecursionError
-                ):  # no event of ours
+                with contextlib.suppress(*self.NO_EVENT):
                     self.take(json.loads(line))
 
     def take(self, event: JSON) -> None:
