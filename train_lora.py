@@ -888,6 +888,7 @@ EXPLANATIONS: dict[str, Callable[[Any, Any], str]] = {
     "pattern": lambda rule, value: "must not be blank" if rule == r"\S" else f"must match {rule}, not {show(value)}",
     "additionalProperties": lambda rule, value: "has a key that is not allowed",
 }
+MADE = ("output_path", "cache_dir")  # paths that need not exist
 PATH_FLAWS = {r"[\1-\x1f]": "holds what JSON makes of \\ and a letter: write / between folders"}
 PATH_FLAWS |= {} if WINDOWS else {r"\\": "holds \\, as on Windows: write a path of this system, with /"}
 
@@ -908,7 +909,7 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
         unfit = "[\ud800-\udc7f\udd00-\udfff]" if "format" in definition else "[\ud800-\udfff]"
         if not errors and re.search(unfit, json.dumps(value, ensure_ascii=False)):
             problems.append(problem(key, "has characters that no file name or prompt can hold (lone surrogates)"))
-        elif not errors and "format" in definition and value and not os.path.lexists(value):
+        elif not errors and value and "format" in definition and key not in MADE and not os.path.lexists(value):
             problems += [problem(key, what) for sign, what in PATH_FLAWS.items() if re.search(sign, value)][:1]
     return problems
 
