@@ -3080,10 +3080,17 @@ def gpu_trouble() -> str:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not work with this GPU or its driver"
 
 
+def cpu_load() -> float:
+    """Give how many threads wanted a core of this machine over the last minute; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.getloadavg()[0]
+    return 0.0
+
+
 def hardware_warnings(hardware: Hardware, wish: str) -> Iterator[tuple[str, str, str]]:
     if hardware.device != "cpu":
         return
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    load, cores = cpu_load(), os.cpu_count() or 1
     if load > cores and not os.environ.get("OMP_NUM_THREADS"):
         message = (
             f"Other programs use this CPU too ({load:.0f} for {cores} cores), and torch's threads wait for each other."
