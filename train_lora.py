@@ -6422,7 +6422,7 @@ class LoRATrainer:
             self.events.warning("base_model_changed", message, "Put them back, or start over with --fresh.")
         now = self.environment()
         if changed := [key for key, value in point.record["environment"].items() if now[key] != value]:
-            message = f"The run goes on with another {' and '.join(changed)}; results may differ in the last bits."
+            message = f"Other than before: {', '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
         before, total = point.record["total_steps"], self.plan.total_steps
         if before != total and self.config.lr_scheduler != "constant":
