@@ -6012,7 +6012,7 @@ class Report:
 
 @dataclass(eq=False)
 class LoRATrainer:
-    """One run: setup, train, finish; the verbs are the points to change (README, Extension points)."""
+    """One run: setup, train, finish; the verbs are the points to change (docs/CONTRIBUTING.md, The training itself)."""
 
     config: TrainingConfig
     dataset: Dataset
