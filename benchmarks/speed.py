@@ -309,8 +309,8 @@ def measure_run(config: Path) -> JSON:
 
 def growing(case: Case) -> dict[str, tuple[int, ...]]:
     """Return what grows, over which values."""
-    growing = {"images": (10, 100, 1000), "steps": (100, 500, 2000), "lora_rank": (4, 32, 128), "batch_size": (1, 2, 4)}
-    return growing | {"resolution": (case.resolution, case.resolution * 3 // 2, case.resolution * 2)}
+    values = {"images": (10, 100, 1000), "steps": (100, 500, 2000), "lora_rank": (4, 32, 128), "batch_size": (1, 2, 4)}
+    return {**values, "resolution": (case.resolution, case.resolution * 3 // 2, case.resolution * 2)}
 
 
 def measure_growth(work: Path, by: str, case: Case) -> Iterator[JSON]:
