@@ -1608,7 +1608,7 @@ def test_a_full_size_single_files_weights_are_known_by_diffusers_names(tmp_path:
 
 SAFETENSORS = b'\x3b\0\0\0\0\0\0\0{"a.bias":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}}1234'
 UNET = "unet/diffusion_pytorch_model.safetensors"
-HALF, NON_EMA = UNET.replace(".safe", ".fp16.safe"), UNET.replace(".safe", ".non_ema.safe")
+FP16_FILE, NON_EMA = UNET.replace(".safe", ".fp16.safe"), UNET.replace(".safe", ".non_ema.safe")
 SHARDS = [UNET.replace(".safe", f"-0000{number}-of-00002.safe") for number in (1, 2)]
 PICKLE = "unet/diffusion_pytorch_model.bin"
 
@@ -1616,12 +1616,12 @@ PICKLE = "unet/diffusion_pytorch_model.bin"
 @pytest.mark.parametrize(
     ("names", "variant", "half", "expected"),
     [
-        ([UNET, HALF], None, True, ("fp16", [HALF])),
-        ([UNET, HALF], None, False, (None, [UNET])),
-        ([HALF], None, False, ("fp16", [HALF])),
+        ([UNET, FP16_FILE], None, True, ("fp16", [FP16_FILE])),
+        ([UNET, FP16_FILE], None, False, (None, [UNET])),
+        ([FP16_FILE], None, False, ("fp16", [FP16_FILE])),
         ([UNET, NON_EMA], None, True, (None, [UNET])),
         ([UNET, NON_EMA], "non_ema", True, ("non_ema", [NON_EMA])),
-        ([*SHARDS, HALF, PICKLE], None, False, (None, SHARDS)),
+        ([*SHARDS, FP16_FILE, PICKLE], None, False, (None, SHARDS)),
         ([PICKLE], None, False, "model_unsafe"),
         ([], None, False, "model_not_found"),
         ([UNET], "ema", False, "model_not_found"),
@@ -2877,14 +2877,14 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path: Path, name: str, dt
 # LoRA files
 # ======================================================================================
 
-TEXT = {"train_text_encoder": True}
+WITH_TEXT = {"train_text_encoder": True}
 DRAWN: list[tuple[str, Json]] = [
     *((kind, {}) for kind in KINDS),
-    ("sd15", TEXT | {"ema_decay": 0.5}),
+    ("sd15", WITH_TEXT | {"ema_decay": 0.5}),
     ("sd21", {"save_format": "diffusers", "lora_type": "dora", "lora_targets": "all"}),
-    ("sd21v", TEXT | {"zero_terminal_snr": True, "save_format": "diffusers"}),
-    ("sdxl", TEXT | {"lora_targets": "all", "prediction_type": "v_prediction"}),
-    ("sdxl", TEXT | {"save_format": "diffusers", "use_rslora": True}),
+    ("sd21v", WITH_TEXT | {"zero_terminal_snr": True, "save_format": "diffusers"}),
+    ("sdxl", WITH_TEXT | {"lora_targets": "all", "prediction_type": "v_prediction"}),
+    ("sdxl", WITH_TEXT | {"save_format": "diffusers", "use_rslora": True}),
 ]
 
 
@@ -2976,7 +2976,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     @functools.cache
     def train_once(kind: str, adapter: str) -> trainer.LoRATrainer:
         folder = tmp_path_factory.mktemp("trained")
-        changes: Json = {"lora_targets": "all", "lora_alpha": 3, "learning_rate": 3e-2, "steps": 3, **TEXT}
+        changes: Json = {"lora_targets": "all", "lora_alpha": 3, "learning_rate": 3e-2, "steps": 3, **WITH_TEXT}
         return train(folder, small(images, models / kind, folder / "out", **changes | ADAPTERS[adapter]))
 
     return train_once
@@ -3022,7 +3022,13 @@ def test_merged_files_have_the_trained_effect(trained: Prepare, kind: str, adapt
 def test_a_run_starts_from_a_file(prepared: Prepare, trained: Prepare, kind: str, adapter: str, rslora: int) -> None:
     first, scale = trained(kind, adapter), 3 / 2.5 / (1 + rslora)  # alpha / rank, or alpha / sqrt(rank), with rank 4
     before = first.adapter.named(first.adapter.weights)
-    changes: Json = {"lora_targets": "all", "lora_alpha": 2.5, "use_rslora": bool(rslora), **TEXT, **ADAPTERS[adapter]}
+    changes: Json = {
+        "lora_targets": "all",
+        "lora_alpha": 2.5,
+        "use_rslora": bool(rslora),
+        **WITH_TEXT,
+        **ADAPTERS[adapter],
+    }
     for style in ["kohya", *["diffusers"] * ("lokr" not in adapter)]:
         path = write_as(first, save_format=style)
         made = prepared(kind, init_lora_path=str(path), **changes)
@@ -3109,7 +3115,7 @@ def test_full_size_files_have_the_layers_readers_know(name: str, targets: str, a
         components = {part: build_component(part, config) for part, config in configs.items()}
     layers = kohya_layers(components, KOHYA_BLOCKS if targets == "all" else TRANSFORMER_BLOCKS)
     source, weights = memory.make_source(name), dict[str, Any]()
-    config = memory.make_config(lora_type=adapter, lora_rank=2, lora_targets=targets, **TEXT)
+    config = memory.make_config(lora_type=adapter, lora_rank=2, lora_targets=targets, **WITH_TEXT)
     for part, pattern in trainer.trained_parts(config, source.family).items():
         weights |= trainer.add_adapter(part, components[part], config, pattern)
     zeros = {key: torch.zeros(weight.shape) for key, weight in weights.items()}
@@ -3988,9 +3994,10 @@ def test_a_state_in_an_older_format_is_refused_with_both_formats_and_a_hint(tmp_
     assert "it is a 'train_lora state 2' file, and this version reads 'train_lora state 3'" in warn.call_args.args[1]
 
 
+@needs_torch
 def test_a_state_that_may_not_be_read_is_not_called_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     forbidden = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
-    monkeypatch.setattr(trainer, "decode_state", forbidden)
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(trainer.TrainerError, match="Permission denied") as caught:
         trainer.find_resume_point([(1, Path("state_step_1.safetensors"))], lambda *_: None)
     assert caught.value.code == "output_not_writable"
@@ -4045,11 +4052,8 @@ def kill_in_save(made: trainer.LoRATrainer, number: int) -> bool:
 @posix
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_kill_at_every_system_call_of_a_save_leaves_a_good_state_and_its_lora(tiny: TinyRuns) -> None:
-    made, before, newest = (
-        tiny.set_up(checkpoint_steps=1, checkpoint_limit=2, steps=3),
-        tiny.folder / "before",
-        list[int](),
-    )
+    made = tiny.set_up(checkpoint_steps=1, checkpoint_limit=2, steps=3)
+    before, newest = tiny.folder / "before", list[int]()
     assert made.train()
     made.state = dataclasses.replace(made.state, step=4)
     shutil.copytree(tiny.output, before)
@@ -4407,20 +4411,18 @@ def test_checkpointing_and_bf16_keep_the_gradient(tiny: TinyRuns, changes: Json,
     assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < tolerance
 
 
-def take_step(made: trainer.LoRATrainer, step: int) -> None:
+def take_step(made: trainer.LoRATrainer, step: int) -> int:
+    """Take a step of the run; return how many losses have been read."""
     made.clock = time.monotonic()
     loss = made.accumulate(step)
     assert loss is not None
     made.advance(step, loss, made.adapter.set_rates(1.0))
+    return len(made.state.losses)
 
 
 def test_losses_are_read_when_they_are_reported_which_changes_nothing_else(tiny: TinyRuns) -> None:
     seldom = tiny.set_up(steps=7, ema_decay=0.9, log_steps=3)
-    known = []
-    for step in range(7):
-        take_step(seldom, step)
-        known.append(len(seldom.state.losses))
-    assert known == [0, 0, 3, 3, 3, 6, 7]
+    assert [take_step(seldom, step) for step in range(7)] == [0, 0, 3, 3, 3, 6, 7]
     seldom.finish()
     often = tiny.train(output="often", steps=7, ema_decay=0.9)
     assert seldom.state.losses == often.state.losses
@@ -4463,11 +4465,11 @@ def test_divergence_ends_the_run_and_no_broken_lora_is_written(tiny: TinyRuns) -
     assert not made.final_path.exists()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @needs_torch
-def test_a_compiled_unet_computes_the_same_for_every_bucket_or_is_not_compiled(tiny: TinyRuns) -> None:
+def test_a_compiled_unet_computes_the_same_for_every_bucket(tiny: TinyRuns) -> None:
     plain, made = (tiny.set_up(output=f"{wish}", batch_size=1, compile=wish) for wish in (False, True))
-    messages = [event["message"] for event in emitted(made, "warning") if event["code"] == "compile_unavailable"]
-    assert not messages or "the compiled gradient is off by" in messages[0]
+    assert "compile_unavailable" not in warning_codes(made)
     by_size = {made.plan.sizes[made.data.batch_at(step)[1][0]]: step for step in range(6)}
     assert len(by_size) > 1
     for step in by_size.values():
@@ -4489,7 +4491,6 @@ def test_the_state_is_saved_between_checkpoints_once_minutes_have_passed(tiny: T
     assert saved == [(1, False), (2, False), (3, True), (4, False)]
     paths = {"path": made.checkpoints.lora_path(3), "state_path": made.checkpoints.state_path(4)}
     assert made.saved == {"step": 4} | {key: str(path) for key, path in paths.items()}
-    trainer.remove(made.final_path)
     assert tiny.set_up().saved == made.saved
 
 
@@ -5403,10 +5404,9 @@ def kill_until_done(tiny: TinyRuns, number: int, moments: random.Random) -> tupl
     make_dataset(tiny.folder / "prior", [(64, 64)])
     kind, changes, _ = RESUMED[number % 6]
     often = {"checkpoint_steps": 2, "checkpoint_limit": number % 4 or None, "validation_steps": 30}
-    changes = changes | often | {"steps": 120}
     whole, parts = (tiny.folder / f"{name}{number}" for name in ("whole", "parts"))
     for output in (whole, parts):
-        write_json(output.with_suffix(".json"), tiny.config(kind, output.name, **changes))
+        write_json(output.with_suffix(".json"), tiny.config(kind, output.name, **changes | often | {"steps": 120}))
     start = time.monotonic()
     assert not killed(lambda: run_script(whole))
     duration_s, kills, saved, lost_steps = time.monotonic() - start, 0, 0, 0

@@ -4424,12 +4424,14 @@ def read_run_id(config_path: Path) -> str | None:
 def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStream) -> None:
     """Compile the blocks that the UNet repeats, for all sizes at once; where that fails it stays as it is.
 
-    One step is tried here, because compiling waits for the first use. Its gradient is compared with the one before:
-    torch 2.13 compiles a LoRA's backward pass on a CPU to a wrong one.
+    One step is tried here, because compiling waits for the first use. Its gradient is compared with the one before,
+    because a compiler's fault would ruin the run in silence.
     """
     events.info("Compiling the UNet's blocks.", phase="compiling")
     torch._dynamo.config.recompile_limit = 64  # Blocks of every width and mode count as one function's.
     torch.fx.experimental._config.use_duck_shape = False  # Latents are not always square.
+    # On a CPU, torch 2.13 fuses a LayerNorm's backward pass on permuted input wrongly otherwise.
+    torch._inductor.config.cpp.max_horizontal_fusion_size = 1
     try:
         before = gradient()
         unet.compile_repeated_blocks(dynamic=True)
@@ -4551,8 +4553,8 @@ class LoRATrainer:
     def find_point(self) -> ResumePoint | None:
         """Find the state to go on from, or set the earlier checkpoints aside; settle the run's id."""
         if self.fresh:
-            self.checkpoints.set_aside()
             remove(self.folder.path / "config.json")  # It names the earlier run, also if this one is killed soon.
+            self.checkpoints.set_aside()
         point = find_resume_point(self.checkpoints.states(), self.events.warning)
         known = None if self.fresh else read_run_id(self.folder.path / "config.json")
         self.run_id = str(point.record["run_id"]) if point else known or uuid.uuid4().hex
