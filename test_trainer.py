@@ -320,7 +320,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
 
 
 def shapes_of(path: Path) -> dict[str, list[int]]:
-    return {key: shape for key, (_, shape) in trainer.tensor_headers(path).items()}
+    return trainer.weight_shapes(path)
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
@@ -586,7 +586,7 @@ def test_byte_order_marks_utf_16_and_whole_floats_are_read(tmp_path: Path, encod
 def test_a_config_comes_from_a_file_that_is_named_if_it_is_missing_or_from_stdin() -> None:
     missing, piped = run("--config", "my.json"), run("--config", "-", input=b'{"stepz": 1}')
     assert (missing.code, missing.last["code"]) == (1, "config_unreadable")
-    assert "my.json cannot be read: No such file" in missing.last["message"]
+    assert "my.json: No such file" in missing.last["message"]
     assert (piped.code, piped.last["code"], piped.last["problems"][0]["path"]) == (1, "config_invalid", "stepz")
 
 
@@ -928,7 +928,7 @@ def test_events_on_the_same_terminal_stay_whole_and_the_end_can_be_read() -> Non
     *lines, end = written.splitlines()
     check_events([json.loads(line) for line in lines])
     assert (ended, "\x1b" in written) == (1, False)
-    assert re.match(r"error: The config .*none\.json cannot be read: ", end)
+    assert re.match(r"error: .*none\.json: No such file", end)
 
 
 # ======================================================================================
@@ -2711,10 +2711,24 @@ def test_an_nf4_base_computes_what_its_weights_stand_for(prepared: Prepare, kind
 @needs_torch
 @pytest.mark.parametrize(("change", "prediction"), [(0.1, "epsilon"), (1e3, "v_prediction"), (math.nan, None)])
 def test_a_model_that_returns_pure_noise_predicts_epsilon(change: float, prediction: str | None) -> None:
-    unet = mock.Mock(side_effect=lambda noise, *_, **__: mock.Mock(sample=noise + change))
-    unet.config.in_channels = 4
-    conditions, device = (torch.zeros(1, 77, 8), None), torch.device("cpu")
-    assert trainer.measure_prediction_type(unet, conditions, 999, torch.float32, device) == prediction
+    conditions = (torch.zeros(1, 77, 8), None)
+    predict = mock.Mock(side_effect=lambda noise, timesteps, conditions: noise + change)
+    assert trainer.measure_prediction_type(predict, 4, conditions, 1000) == prediction
+    assert predict.call_args.args[1].tolist() == [999]
+
+
+def test_what_the_model_predicts_is_measured_at_the_start_and_kept_on_a_resume(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared("sd15")
+    monkeypatch.setattr(trainer, "measure_prediction_type", lambda *_: "v_prediction")
+    assert made.source.prediction_known and made.choose_prediction(None) == "epsilon"
+    assert "set prediction_type" in made.events.warnings[-1]["hint"]
+    made.source = dataclasses.replace(made.source, prediction_known=False)
+    assert made.choose_prediction(None) == "v_prediction"
+    assert made.events.warnings[-1]["hint"].startswith("It trains as v_prediction")
+    monkeypatch.setattr(trainer, "measure_prediction_type", lambda *_: pytest.fail("it is measured again"))
+    assert made.choose_prediction(mock.Mock(record={"prediction_type": "v_prediction"})) == "v_prediction"
 
 
 # ======================================================================================
@@ -3222,20 +3236,20 @@ def test_a_second_run_encodes_only_what_changed(tmp_path: Path, images: Path, mo
     assert encoded_counts(cached(max_caption_tokens=150)) == {"captions": 7}
     weights = model / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + bytes([weights.read_bytes()[-1] ^ 1]))
-    assert encoded_counts(cached()) == {"images": 5}
+    assert encoded_counts(cached()) == {"captions": 7, "images": 5}
 
 
 def test_a_cache_too_large_for_memory_is_read_from_files(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory = prepared("sdxl")
     plan, keys = in_memory.plan, in_memory.data.keys
     texts = len(plan.captions) + len(plan.prompts)
-    needed = trainer.choose_cache(plan.config, plan.source, plan.sizes, texts, 1)[1]
+    needed = trainer.cache_bytes(plan.config, plan.source, plan.sizes, texts)
     held = sum(tensor.nbytes for key in keys.values() for tensor in in_memory.data.cache[key].values())
     assert needed == pytest.approx(held, rel=0.05)
     monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 2 * needed - 1)
     made = prepared("sdxl")
     folder = made.folder.path / "cache"
-    assert not made.plan.cache.in_memory and len(list(folder.glob("*/*.safetensors"))) == len(keys)
+    assert made.plan.cache_folder == folder and len(list(folder.glob("*/*.safetensors"))) == len(keys)
     assert made.train() and in_memory.train()
     assert torch.equal(made.adapter.weights, in_memory.adapter.weights)
     shutil.rmtree(folder)
@@ -3244,24 +3258,11 @@ def test_a_cache_too_large_for_memory_is_read_from_files(prepared: Prepare, monk
     assert caught.value.code == "dataset_unreadable"
 
 
-@needs_torch
-def test_a_full_disk_leaves_the_cache_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "write_file", mock.Mock(side_effect=trainer.TrainerError("disk_full", "It is full.")))
-    warn, entry = mock.Mock(), trainer.TextEmbedding(torch.ones(1, 77, 8))
-    cache = trainer.Cache(trainer.CacheChoice(tmp_path, True, ""), warn)
-    for key in ("a", "b"):
-        cache.put(key, entry)
-        assert torch.equal(cache[key]["context"], entry.context)
-    warn.assert_called_once_with("cache_not_written", "The cache stays in memory only: It is full.", mock.ANY)
-    with pytest.raises(trainer.TrainerError, match="It is full"):
-        trainer.Cache(trainer.CacheChoice(tmp_path, False, ""), warn).put("a", entry)
-
-
 def test_a_gpu_encodes_whole_groups(tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"aspect_ratio_bucketing": False, "max_caption_tokens": 150, "sample_prompts": [LONG]}
     start = functools.partial(prepared, "sdxl", **changes)
     alone = start()
-    monkeypatch.setattr(trainer.EncodedDataset, "group_size", lambda self, most: 3)
+    monkeypatch.setattr(trainer.EncodedDataset, "chunks", lambda self, items, most: trainer.chunks(items, 3))
     grouped = start(cache_dir=str(tmp_path))
     for item, key in alone.data.keys.items():
         torch.testing.assert_close(grouped.data.cache[grouped.data.keys[item]], alone.data.cache[key], **IN_BF16)
@@ -3701,8 +3702,7 @@ def test_a_wandb_without_an_account_asks_nobody(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("failing", ["start", "log", "log_images", "finish"])
 def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     bad, good, warn = mock.Mock(**{f"{failing}.side_effect": ConnectionError("no network")}), mock.Mock(), mock.Mock()
-    monkeypatch.setattr(trainer, "open_wandb", lambda *_: bad)
-    monkeypatch.setattr(trainer, "open_tensorboard", lambda *_: good)
+    monkeypatch.setattr(trainer, "open_tracker", lambda name, *_: {"wandb": bad, "tensorboard": good}[name])
     draw_image(tmp_path / "sample.png", (64, 64))
     trackers = trainer.Trackers(warn)
     trackers.open(["wandb", "tensorboard"], tmp_path, "id", cast("Any", None), 0)
@@ -3811,9 +3811,9 @@ def make_report(folder: Path, prompts: Sequence[str], steps: Sequence[int] = (2,
         draw_image(folder / f"samples/step_{step}_{row}.png", (64, 64), row)
         lines.append(json.dumps({"type": "sample", "step": step, "index": row, "prompt": prompts[row]}))
     (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
-    config, source = SimpleNamespace(output_name="lora", steps=99), SimpleNamespace(name="base")
-    methods: Json = {"epoch": lambda step: step / 2, "repeatable": lambda: {"sample_prompts": prompts}}
-    plan: Any = SimpleNamespace(config=config, source=source, hardware=None, **methods)
+    config = dataclasses.make_dataclass("Config", ["output_name", "steps", "sample_prompts"])("lora", 99, prompts)
+    source = SimpleNamespace(name="base")
+    plan: Any = SimpleNamespace(config=config, source=source, hardware=None, epoch=lambda step: step / 2)
     return trainer.Report(folder, Recorder(), plan, "float32")
 
 
@@ -4203,7 +4203,7 @@ def test_epochs_give_the_length_if_steps_do_not(tiny: TinyRuns) -> None:
     default = SCHEMA["definitions"]["steps"]["x-when-null"]
     for changes, steps in (({"steps": None}, 8), ({"steps": 7}, 7), ({"steps": None, "epochs": None}, default)):
         plan = make_plan(tiny.folder, tiny.config(**keys | changes))
-        assert (plan.total_steps, plan.repeatable()["steps"]) == (steps, steps)
+        assert (plan.total_steps, plan.config.steps) == (steps, steps)
         assert plan.epoch(steps) == 2 * steps / 5
 
 

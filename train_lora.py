@@ -143,9 +143,8 @@ class TrainerError(Exception):
         self.code, self.message, self.hint, self.problems = code, message, hint or HINTS[code], list(problems)
 
     def fields(self, step: int) -> JSON:
-        """Return the `error` event's fields; `step` is the one that is saved, 0 for none."""
-        details = {"code": self.code, "message": self.message, "hint": self.hint, "problems": self.problems}
-        return details | {"step": step or None}
+        """Return the `error` event's fields, which are the attributes and the step that is saved (0 for none)."""
+        return {**vars(self), "step": step or None}
 
 
 HINTS = {  # These apply where the place that fails knows no better remedy.
@@ -181,8 +180,7 @@ def os_errors_as(code: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise as_trainer_error(error, "") from error
+        code = "disk_full" if error.errno in DISK_FULL else code
         raise TrainerError(code, f"{error.filename or 'A file'}: {error.strerror or error}.") from error
 
 
@@ -227,7 +225,7 @@ def problem(path: str, message: str) -> dict[str, str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a question, in brackets, for the known name that is spelled most alike, or ''."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
@@ -303,13 +301,10 @@ def import_libraries() -> None:
 # ======================================================================================
 
 
-@functools.cache  # Read once: the file may change or vanish during a long run.
+@functools.cache  # It is read once, because the file may change or vanish during a long run.
+@os_errors_as("config_unreadable")
 def load_schema() -> JSON:
-    try:
-        return dict(json.loads(SCHEMA_PATH.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        message = f"config_schema.json cannot be read: {error}"
-        raise TrainerError("config_unreadable", message, "The file belongs beside train_lora.py.") from error
+    return dict(json.loads(SCHEMA_PATH.read_text("utf-8")))
 
 
 @dataclass(frozen=True)
@@ -433,37 +428,38 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     Raises `config_unreadable`, and `config_invalid` with every problem at once.
     """
     definitions: JSON = load_schema()["definitions"]
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except (OSError, ValueError) as error:
-        name = "on stdin" if source == "-" else Path(source).absolute()
-        message = f"The config {name} cannot be read: {getattr(error, 'strerror', None) or error}."
-        raise TrainerError("config_unreadable", message) from error
-    raw = parse_json(data, "The config")
-    if not isinstance(raw, dict):
+    with os_errors_as("config_unreadable"):
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).absolute().read_bytes()
+    top = parse_json(data, "The config")
+    if not isinstance(top, dict):
         raise TrainerError("config_invalid", "The config must be a JSON object.")
+    top.pop("$schema", None)
+    nested = top.pop("training_params", {})
     changed, problems = parse_overrides(overrides)
-    flat, shape_problems = merge_shapes(raw, definitions)
-    problems += shape_problems
-    problems += [unknown_key(f"--set {key}", key, definitions) for key in changed if key not in definitions]
-    base = Path.cwd() if source == "-" else Path(source).resolve().parent
+    if not isinstance(nested, dict):
+        nested, problems = {}, [*problems, problem("training_params", "must be an object")]
+    for key in (key for key in top if key in nested and top[key] != nested[key]):
+        problems.append(problem(key, "has one value at the top level and another under training_params; keep one"))
     values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
-    for layer, folder in ((flat, base), (changed, Path.cwd())):
+    base = Path.cwd() if source == "-" else Path(source).resolve().parent
+    for prefix, layer, folder in (("training_params.", nested, base), ("", top, base), ("--set ", changed, Path.cwd())):
+        problems += [unknown_key(prefix + key, key) for key in layer if key not in definitions]
         values |= {key: resolve_value(layer[key], definitions[key], folder) for key in layer if key in definitions}
     problems += check_values(values, definitions)
-    problems += combination_problems(values) if not problems else []
+    problems = problems or list(combination_problems(values))
     if problems:
         first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         message = f"The config has {counted(len(problems), 'problem')}: {first}{rest}"
         raise TrainerError("config_invalid", message, problems=problems)
+    is_lokr = values["lora_type"] == "lokr" and values["optimizer"].startswith("adamw")
+    rate = LOKR_LEARNING_RATE if is_lokr else definitions["learning_rate"]["x-when-null"][values["optimizer"]]
+    prompt = f"{values['caption_separator']} ".join(values["trigger_words"])
+    # These are the values that null stands for, where the config alone decides it.
+    nulls = {"learning_rate": rate, "lora_alpha": float(values["lora_rank"]), "sample_prompts": [prompt]}
+    values |= {key: value for key, value in nulls.items() if values[key] is None}
     frozen: JSON = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    # What a null stands for, where the config alone decides it.
-    rate = definitions["learning_rate"]["x-when-null"][frozen["optimizer"]]
-    is_lokr = frozen["lora_type"] == "lokr" and frozen["optimizer"].startswith("adamw")
-    nulls = {"learning_rate": LOKR_LEARNING_RATE if is_lokr else rate, "lora_alpha": float(frozen["lora_rank"])}
-    nulls["sample_prompts"] = (f"{frozen['caption_separator']} ".join(frozen["trigger_words"]),)
-    return TrainingConfig(**frozen | {key: value for key, value in nulls.items() if frozen[key] is None})
+    return TrainingConfig(**frozen)
 
 
 def keys_marked(mark: str) -> list[str]:
@@ -498,26 +494,11 @@ def parse_json(text: bytes | str, name: str) -> Any:
         raise TrainerError("config_unreadable", f"{name} cannot be parsed: {error}.", "Save it as UTF-8.") from error
 
 
-def unknown_key(path: str, key: str, known: Iterable[str]) -> dict[str, str]:
-    definitions = load_schema()["definitions"].items()
-    same = next((name for name, definition in definitions if key in definition.get("x-other-names", ())), None)
-    suggestion = f" (it is called '{same}' here)" if same else did_you_mean(key, known)
-    return problem(path, "unknown key" + (suggestion or "; the README lists all keys"))
-
-
-def merge_shapes(raw: JSON, definitions: JSON) -> tuple[JSON, list[dict[str, str]]]:
-    """Merge the nested shape (keys under `training_params`) and the flat one into one flat dict."""
-    nested = raw.get("training_params", {})
-    if not isinstance(nested, dict):
-        return {}, [problem("training_params", "must be an object")]
-    top = {key: value for key, value in raw.items() if key not in ("$schema", "training_params")}
-    paths = {key: key for key in top} | {f"training_params.{key}": key for key in nested}
-    known = [*definitions, "training_params"]
-    problems = [unknown_key(path, key, known) for path, key in paths.items() if key not in definitions]
-    differing = [key for key in top if key in nested and top[key] != nested[key]]
-    message = "has one value at the top level and another under training_params; keep one"
-    problems += [problem(key, message) for key in differing]
-    return {key: value for key, value in (nested | top).items() if key in definitions}, problems
+def unknown_key(path: str, key: str) -> dict[str, str]:
+    schema = load_schema()
+    others = {other: name for name, row in schema["definitions"].items() for other in row.get("x-other-names", ())}
+    called = f" (it is called '{others[key]}' here)" if key in others else did_you_mean(key, schema["properties"])
+    return problem(path, "unknown key" + (called or "; the README lists all keys"))
 
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[JSON, list[dict[str, str]]]:
@@ -526,43 +507,43 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[JSON, list[dict[str, str]
     problems = []
     for key, equals, text in (override.partition("=") for override in overrides):
         try:
-            values[key] = parse_json(text, f"--set {key}") if equals else ""
+            values[key] = parse_json(text, f"--set {key}")
         except TrainerError as error:
-            problems += [problem(f"--set {key}", error.message)] if error.code == "config_invalid" else []
             values[key] = text
-        problems += [] if equals else [problem(f"--set {key}", "must have the form KEY=VALUE")]
+            if error.code == "config_invalid":  # It is JSON, but has a number or a key that no value may have.
+                problems.append(problem(f"--set {key}", error.message))
+        if not equals:
+            problems.append(problem(f"--set {key}", "must have the form KEY=VALUE"))
     return values, problems
 
 
 def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
     """Make paths absolute (a base model may be a Hub id), and numbers integers or floats as the schema has them."""
-    role = definition.get("format")
-    if isinstance(value, str) and value and role:
+    if (role := definition.get("format")) and isinstance(value, str) and value:
         looks_like_path = value.startswith((".", "/", "~")) or re.match(r"[A-Za-z]:|.*\.safetensors$", value, re.I)
         path = os.path.normpath(base / os.path.expanduser(value))  # noqa: PTH111  # Path's raises for an unknown ~user.
-        return path if role == "path" or looks_like_path or os.path.exists(path) else value  # noqa: PTH110  # Likewise.
+        # Path.exists raises an error for a name that is too long.
+        return path if role == "path" or looks_like_path or os.path.exists(path) else value  # noqa: PTH110
     if isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
         return int(value)
     return float(value) if "number" in definition["type"] and type(value) is int else value
 
 
-def check_values(values: JSON, definitions: JSON) -> list[dict[str, str]]:
+def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
     """Check every value against its definition, in jsonschema's own words."""
-    missing = [key for key in definitions if key not in values]
-    problems = [problem(key, f"is required: {definitions[key]['description']}") for key in missing]
+    for key in (key for key in definitions if key not in values):
+        yield problem(key, f"is required: {definitions[key]['description']}")
+    for error in Draft7Validator({"properties": definitions}).iter_errors(values):
+        text = error.message  # It starts with the value, which can be long, and ends with what is allowed.
+        text = text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"
+        yield problem(error.json_path.removeprefix("$."), text)
     for key, value in values.items():
-        errors = list(Draft7Validator(definitions[key]).iter_errors(value))
-        for error in errors:
-            text = error.message  # It starts with the value, which can be long, and ends with what is allowed.
-            text = text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"
-            problems.append(problem(key + error.json_path.removeprefix("$"), text))
         # A file name that is not UTF-8 arrives with U+DC80 to U+DCFF; no other lone surrogate can be written.
-        if not errors and re.search("[\ud800-\udc7f\udd00-\udfff]", json.dumps(value, ensure_ascii=False)):
-            problems.append(problem(key, "has half a character (a lone surrogate), which no text can hold"))
-    return problems
+        if re.search("[\ud800-\udc7f\udd00-\udfff]", json.dumps(value, ensure_ascii=False)):
+            yield problem(key, "has half a character (a lone surrogate), which no text can hold")
 
 
-def combination_problems(values: JSON) -> list[dict[str, str]]:
+def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
     lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
@@ -582,16 +563,12 @@ def combination_problems(values: JSON) -> list[dict[str, str]]:
         (optimizer.averages and values["ema_decay"], "ema_decay", "must be null: this optimizer averages by itself"),
         (optimizer.averages and not values["adam_beta1"], "adam_beta1", "must be more than 0 with this optimizer"),
     ]
-    return [*missing_packages(values), *(problem(path, message) for broken, path, message in rules if broken)]
-
-
-def missing_packages(values: JSON) -> Iterator[dict[str, str]]:
-    """Find the optional packages that the config asks for and that are not installed."""
-    optimizer = OPTIMIZERS[values["optimizer"]]
-    needed = {optimizer.package: ("optimizer", optimizer.module.partition(".")[0])} if optimizer.package else {}
-    needed |= {"bitsandbytes": ("quantize_base", "bitsandbytes")} if values["quantize_base"] != "none" else {}
-    for package, (key, module) in (needed | {name: ("report_to", name) for name in values["report_to"]}).items():
-        spec = importlib.util.find_spec(module)
+    yield from (problem(path, message) for broken, path, message in rules if broken)
+    packages = [("report_to", name) for name in values["report_to"]]
+    packages += [("quantize_base", "bitsandbytes")] if nf4 else []
+    packages += [("optimizer", optimizer.package)] if optimizer.package else []
+    for key, package in packages:
+        spec = importlib.util.find_spec(package.replace("-", "_"))
         if spec is None or spec.origin is None:  # A folder of that name beside the script is no package.
             yield problem(key, f"needs the package {package}: pip install {package}")
 
@@ -608,34 +585,27 @@ USED_WITH = {
 
 def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for settings that are legal but hardly make sense."""
-    row, name, definitions = OPTIMIZERS[config.optimizer], config.optimizer, load_schema()["definitions"]
-    unused = dict.fromkeys([] if row.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"], name)
-    unused |= {"text_encoder_learning_rate": name} if row.adapts and config.train_text_encoder else {}
+    name, rate, schedule = config.optimizer, config.learning_rate, config.lr_scheduler
+    row, defaults = OPTIMIZERS[name], load_schema()["definitions"]
     off = (key for key, needed in USED_WITH.items() if getattr(config, needed) in (None, False, 0, "l2"))
-    unused |= {key: f"this {USED_WITH[key]}" for key in off}
+    unused = {key: f"this {USED_WITH[key]}" for key in off}
+    unused |= dict.fromkeys([] if row.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"], name)
+    unused |= dict.fromkeys(["text_encoder_learning_rate"] if row.adapts else [], name)
     for key, reason in unused.items():
-        if getattr(config, key) != definitions[key]["default"]:
+        if getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs."
-    rate, schedule = f"learning_rate {config.learning_rate:g}", config.lr_scheduler
-    both, restarts = f"Both steps ({config.steps}) and epochs are given; steps wins.", "cosine_with_restarts"
-    adapts_itself = row.adapts and config.learning_rate < 0.1
-    decays = row.averages and schedule != "constant"
-    rules = [
-        (config.steps and config.epochs, "steps_over_epochs", both, "Remove one of the two."),
-        (
-            adapts_itself,
-            "prodigy_rate_low",
-            f"{rate} scales down the rate that {name} finds.",
-            "Leave learning_rate out.",
-        ),
-        (decays, "schedule_not_needed", f"{name} needs no decay, and {schedule} works against it.", "Use constant."),
-        (row.adapts and schedule == restarts, "schedule_not_needed", f"{restarts} restarts {name}.", "Use cosine."),
-        (
-            config.learning_rate > 2e-2 and not row.adapts,
-            *("learning_rate_high", f"{rate} is far above what LoRAs train at.", "Try 1e-4."),
-        ),
-    ]
-    yield from ((code, message, hint) for is_odd, code, message, hint in rules if is_odd)
+    if config.steps and config.epochs:
+        message = f"Both steps ({config.steps}) and epochs are given; steps wins."
+        yield "steps_over_epochs", message, "Remove one of the two."
+    if row.adapts and rate < 0.1:
+        message = f"learning_rate {rate:g} scales down the rate that {name} finds."
+        yield "prodigy_rate_low", message, "Leave learning_rate out."
+    if rate > 2e-2 and not row.adapts:
+        yield "learning_rate_high", f"learning_rate {rate:g} is far above what LoRAs train at.", "Try 1e-4."
+    if row.averages and schedule != "constant":
+        yield "schedule_not_needed", f"{name} needs no decay, and {schedule} works against it.", "Use constant."
+    if row.adapts and schedule == "cosine_with_restarts":
+        yield "schedule_not_needed", f"{schedule} restarts {name}.", "Use cosine."
 
 
 # ======================================================================================
@@ -643,7 +613,16 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
 # ======================================================================================
 
 LAST_TYPES = ("validated", "complete", "interrupted", "error")
-LABELS = {"warning": "33", "error": "31", "interrupted": "33", "complete": "32", "validated": "32"}  # and colours
+ANSI_COLOURS = {"warning": 33, "error": 31, "interrupted": 33, "complete": 32, "validated": 32}
+EVENT_TEXTS = {
+    "info": "{message}",
+    "warning": "{message} {hint}",
+    "validation": "Held-out loss at step {step}: {loss}",
+    "sample": "Sample: {image_path} ({prompt})",
+    "checkpoint": "Saved: {state_path}",
+    "interrupted": "{message}",
+    "complete": "Step {step} after {total_time:.0f} s: {final_path}",
+}
 
 
 def event_text(kind: str, fields: JSON) -> str:
@@ -657,12 +636,7 @@ def event_text(kind: str, fields: JSON) -> str:
         head += f" Step {fields['step']} is saved." if fields["step"] else ""
         listed = (f"{item['path']}: {item['message']}" for item in fields["problems"])
         return "\n".join([head, *(f"  - {text}" for text in listed if text not in fields["message"])])
-    templates = {
-        **{"info": "{message}", "warning": "{message} {hint}", "interrupted": "{message}"},
-        **{"validation": "Held-out loss at step {step}: {loss}", "sample": "Sample: {image_path} ({prompt})"},
-        **{"checkpoint": "Saved: {state_path}", "complete": "Step {step} after {total_time:.0f} s: {final_path}"},
-    }
-    return templates.get(kind, "").format_map(fields)
+    return EVENT_TEXTS.get(kind, "").format_map(fields)
 
 
 class Terminal:
@@ -681,12 +655,12 @@ class Terminal:
         self.logged_at, self.logged_title = -math.inf, ""
 
     def show(self, kind: str, fields: JSON) -> None:
-        done, total = fields.get("step", fields.get("current", 0)), fields.get("total_steps", fields.get("total", 0))
         if self.shared and kind not in LAST_TYPES:
             return
-        if kind in ("progress", "info") and total:
-            title = one_line(fields.get("message", "Training").rstrip("."))
-            self.advance(title, done or 0, total, fields.get("loss_avg"))
+        if kind == "progress":
+            self.advance("Training", fields["step"], fields["total_steps"], fields["loss_avg"])
+        elif kind == "info" and fields.get("total"):
+            self.advance(one_line(fields["message"].rstrip(".")), fields["current"], fields["total"], None)
         elif text := event_text(kind, fields):
             self.print_line(kind, "\n".join(map(one_line, text.split("\n"))))
         if kind in LAST_TYPES:
@@ -707,11 +681,12 @@ class Terminal:
             self.print_line("progress", f"{title}: {done}/{total}" + (f", loss {loss:.4f}" if loss else ""))
 
     def print_line(self, kind: str, text: str) -> None:
-        label = "" if kind not in LABELS else f"\x1b[1;{LABELS[kind]}m{kind}:\x1b[m " if self.colours else f"{kind}: "
+        label = f"{kind}: " if kind in ANSI_COLOURS else ""
+        if label and self.colours:
+            label = f"\x1b[1;{ANSI_COLOURS[kind]}m{label}\x1b[m"
         if self.bar is not None:
             self.bar.clear()
-        encoding = sys.stderr.encoding or "ascii"
-        print(f"{label}{text.encode(encoding, 'backslashreplace').decode(encoding)}", file=sys.stderr, flush=True)
+        print(label + text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -769,7 +744,7 @@ def open_missing_descriptors() -> bool:
         missing.append(descriptor)
     os.close(descriptor)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, PTH123  # It lives as long as the process.
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123  # Likewise.
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123  # This one does so too.
     return 1 in missing
 
 
@@ -804,9 +779,9 @@ class EventStream:
         self._seq = self._dropped = 0
         self._last_info = ("", 0.0)
         self._early: list[bytes] = []  # Lines that were emitted before events.jsonl was opened.
-        self._log: int | None = None
+        self._log: Callable[[bytes], None] = self._early.append
         self._queue: queue.Queue[bytes] = queue.Queue()
-        self._spoken: queue.Queue[tuple[str, JSON]] = queue.Queue(maxsize=1000)
+        self._spoken: queue.Queue[tuple[str, JSON]] = queue.Queue()
         self._lock = threading.RLock()
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
@@ -828,17 +803,20 @@ class EventStream:
                 fields["dropped"] = self._dropped
             event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
             self._seq += 1
-            line = event.line()
-            log_error = self._write_log(line)
-            if event_type == "progress":
+            line, is_progress = event.line(), event_type == "progress"
+            log_error: OSError | None = None
+            try:
+                self._log(line)
+            except OSError as error:
+                self._log, log_error = (lambda _: None), error
+            if is_progress:
                 self.progress = fields
-            if event_type == "progress" and self._queue.qsize() >= self.QUEUE_LIMIT:
+            if is_progress and self._queue.qsize() >= self.QUEUE_LIMIT:
                 self._dropped += 1
             else:
                 self._queue.put(line)
-            with contextlib.suppress(queue.Full):  # Nobody reads stderr; that must not stop a run.
-                if event_type != "progress" or self._spoken.qsize() < 100:  # Leave room for the end.
-                    self._spoken.put_nowait((event_type, json_safe(fields)))
+            if not is_progress or self._spoken.qsize() < 100:  # Perhaps nobody reads stderr.
+                self._spoken.put((event_type, json_safe(fields)))
             if log_error:
                 message = f"events.jsonl cannot be written to any more: {log_error.strerror}."
                 self.warning("log_not_written", message, "stdout still has every event.")
@@ -878,33 +856,19 @@ class EventStream:
         """Append every event to events.jsonl, those that were emitted so far first."""
         if self._muted:
             return
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         with self._lock:
-            self._log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            if end := os.lseek(self._log, 0, os.SEEK_END):
-                os.lseek(self._log, end - 1, os.SEEK_SET)
-                if os.read(self._log, 1) != b"\n":  # A killed run left half a line.
+            file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            if end := os.lseek(file, 0, os.SEEK_END):
+                os.lseek(file, end - 1, os.SEEK_SET)
+                if os.read(file, 1) != b"\n":  # A killed run left half a line.
                     self._early.insert(0, b"\n")
-            write_all(self._log, b"".join(self._early))
-            self._early.clear()
+            write_all(file, b"".join(self._early))
+            self._log = functools.partial(write_all, file)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait until the reader has everything, or the time is over."""
         wait_until_empty(self._queue, timeout_s)
         wait_until_empty(self._spoken, 0.5)
-
-    def _write_log(self, data: bytes) -> OSError | None:
-        """Append to events.jsonl; after a failure, which is returned, the file is left alone."""
-        if self._log is None:
-            self._early.append(data)
-        elif self._log >= 0:
-            try:
-                write_all(self._log, data)
-            except OSError as error:
-                self._log = -1
-                return error
-        return None
 
     def _drain(self, on_lost: Callable[[], None]) -> None:
         while True:
@@ -952,9 +916,9 @@ class StopWatcher:
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._numbers = {self.SAVE, self.READER_GONE, int(signal.SIGTERM)}
-        self._folder: Path | None = None
-        self._stuck: set[str] = set()  # Files that were heard and cannot be removed.
+        self._files: dict[Path, int] = {}  # The files `stop` and `save`, and the signals that they stand for.
         self._rescue: Callable[[], None] | None = None
+        self._leave_at = math.inf  # The time at which the loop's patience ends.
         self.saved: Callable[[], JSON] = lambda: NOTHING_SAVED  # The trainer replaces it: the files that are good.
         self.signal: int | None = None
         self.save_requested = False
@@ -973,17 +937,18 @@ class StopWatcher:
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
 
     def listen(self) -> None:
-        self._receive.settimeout(0.5)
+        self._receive.settimeout(0.25)
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     def watch(self, folder: Path) -> None:
         """From here on, take the files `stop` and `save` in the output folder for requests."""
         start = time.time() - (time.monotonic() - STARTED) - 3  # File times can be coarse, and Python starts slowly.
-        for file in (folder / "stop", folder / "save"):
+        files = {folder / "stop": int(signal.SIGTERM), folder / "save": self.SAVE}
+        for file in files:
             with contextlib.suppress(OSError):
                 if file.stat().st_mtime < start:  # It was meant for an earlier run.
                     file.unlink()
-        self._folder = folder
+        self._files = files
 
     def arm(self, rescue: Callable[[], None]) -> None:
         """From here on the loop stops itself; `rescue` saves the last whole step where that takes too long."""
@@ -1023,17 +988,15 @@ class StopWatcher:
         if number == self.SAVE:
             self.save_requested = True
             return
-        is_repeat, self.signal = self.requested, self.signal or number
         # A parent that asks for a stop and then goes away asks only once.
-        if self._rescue is None or (is_repeat and number != self.READER_GONE):
+        is_second = self.requested and number != self.READER_GONE
+        self.signal = self.signal or number
+        if self._rescue is None or is_second:
             self.leave()
-        if not is_repeat:
-            timer = threading.Timer(self.PATIENCE_S, self.leave)
-            timer.daemon = True
-            timer.start()
+        self._leave_at = min(self._leave_at, time.monotonic() + self.PATIENCE_S)
 
     def _listen(self) -> None:
-        while True:
+        while time.monotonic() < self._leave_at:
             try:
                 number = self._receive.recv(1)[0]
             except TimeoutError:
@@ -1041,15 +1004,14 @@ class StopWatcher:
             else:
                 if number in self._numbers:  # A library handles the others; the descriptor hears every signal.
                     self.handle(number)
+        self.leave()
 
     def _look_for_files(self) -> None:
-        for name, number in {"stop": int(signal.SIGTERM), "save": self.SAVE}.items():
-            if self._folder is None or name in self._stuck or not (self._folder / name).is_file():
-                continue
+        for file, number in [item for item in self._files.items() if item[0].is_file()]:
             try:
-                (self._folder / name).unlink()
+                file.unlink()
             except OSError:
-                self._stuck.add(name)
+                del self._files[file]  # It cannot be removed, so this is the only time that it counts.
             self.handle(number)
 
 
@@ -1066,10 +1028,8 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self.rank, self.local_rank, self.size = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
-        self.is_main = self.rank == 0
+        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.size, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
 
     def join(self, events: EventStream) -> None:
         """Meet the other processes. Raises `device_unavailable` if they do not come."""
@@ -1080,15 +1040,14 @@ class Group:
 
         self._torch: Any = torch
         nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-        try:
-            # The others wait while the main process draws samples, hence the long timeout.
-            torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=datetime.timedelta(days=1)
-            )
+        backend, patience = "cpu:gloo,cuda:nccl" if nccl else "gloo", datetime.timedelta(days=1)
+        try:  # The others wait while the main process draws samples, hence the patience.
+            torch.distributed.init_process_group(backend, timeout=patience)
         except (RuntimeError, ValueError, KeyError) as error:
             message = f"The {self.size} processes did not find each other: {error}"
-            hint = "Start them with accelerate launch or torchrun."
-            raise TrainerError("device_unavailable", message, hint) from error
+            raise TrainerError(
+                "device_unavailable", message, "Start them with accelerate launch or torchrun."
+            ) from error
 
     def share(self, make: Callable[[], T]) -> T:
         """Call `make` in the main process, and return its result in all."""
@@ -1165,23 +1124,23 @@ def health_report(events: EventStream, stop: StopWatcher) -> JSON:
 class HealthHandler(http.server.BaseHTTPRequestHandler):
     """Answers GET and HEAD of /health (503 once a run has stalled) and /status."""
 
-    timeout = 5.0  # seconds that a client has for its request
+    timeout = 5.0  # A client has so many seconds for its request.
     report: Callable[[], JSON]
 
     def do_GET(self) -> None:
         report, page, host = self.report(), self.path.partition("?")[0], self.headers.get("Host", "127.0.0.1")
-        bodies = {"/health": {key: report[key] for key in VITALS}, "/status": report}
-        body, status = bodies.get(page, {"error": "There are /health and /status."}), 200 if page in bodies else 404
-        if status == 200 and report["status"] == "stalled" and page == "/health":
-            status = 503
-        # A web page could point a name of its own at this machine, and read what is answered under that name.
         local = self.client_address[0].removeprefix("::ffff:") in ("127.0.0.1", "::1")
+        # A web page could point a name of its own at this machine, and read what is answered under that name.
         if local and not re.fullmatch(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", host, re.IGNORECASE):
-            body, status = {"error": "The header Host must be localhost or an IP address."}, 403
+            status, body = 403, {"error": "The header Host must be localhost or an IP address."}
+        elif page == "/health":
+            status, body = 503 if report["status"] == "stalled" else 200, {key: report[key] for key in VITALS}
+        else:
+            status, body = (200, report) if page == "/status" else (404, {"error": "There are /health and /status."})
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(data)}.items():
-            self.send_header(name, str(value))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(data if self.command == "GET" else b"")
@@ -1229,10 +1188,10 @@ class OutputFolder:
         """
         import filelock
 
-        for folder in (self.path, self.checkpoints, self.samples):
+        folders = (self.path, self.checkpoints, self.samples)
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(self.path)
-        sync_folder(self.path.parent)
+            sync_folder(folder.parent)
         self.lock = filelock.FileLock(self.path / ".lock", blocking=False)
         try:
             self.lock.acquire()
@@ -1240,10 +1199,7 @@ class OutputFolder:
             raise TrainerError("output_in_use", f"Another run writes to {self.path}.") from error
         except NotImplementedError:  # Some network file systems have no locks; to go on is better than to refuse.
             self.lock = None
-        remove(*(path for folder in (self.path, self.checkpoints, self.samples) for path in folder.glob(TEMPORARY)))
-
-
-TEMPORARY = ".*.train_lora.tmp"
+        remove(*(path for folder in folders for path in folder.glob(".*.train_lora.tmp")))
 
 
 def remove(*paths: Path) -> None:
@@ -1356,7 +1312,7 @@ PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
 SD_UNET: JSON = {"layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280]}
 SD_UNET |= {"down_block_types": [CROSS, CROSS, CROSS, PLAIN], "up_block_types": [UP, CROSS_UP, CROSS_UP, CROSS_UP]}
-SD15_UNET = SD_UNET | {"cross_attention_dim": 768, "attention_head_dim": 8}  # diffusers' name for the number of heads
+SD15_UNET = SD_UNET | {"cross_attention_dim": 768, "attention_head_dim": 8}  # It is the number of heads.
 SD21_UNET = SD_UNET | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
 SD21_UNET |= {"use_linear_projection": True, "upcast_attention": True}
 SDXL_UNET: JSON = {"layers_per_block": 2, "block_out_channels": [320, 640, 1280]}
@@ -1375,13 +1331,15 @@ def clip(width: int, layers: int, activation: str) -> JSON:
     return sizes | {"num_hidden_layers": layers, "num_attention_heads": width // 64, "hidden_act": activation}
 
 
+CLIP_L = clip(768, 12, "quick_gelu")
+
 FAMILIES = (
     ModelFamily(
         name="sd15",
         title="Stable Diffusion 1.x",
         pipeline="StableDiffusionPipeline",
         source="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        text_encoders=(TextEncoder("lora_te", "cond_stage_model.transformer.", clip(768, 12, "quick_gelu")),),
+        text_encoders=(TextEncoder("lora_te", "cond_stage_model.transformer.", CLIP_L),),
         unet=SD15_UNET,
         vae=SD_VAE,
         native_resolution=dict.fromkeys(PREDICTIONS, 512),
@@ -1409,9 +1367,7 @@ FAMILIES = (
         pipeline="StableDiffusionXLPipeline",
         source="stabilityai/stable-diffusion-xl-base-1.0",
         text_encoders=(
-            TextEncoder(
-                "lora_te1", "conditioner.embedders.0.transformer.", clip(768, 12, "quick_gelu"), penultimate=True
-            ),
+            TextEncoder("lora_te1", "conditioner.embedders.0.transformer.", CLIP_L, penultimate=True),
             TextEncoder(
                 "lora_te2",
                 "conditioner.embedders.1.model.",
@@ -1547,13 +1503,6 @@ class ModelSource:
         return {name: sum(map(math.prod, files.shapes.values())) for name, files in self.components.items()}
 
 
-def tensor_headers(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Read dtype and shape of each tensor from a safetensors file's header. Raises whatever safetensors does."""
-    with safe_open(path, framework="numpy") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in slices.items()}
-
-
 def read_header(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file; return {} where it has none or cannot be read."""
     with contextlib.suppress(Exception), safe_open(path, framework="numpy") as file:
@@ -1566,16 +1515,18 @@ def weight_shapes(path: Path, repo: str = "") -> dict[str, list[int]]:
     name = f"{path.parent.name}/{path.name}"
     if path.suffix.lower() in PICKLES:
         raise TrainerError("model_unsafe", f"{name} holds pickled weights.")
-    if path.exists() or not repo:
-        try:
-            headers = tensor_headers(path)
-        except Exception as error:  # SafetensorError stands directly below Exception
-            code = "model_corrupt" if path.exists() else "model_not_found"
-            raise TrainerError(code, f"{name} cannot be read: {error}") from error
-    else:
+    if repo and not path.exists():
         hub: Any = importlib.import_module("huggingface_hub")
         info = hub.HfApi().parse_safetensors_file_metadata(repo, name, revision=path.parent.parent.name)
         headers = {key: (tensor.dtype, list(tensor.shape)) for key, tensor in info.tensors.items()}
+    else:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                headers = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in slices.items()}
+        except Exception as error:  # The class SafetensorError stands directly below Exception.
+            code = "model_corrupt" if path.exists() else "model_not_found"
+            raise TrainerError(code, f"{name} cannot be read: {error}") from error
     for key, (dtype, _) in headers.items():
         if key.endswith(("weight", "bias")) and "F" not in dtype:
             raise TrainerError("model_unsupported", f"{name} is quantized ({key}: {dtype}).", "Use a copy in fp16.")
@@ -1583,7 +1534,7 @@ def weight_shapes(path: Path, repo: str = "") -> dict[str, list[int]]:
 
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-ARCHITECTURES = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # modelspec.architecture
+ARCHITECTURES = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # by modelspec.architecture
 
 
 def open_single_file(path: Path) -> ModelSource:
@@ -1597,29 +1548,25 @@ def open_single_file(path: Path) -> ModelSource:
     if not family:
         message = f"{path.name} is no whole checkpoint of a family that this trainer knows."
         raise TrainerError("model_unsupported", message, ADVICE)
-    unet, scheduler = unet_shapes(path.name, family, shapes), prediction_from_header(shapes, read_header(path))
-    parts = {"unet": unet, "vae": below(VAE_PREFIX, shapes)}
-    parts |= {row.folder: encoder_shapes(row) for row in family.text_encoders}
-    files = {name: ComponentFiles(path, part, single_file=True) for name, part in parts.items() if part}
-    config = {**family.unet, "in_channels": unet["conv_in.weight"][1]}
-    return ModelSource(path.name, family, config, family.vae, SCHEDULER | scheduler, files)
-
-
-def below(prefix: str, shapes: Shapes) -> dict[str, Sequence[int]]:
-    """Return what a single file holds below a prefix, without the prefix."""
-    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-
-
-def unet_shapes(file: str, family: ModelFamily, shapes: Shapes) -> dict[str, Sequence[int]]:
-    """Return the UNet's part of a single file. Raises `model_unsupported` for a distilled or otherwise changed UNet."""
     names = {original: name for name, original in original_names(family.unet).items()}
     unet = {renamed(key, names) or key: shape for key, shape in below(UNET_PREFIX, shapes).items()}
     odd = [name for name in unet if not name.startswith(tuple(names.values()))]
     blocks = [name for name in names.values() if re.search(r"attentions\.\d+$|conv1$|^conv_in$", name)]
     odd += [block for block in blocks if not any(name.startswith(block) for name in unet)]
-    if odd:
-        raise TrainerError("model_unsupported", f"{file} is not built as {family.title} is: {listing(odd)}.", ADVICE)
-    return unet
+    if odd:  # It is a distilled or otherwise changed UNet.
+        message = f"{path.name} is not built as {family.title} is: {listing(odd)}."
+        raise TrainerError("model_unsupported", message, ADVICE)
+    parts = {"unet": unet, "vae": below(VAE_PREFIX, shapes)}
+    parts |= {row.folder: encoder_shapes(row) for row in family.text_encoders}
+    files = {name: ComponentFiles(path, part, single_file=True) for name, part in parts.items() if part}
+    config = {**family.unet, "in_channels": unet["conv_in.weight"][1]}
+    scheduler = SCHEDULER | prediction_from_header(shapes, read_header(path))
+    return ModelSource(path.name, family, config, family.vae, scheduler, files)
+
+
+def below(prefix: str, shapes: Shapes) -> dict[str, Sequence[int]]:
+    """Return what a single file holds below a prefix, without the prefix."""
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
 def encoder_shapes(row: TextEncoder) -> dict[str, Sequence[int]]:
@@ -1644,12 +1591,14 @@ def prediction_from_header(shapes: Shapes, header: Mapping[str, str]) -> JSON:
         stated = "edm"
     elif "v_pred" in shapes or stated.lower().startswith("v"):
         stated = "v_prediction"
-    stated = "epsilon" if stated.lower().startswith("eps") else stated
+    elif stated.lower().startswith("eps"):
+        stated = "epsilon"
     zero = "ztsnr" in shapes or spec["prediction_type"] == "v-zsnr"
     return {"rescale_betas_zero_snr": zero} | ({"prediction_type": stated} if stated else {})
 
 
 CONFIG_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+STRUCTURE = ("addition_embed_type", "use_linear_projection")  # These keys tell a UNet's family, whatever its widths.
 VOCABULARY = ("vocab.json", "merges.txt")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>.+?))?(?:-\d+-of-(?P<shards>\d+))?\.safetensors")
 
@@ -1682,27 +1631,19 @@ def read_json(path: Path) -> JSON:
         raise TrainerError("model_corrupt", f"{path.parent.name}/{path.name} cannot be read: {error}") from error
 
 
-def folder_family(folder: Path) -> ModelFamily:
-    """Recognise a folder's family by its classes and its UNet's structure, so that other widths pass."""
-
-    def structure(unet: Mapping[str, Any]) -> list[bool]:
-        return [bool(unet.get(key)) for key in ("addition_embed_type", "use_linear_projection")]
-
-    index = read_json(folder / CONFIG_FILES[0])
-    for row in FAMILIES:
-        wanted: JSON = {"_class_name": row.pipeline, "unet": ["diffusers", "UNet2DConditionModel"]}
-        wanted |= {"vae": ["diffusers", "AutoencoderKL"]}  # other classes would be foreign code
-        wanted |= {encoder.folder: ["transformers", encoder.class_name] for encoder in row.text_encoders}
-        if {**index, **wanted} == index and structure(read_json(folder / CONFIG_FILES[1])) == structure(row.unet):
-            return row
-    message = f"The base model ({index.get('_class_name')}) has a class or a UNet that this trainer does not know."
-    raise TrainerError("model_unsupported", message, ADVICE)
-
-
 def open_folder(folder: Path, name: str, config: TrainingConfig, half: bool, remote: Sequence[str] = ()) -> ModelSource:
     """Read what a diffusers folder is; for the cache of the Hub model `name`, `remote` lists the files on the Hub."""
-    family = folder_family(folder)
-    unet, vae, scheduler = (read_json(folder / file) for file in CONFIG_FILES[1:])
+    index = read_json(folder / CONFIG_FILES[0])
+    for family in FAMILIES:
+        classes: JSON = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+        classes |= {row.folder: ["transformers", row.class_name] for row in family.text_encoders}
+        if {"_class_name": family.pipeline, **classes}.items() <= index.items():  # Others would be foreign code.
+            unet, vae, scheduler = (read_json(folder / file) for file in CONFIG_FILES[1:])
+            if all(bool(unet.get(key)) == bool(family.unet.get(key)) for key in STRUCTURE):
+                break
+    else:
+        message = f"The base model ({index.get('_class_name')}) has a class or a UNet that this trainer does not know."
+        raise TrainerError("model_unsupported", message, ADVICE)
     files = {part: open_component(folder / part, name, remote, config.variant, half) for part in family.components}
     tokenizers = [folder / row.tokenizer for row in family.text_encoders]
     if lacking := [tokenizer.name for tokenizer in tokenizers if not holds_tokenizer(tokenizer)]:
@@ -1717,7 +1658,8 @@ def holds_tokenizer(folder: Path) -> bool:
 
 HUB_CONFIGS = [*CONFIG_FILES, "text_encoder*/config.json", "tokenizer*/*.json", "tokenizer*/*.txt", "*/*.index*.json"]
 CLIP_HOME = "openai/clip-vit-large-patch14"  # The CLIP tokenizer is the same in all families.
-HUB_REFUSALS = {  # a pattern in the class and text of huggingface_hub's error -> why ("": its text), and what to do
+# A pattern in the class and text of huggingface_hub's error stands for the reason ("" is that text) and the remedy.
+HUB_REFUSALS = {
     "GatedRepo": ("it is gated", "Accept its terms on https://huggingface.co/{}, and set HF_TOKEN to your token."),
     "RepositoryNotFound|RevisionNotFound|HFValid": ("no such model or revision", "Check the name, and HF_TOKEN."),
     "Invalid credentials|is expired": ("the token is wrong or has expired", "Set HF_TOKEN again, or to nothing."),
@@ -1730,13 +1672,12 @@ def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, down
     import huggingface_hub as hub
 
     repo, refusal, names = SHORT_NAMES.get(config.base_model, config.base_model), None, []
+    options: JSON = {"revision": config.revision, "tqdm_class": event_bar(events, f"Downloading {repo} (MB).")}
     try:  # The calls that follow have no timeout.
         info = hub.HfApi().model_info(repo, revision=config.revision, timeout=10)
         names = [file.rfilename for file in info.siblings or []]
-    except Exception as error:  # the HTTP client's errors come in many classes
-        refusal = error
-    options: JSON = {"revision": config.revision, "local_files_only": bool(refusal)}
-    options["tqdm_class"] = event_bar(events, f"Downloading {repo} (MB).")
+    except Exception as error:  # The HTTP client's errors come in many classes.
+        refusal, options["local_files_only"] = error, True
     try:
         if not refusal and CONFIG_FILES[0] not in names:
             hint = "Download its .safetensors file, and give the path as base_model."
@@ -1746,7 +1687,8 @@ def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, down
         if download and not refusal:
             files = [f"{part}/{file}" for part, component in source.components.items() for file in component.files]
             hub.snapshot_download(repo, allow_patterns=files, **options)
-    except Exception as error:  # the HTTP client raises many classes here too
+        return source
+    except Exception as error:  # The HTTP client raises many classes here too.
         if as_trainer_error(error, "").code not in ("internal", "model_not_found" if refusal else ""):
             raise
         text = one_line(redact(f"{type(refusal or error).__name__}: {refusal or error}"))
@@ -1754,14 +1696,13 @@ def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, down
         hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else hint.format(repo)
         message = f"The Hub did not deliver {repo!r}{did_you_mean(repo, SHORT_NAMES)}: {reason or text}."
         raise TrainerError("model_not_found", message, hint) from error
-    return source
 
 
 def event_bar(events: EventStream, message: str) -> Any:
     """Return a progress bar's class for huggingface_hub that draws nothing and counts megabytes in events."""
     tqdm: Any = importlib.import_module("huggingface_hub.utils").tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]  # the base class is huggingface_hub's hook
+    class Bar(tqdm):  # type: ignore[misc]  # The base class has no types.
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": True})
 
@@ -1828,14 +1769,14 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
     """Decide what the model predicts: as the config says, else as the model says, else as its family usually does."""
     zero = bool(source.scheduler.get("rescale_betas_zero_snr"))  # With zero terminal SNR only v is defined.
     stated = source.scheduler.get("prediction_type") or ("v_prediction" if zero else None)
-    wish = None if config.prediction_type == "auto" else config.prediction_type
-    prediction = str(wish or stated or source.family.usual_prediction)
+    known = stated if config.prediction_type == "auto" else config.prediction_type
+    prediction = str(known or source.family.usual_prediction)
     if prediction not in PREDICTIONS:
         message = f"By its scheduler or header the model predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "If that is wrong, set prediction_type.")
     zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
-    scheduler, known = {**source.scheduler, "rescale_betas_zero_snr": zero}, bool(wish or stated)
-    return dataclasses.replace(source, prediction_type=prediction, prediction_known=known, scheduler=scheduler)
+    scheduler = {**source.scheduler, "rescale_betas_zero_snr": zero}
+    return dataclasses.replace(source, prediction_type=prediction, prediction_known=bool(known), scheduler=scheduler)
 
 
 def with_tokenizer(source: ModelSource, tokenizer_path: str | None, beside: Path, events: EventStream) -> ModelSource:
@@ -1858,7 +1799,7 @@ def with_tokenizer(source: ModelSource, tokenizer_path: str | None, beside: Path
 
 @os_errors_as("model_corrupt")
 def weights_fingerprint(source: ModelSource) -> str:
-    """Hash a MiB of each weight file, from all over it: this recognises an exchanged model and costs no time."""
+    """Hash a MiB of each weight file, from all over it, and the configs and tokenizers: this costs hardly any time."""
     digest = hashlib.sha256()
     for component in source.components.values():
         for path in [component.path / name for name in component.files] or [component.path]:
@@ -1867,6 +1808,10 @@ def weights_fingerprint(source: ModelSource) -> str:
                 for place in range(0, size, size // 16 + 1):
                     file.seek(place)
                     digest.update(file.read(1 << 16))
+    for folder in (*(component.path for component in source.components.values()), *source.tokenizers):
+        for path in sorted(folder.glob("*")):  # A single file has no content of this kind.
+            if path.suffix in (".json", ".txt"):
+                digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -2552,6 +2497,7 @@ class CachedImage:
 
 # Context [B, tokens, width], and what SDXL needs besides: {"text_embeds", "time_ids"}.
 Conditions = tuple["Tensor", "dict[str, Tensor] | None"]
+Predict = Callable[["Tensor", "Tensor", Conditions], "Tensor"]  # It runs the UNet on (latents, timesteps, conditions).
 Window = list[tuple[list[int], list[int]]]  # (token ids, attention mask) of 77 tokens, for each encoder
 
 
@@ -2647,19 +2593,15 @@ def decode_latents(vae: Any, latents: Tensor) -> Image.Image:
     return Image.fromarray(values[0].permute(1, 2, 0).cpu().numpy())
 
 
-def measure_prediction_type(
-    unet: Any, conditions: Conditions, timestep: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
+def measure_prediction_type(predict: Predict, channels: int, conditions: Conditions, timesteps: int) -> str | None:
     """Find out what a UNet predicts: an epsilon model returns pure noise at the last timestep, a v model does not.
 
     Returns None where the answer is not finite: the first steps will report this.
     """
-    noise = torch.randn((1, unet.config.in_channels, 32, 32), generator=generator("what the model predicts"))
-    noise = noise.to(device)
+    noise = torch.randn((1, channels, 32, 32), generator=generator("what the model predicts"))
+    noise = noise.to(conditions[0].device)
     with torch.no_grad():
-        context, added = conditions
-        timesteps = torch.tensor([timestep], device=device)
-        output = unet(noise.to(dtype), timesteps, context, added_cond_kwargs=added).sample.float()
+        output = predict(noise, torch.tensor([timesteps - 1], device=noise.device), conditions).float()
     likeness = float(torch.nn.functional.cosine_similarity(output.flatten(), noise.flatten(), dim=0))
     if not math.isfinite(likeness):
         return None
@@ -2790,8 +2732,10 @@ class Adapter:
         self.weights = torch.cat([weight.detach().float().flatten() for weight in self.modules])
         self.average = self.weights.clone() if config.ema_decay else None
         self.gradient = torch.zeros_like(self.weights)
-        self.incoming = torch.zeros_like(self.weights if config.gradient_accumulation_steps > 1 else self.weights[:0])
         self.gradient_views = self.split(self.gradient)
+        # With accumulation, the gradient of a later micro-batch is written here and then added.
+        self.incoming = torch.zeros_like(self.weights) if config.gradient_accumulation_steps > 1 else self.gradient
+        self.incoming_views = self.split(self.incoming)
         self.trained = [torch.nn.Parameter(view) for view in self.split(self.weights)]
         for weight, view in zip(self.trained, self.gradient_views, strict=True):
             weight.grad = view
@@ -2834,7 +2778,7 @@ class Adapter:
     def backward(self, loss: Tensor, first: bool) -> None:
         """Run the backward pass; the gradients, in fp32, replace the step's so far, or are added to them."""
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.modules, materialize_grads=True)
-        torch._foreach_copy_(self.gradient_views if first else self.split(self.incoming), gradients)
+        torch._foreach_copy_(self.gradient_views if first else self.incoming_views, gradients)
         if not first:
             self.gradient += self.incoming
 
@@ -3568,14 +3512,6 @@ def memory_hint(config: TrainingConfig, checkpointing: bool, gpu: bool) -> str:
 # ======================================================================================
 
 
-class CacheChoice(NamedTuple):
-    """Where encoded texts and images are kept: `folder` between runs (None: nowhere), and whether memory holds them."""
-
-    folder: Path | None
-    in_memory: bool
-    why: str
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run will do, decided from configs and headers before any weight is loaded."""
@@ -3592,10 +3528,19 @@ class Plan:
     variants: Sequence[Sequence[str]]  # the texts that stand for each example's caption
     captions: Sequence[str]  # each of these texts once, and the empty one
     prompts: Sequence[str]  # the texts that samples need besides
-    cache: CacheChoice
+    cache_folder: Path | None  # None: what is encoded stays in memory.
     checkpointing: bool
-    checkpointing_why: str
     memory: Mapping[str, int]
+    reasons: Sequence[str]  # what was decided, and why
+
+    @property
+    def half(self) -> bool:
+        return self.dtype_name != "float32"
+
+    @property
+    def decode_side(self) -> int:
+        """The side in pixels of the tiles in which samples are decoded, so that this takes no more than a step."""
+        return decode_side(self.source, self.resolution, self.memory["activations"], half=self.half)
 
     @property
     def batch_size(self) -> int:
@@ -3633,21 +3578,6 @@ class Plan:
         for part, document in {"unet": self.source.unet, "scheduler": self.source.scheduler}.items():
             identity[part] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
         return dict(json.loads(json.dumps(identity)))
-
-    def repeatable(self) -> JSON:
-        """Return the resolved config, which starts this run again."""
-        return dataclasses.asdict(self.config)
-
-    def reasons(self) -> Iterator[str]:
-        """Say what was decided, and why."""
-        source, hardware = self.source, self.hardware
-        doubt = "" if source.prediction_known else " (a guess that is measured before training)"
-        if hardware:
-            yield f"Device: {hardware.device}, {hardware.name} ({hardware.why}); compute dtype {self.dtype_name}."
-        yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {self.resolution}."
-        yield f"Gradient checkpointing: {'on' if self.checkpointing else 'off'} ({self.checkpointing_why})."
-        yield f"Dataset: {counted(len(self.dataset.examples), 'image')} in {counted(len(self.buckets), 'bucket')}."
-        yield f"Cache: {self.cache.why}. Batches of {self.batch_size}, {counted(self.processes, 'worker')}."
 
     def header_facts(self, step: int) -> JSON:
         """Return the ss_* keys of a LoRA file's header that describe the images and the run's length."""
@@ -3691,26 +3621,26 @@ class Plan:
         memory = {f"{term}_gb": gigabytes(count) for term, count in self.memory.items()}
         hardware = self.hardware.report() if self.hardware else None
         report = {"valid": True, "model": model, "dataset": self.dataset_report(), "memory": memory}
-        return report | {"hardware": hardware, "config": self.repeatable()}
+        return report | {"hardware": hardware, "config": dataclasses.asdict(self.config)}
 
 
-def choose_cache(
-    config: TrainingConfig, source: ModelSource, sizes: Sequence[Size], texts: int, processes: int
-) -> tuple[CacheChoice, int]:
-    """Keep the cache in memory if that leaves half of it free, else in a folder; there too if one is named.
-
-    Also returns the estimated bytes of latents (mean and std, both mirrorings, a mask) and text embeddings, in fp16.
-    """
+def cache_bytes(config: TrainingConfig, source: ModelSource, sizes: Sequence[Size], texts: int) -> int:
+    """Estimate the latents (mean and std, both mirrorings, a mask) and text embeddings of one process, in fp16."""
     channels = 2 * int(source.unet.get("in_channels", 4)) + config.masked_loss
     pixels = sum(map(math.prod, sizes)) // source.vae_factor**2 * (1 + config.random_flip)
-    width = source.unet.get("cross_attention_dim", 1280)  # diffusers' default
-    needed = 2 * (channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75)) * processes
+    width = source.unet.get("cross_attention_dim", 1280)  # 1280 is diffusers' default.
+    return 2 * int(channels * pixels + texts * 77 * width * (config.max_caption_tokens // 75))
+
+
+def choose_cache(config: TrainingConfig, needed: int) -> tuple[Path | None, str]:
+    """Return (the cache's folder, None for memory; why). Memory is chosen if at least half of it stays free."""
     free = free_memory_bytes()
-    in_memory = free is None or needed <= free / 2
-    folder = Path(config.cache_dir) if config.cache_dir else None if in_memory else Path(config.output_path, "cache")
-    where = " and ".join(["memory"] * in_memory + [str(folder)] * (folder is not None))
-    known = "" if free is None else f", {gigabytes(free)} GB of memory are free"
-    return CacheChoice(folder, in_memory, f"about {gigabytes(needed)} GB, in {where}{known}"), needed
+    if config.cache_dir:
+        return Path(config.cache_dir), "cache_dir"
+    if free is None or needed <= free / 2:
+        return None, f"memory, it takes about {gigabytes(needed)} GB"
+    folder = Path(config.output_path, "cache")
+    return folder, f"{folder}, because {gigabytes(needed)} GB are more than half of the free memory"
 
 
 def check_settings(config: TrainingConfig, source: ModelSource, device: str | None) -> None:
@@ -3760,7 +3690,8 @@ def decide(
     captions = list(dict.fromkeys(itertools.chain([""], *variants)))
     prompts = sorted({*config.sample_prompts, config.sample_negative_prompt} - {*captions})
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
-    cache, needed = choose_cache(config, source, sizes, texts, processes)
+    needed = cache_bytes(config, source, sizes, texts) * processes
+    cache_folder, cache_why = choose_cache(config, needed)
     # No batch holds more than its bucket.
     own_batch = math.ceil(min(batch_size, max(map(len, buckets.values()))) / processes)
     estimate = functools.partial(
@@ -3771,14 +3702,37 @@ def decide(
         count_lora_weights(config, source),
         half=dtype_name != "float32",
         gpu=is_gpu(hardware),
-        cached=needed if cache.in_memory else 0,
+        cached=0 if cache_folder else needed,
     )
     plain = estimate(checkpointing=False)
     checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
-    resolved = dataclasses.replace(config, steps=steps, resolution=resolution)
-    memory = estimate(checkpointing=True) if checkpointing else plain
-    facts = (resolved, processes, source, dataset, hardware, dtype_name, tokens)
-    return Plan(*facts, sizes, buckets, variants, captions, prompts, cache, checkpointing, why, memory)
+    doubt = "" if source.prediction_known else " (a guess that is measured before training)"
+    reasons = [
+        f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {resolution}.",
+        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
+        f"Dataset: {counted(len(dataset.examples), 'image')} in {counted(len(buckets), 'bucket')}.",
+        f"Cache: {cache_why}. Batches of {batch_size}, {counted(processes, 'worker')}.",
+    ]
+    if hardware:
+        reasons.insert(0, f"Device: {hardware.device}, {hardware.name} ({hardware.why}); compute dtype {dtype_name}.")
+    return Plan(
+        config=dataclasses.replace(config, steps=steps, resolution=resolution),
+        processes=processes,
+        source=source,
+        dataset=dataset,
+        hardware=hardware,
+        dtype_name=dtype_name,
+        tokens=tokens,
+        sizes=sizes,
+        buckets=buckets,
+        variants=variants,
+        captions=captions,
+        prompts=prompts,
+        cache_folder=cache_folder,
+        checkpointing=checkpointing,
+        memory=estimate(checkpointing=True) if checkpointing else plain,
+        reasons=reasons,
+    )
 
 
 def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -3877,12 +3831,14 @@ def plan_run(
         set_determinism(config.deterministic)  # cuBLAS reads its setting once, at the first product.
         dtype, _ = choose_dtype(config.mixed_precision, hardware.device)
         dtype_name = str(dtype).removeprefix("torch.")
-        events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
-        source = locate_model(config, events, half=dtype_name != "float32", download=download)
+        half = dtype_name != "float32"
+        if download or half != expects_half(config):  # Otherwise the same files would be read again.
+            events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
+            source = locate_model(config, events, half=half, download=download)
         tokens = token_report(config, dataset, load_tokenizers(source))
     events.info("Planning the run.", phase="planning")
     plan = decide(config, dataset, source, hardware, dtype_name, processes=group.size, tokens=tokens)
-    for reason in plan.reasons():
+    for reason in plan.reasons:
         events.info(reason)
     for warning in (*config_warnings(config), *plan_warnings(plan)):
         events.warning(*warning)
@@ -3893,20 +3849,8 @@ def plan_run(
 # cache
 # ======================================================================================
 
-CACHE_FORMAT = "train_lora cache 2"
+CACHE_FORMAT = "train_lora cache 3"
 CACHE_HINT = "Leave the folder alone while a run uses it; the same command encodes again what is missing."
-
-
-def encoder_fingerprint(source: ModelSource, components: Sequence[str], folders: Sequence[Path] = ()) -> str:
-    """Hash what decides an encoder's output: its weights (sampled), its config and its tokenizer's files."""
-    chosen = {name: source.components[name] for name in components}
-    digest = hashlib.sha256(weights_fingerprint(dataclasses.replace(source, components=chosen)).encode())
-    with os_errors_as("model_corrupt"):
-        for folder in (*(part.path for part in chosen.values()), *folders):
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.suffix in (".json", ".txt"):
-                    digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str | ImageVariant, str]:
@@ -3914,44 +3858,32 @@ def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str 
 
     Library versions, which move last bits, do not count.
     """
-    source, config = plan.source, plan.config
-
-    def key(*parts: Any) -> str:
-        return hashlib.sha256(json.dumps([CACHE_FORMAT, device, *parts], default=str).encode()).hexdigest()
-
-    reader = viewer = ""  # A cache in memory sees only one model.
-    if plan.cache.folder:
-        rows = [row.folder for row in source.family.text_encoders]
-        reader = encoder_fingerprint(source, rows, source.tokenizers)
-        viewer = encoder_fingerprint(source, ["vae"]) + json.dumps(source.vae, sort_keys=True)
-    shape = (config.max_caption_tokens, config.clip_skip, source.shared_tokenizer)
+    config, source = plan.config, plan.source
+    base = weights_fingerprint(source) if plan.cache_folder else ""  # A cache in memory sees only one model.
     texts = () if config.train_text_encoder else (*plan.captions, *plan.prompts)
-    keys: dict[str | ImageVariant, str] = {text: key("text", reader, dtype, *shape, text) for text in texts}
-    return keys | {item: key("image", viewer, vae_dtype, *item.identity()) for item in plan.image_variants()}
+    for_texts = ["text", dtype, config.max_caption_tokens, config.clip_skip, source.shared_tokenizer]
+    for_images = ["image", vae_dtype, source.vae]
+    parts: dict[str | ImageVariant, Any] = {text: [*for_texts, text] for text in texts}
+    parts |= {item: [*for_images, item.identity()] for item in plan.image_variants()}
+    documents = {item: json.dumps([CACHE_FORMAT, device, base, decisive]) for item, decisive in parts.items()}
+    return {item: hashlib.sha256(document.encode()).hexdigest() for item, document in documents.items()}
 
 
 class Cache:
-    """Encoded entries by key: in memory, in a folder that outlives the run, or in both.
+    """Encoded texts and images by key: in memory, or in a folder that outlives the run and needs no memory."""
 
-    Where memory is too small for all of them, entries are mapped from their files. Of several processes one writes.
-    """
-
-    def __init__(self, choice: CacheChoice, warn: Callable[[str, str, str], None], writes: bool = True) -> None:
-        self._folder, self._in_memory, self._warn, self._writes = choice.folder, choice.in_memory, warn, writes
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._entries: dict[str, dict[str, Tensor]] = {}
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """Return an entry, from its file where memory has none; None where it is missing or broken."""
-        if key in self._entries or self._folder is None:
+        """Return an entry; None where it is missing or broken."""
+        if self._folder is None:
             return self._entries.get(key)
         try:
-            with safe_open(self._path(self._folder, key), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return safetensors.torch.load(self._path(self._folder, key).read_bytes())
         except Exception:  # A file that is missing, torn or no safetensors file is encoded again in any case.
             return None
-        if self._in_memory:
-            tensors = self._entries[key] = {name: tensor.clone() for name, tensor in tensors.items()}
-        return tensors
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         if (entry := self.get(key)) is None:
@@ -3959,19 +3891,12 @@ class Cache:
         return entry
 
     def put(self, key: str, entry: TextEmbedding | CachedImage) -> None:
-        """Keep an entry. Raises `disk_full`, `output_not_writable` where memory does not hold it too."""
+        """Keep an entry. Raises `disk_full`, `output_not_writable`."""
         tensors = {name: value.cpu().contiguous() for name, value in vars(entry).items() if value is not None}
-        if self._in_memory:
+        if self._folder is None:
             self._entries[key] = tensors
-        if self._folder is None or not self._writes:
-            return
-        try:
-            write_file(self._path(self._folder, key), bytes(safetensors.torch.save(tensors)))
-        except TrainerError as error:
-            if not self._in_memory:
-                raise
-            self._folder = None
-            self._warn("cache_not_written", f"The cache stays in memory only: {error.message}", error.hint)
+        else:
+            write_file(self._path(self._folder, key), safetensors.torch.save(tensors))
 
     @staticmethod
     def _path(folder: Path, key: str) -> Path:
@@ -4005,7 +3930,7 @@ class EncodedDataset:
         self.plan, self.device, self.group, self.events = plan, device, group, events
         self.dtype = getattr(torch, plan.dtype_name)
         self.vae_dtype = torch.float32 if plan.source.vae.get("force_upcast") else self.dtype
-        self.cache = Cache(plan.cache, events.warning, writes=group.is_main)
+        self.cache = Cache(plan.cache_folder)
         self.keys: Any = group.share(lambda: entry_keys(plan, device.type, str(self.dtype), str(self.vae_dtype)))
         self.encoder: PromptEncoder | None = None
         self.vae: Any = None
@@ -4021,17 +3946,15 @@ class EncodedDataset:
         self.group.any(False)  # The others read what the main process has written.
 
     def encode_texts(self) -> None:
-        plan, size = self.plan, self.group_size(32)
+        plan, training = self.plan, self.plan.config.train_text_encoder
         # Captions and prompts are batched separately: a changed prompt must not change the embeddings of captions.
-        groups = [group for texts in (plan.captions, plan.prompts) for group in chunks(texts, size)]
-        training = plan.config.train_text_encoder
-        missing = [] if training else self.group.share(lambda: self.missing("texts", groups))
+        groups = [group for texts in (plan.captions, plan.prompts) for group in self.chunks(texts, 32)]
+        missing = [] if training else self.missing("texts", groups)
         if not (missing or training):
             return
         self.events.info("Loading the text encoders.", phase="loading")
         encoder = PromptEncoder(plan.config, plan.source, self.dtype, self.device)
-        if training:
-            self.encoder = encoder
+        self.encoder = encoder if training else None
         with torch.no_grad():
             self.fill("Encoding captions.", missing, lambda texts: encoder.encode(texts, torch.half))
 
@@ -4039,49 +3962,58 @@ class EncodedDataset:
         plan, groups = self.plan, []
         unique = {self.keys[item]: item for item in plan.image_variants()}.values()
         for (width, height), variants in grouped(unique, lambda item: item.size).items():
-            groups += chunks(variants, self.group_size(1024**2 // (width * height)))
-        missing = self.group.share(lambda: self.missing("images", groups))
+            groups += self.chunks(variants, 1024**2 // (width * height))
+        missing = self.missing("images", groups)
         draws_samples = self.group.is_main and bool(plan.config.validation_steps or plan.config.sample_at_start)
         if not (missing or draws_samples):
             return
         self.events.info("Loading the VAE.", phase="loading")
         vae = load_component(plan.source, "vae", self.vae_dtype, self.device)
-        load = lambda variants: [variant.load() for variant in variants]  # noqa: E731  # It is used once.
-        self.fill("Encoding images.", missing, lambda images: encode_images(vae, images), load)
+        self.fill("Encoding images.", missing, lambda images: encode_images(vae, images), ImageVariant.load)
         if draws_samples:
             vae.encoder = vae.quant_conv = None
-            side = decode_side(
-                plan.source, plan.resolution, plan.memory["activations"], half=plan.dtype_name != "float32"
-            )
-            if side < plan.resolution:  # Decoding the whole image would take more memory than training.
+            if plan.decode_side < plan.resolution:
                 vae.enable_tiling()
-                vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // plan.source.vae_factor
+                vae.tile_sample_min_size = plan.decode_side
+                vae.tile_latent_min_size = plan.decode_side // plan.source.vae_factor
             self.vae = vae.to("cpu")
 
-    def group_size(self, most: int) -> int:
-        """Return how many are encoded together: one on the CPU, so that no result depends on its batch."""
-        return 1 if self.device.type == "cpu" else max(1, most)
+    def chunks(self, items: Sequence[T], most: int) -> list[list[T]]:
+        """Cut items into groups to encode together: of one on the CPU, so that no result depends on its batch."""
+        return chunks(items, 1 if self.device.type == "cpu" else max(1, most))
 
     def missing(self, what: str, groups: list[list[Any]]) -> list[list[Any]]:
-        """Return the groups to encode: whole ones, so that results do not depend on what was cached."""
-        if not self.plan.cache.folder:
+        """Return the groups that this process encodes: whole ones, so that results do not depend on what was cached.
+
+        A cache in memory is each process's own; one in a folder is filled by the main process.
+        """
+        if not self.plan.cache_folder:
             return groups
+        if not self.group.is_main:
+            return []
         total = sum(map(len, groups))
         looked = self.events.track(f"Looking for {what} in the cache.", groups, total, phase="caching", count=len)
         missing = [group for group in looked if any(self.cache.get(self.keys[item]) is None for item in group)]
         self.events.info(f"{total - sum(map(len, missing))} of {total} {what} are in the cache already.")
         return missing
 
-    def fill(self, message: str, missing: list[list[Any]], encode: Callable[[Any], Any], load: Any = list) -> None:
-        """Encode groups into the cache; each of several processes encodes all of them for itself.
+    def fill(
+        self,
+        message: str,
+        missing: list[list[Any]],
+        encode: Callable[[Any], Any],
+        load: Callable[[Any], Any] = lambda item: item,
+    ) -> None:
+        """Encode groups into the cache.
 
         An entry that exists stays: on a GPU another group gives other bits, and earlier steps were made with these.
         """
         if not missing:
             return
-        work, total = zip(missing, map_ahead(load, missing), strict=True), sum(map(len, missing))
-        for group, loaded in self.events.track(message, work, total, phase="caching", count=lambda pair: len(pair[0])):
-            for item, entry in zip(group, encode(loaded), strict=True):
+        loaded = map_ahead(lambda group: [load(item) for item in group], missing)
+        work, total = zip(missing, loaded, strict=True), sum(map(len, missing))
+        for group, inputs in self.events.track(message, work, total, phase="caching", count=lambda pair: len(pair[0])):
+            for item, entry in zip(group, encode(inputs), strict=True):
                 if self.cache.get(self.keys[item]) is None:
                     self.cache.put(self.keys[item], entry)
 
@@ -4186,7 +4118,7 @@ class Sampler:
     prediction_type: str
     vae: Any
     device: torch.device
-    predict: Callable[[Tensor, Tensor, Conditions], Tensor]  # It runs the UNet: (latents [2, C, h, w], timestep, …).
+    predict: Predict
     conditions: Callable[[Sequence[str], Tensor], Conditions]  # It encodes two texts with SDXL's time ids [2, 6].
 
     def __post_init__(self) -> None:
@@ -4231,54 +4163,59 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def open_tensorboard(folder: Path, run_id: str, config: TrainingConfig, step: int) -> Any:
-    """Log to output_path/tensorboard, where purge_step hides what an interrupted attempt logged beyond `step`."""
-    return accelerate.tracking.TensorBoardTracker("tensorboard", folder, purge_step=step + bool(step), flush_secs=10)
+def open_tracker(name: str, folder: Path, run_id: str, config: TrainingConfig, step: int) -> Any:
+    """Return one of accelerate's trackers for a run that goes on from `step`.
 
-
-def open_wandb(folder: Path, run_id: str, config: TrainingConfig, step: int) -> Any:
-    """Log to where WANDB_PROJECT, WANDB_MODE and WANDB_API_KEY say. Raises an error where wandb.init would ask."""
-    wandb: Any = importlib.import_module("wandb")
-    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False, verify=False):
-        raise ConnectionError("it knows no account: set WANDB_API_KEY, or WANDB_MODE=offline")
-    settings = {"console": "off", "silent": True, "x_disable_meta": True, "init_timeout": 30.0, "finish_timeout": 30.0}
-    options: JSON = {"id": run_id, "resume": "allow", "dir": str(folder), "settings": settings}
-    options |= {"name": config.output_name, "config": {key: getattr(config, key) for key in keys_marked("x-public")}}
-    return accelerate.tracking.WandBTracker(os.environ.get("WANDB_PROJECT", "train_lora"), **options)
+    TensorBoard logs to the folder, where purge_step hides what an interrupted attempt logged beyond `step`. W&B logs
+    to where WANDB_PROJECT, WANDB_MODE and WANDB_API_KEY say; an error is raised where wandb.init would ask a person.
+    """
+    accelerate.PartialState()  # Accelerate's trackers refuse to work without it.
+    if name == "tensorboard":
+        tracker = accelerate.tracking.TensorBoardTracker(name, folder, purge_step=step + bool(step), flush_secs=10)
+    else:
+        wandb: Any = importlib.import_module("wandb")
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False, verify=False):
+            raise ConnectionError("it knows no account: set WANDB_API_KEY, or WANDB_MODE=offline")
+        quiet = {"console": "off", "silent": True, "x_disable_meta": True, "init_timeout": 30.0, "finish_timeout": 30.0}
+        options: JSON = {"id": run_id, "resume": "allow", "dir": str(folder), "settings": quiet}
+        public = {key: getattr(config, key) for key in keys_marked("x-public")}
+        options |= {"name": config.output_name, "config": public}
+        tracker = accelerate.tracking.WandBTracker(os.environ.get("WANDB_PROJECT", "train_lora"), **options)
+    return tracker
 
 
 class Trackers:
     """The trackers of a run. One that fails is left out from then on: no run is lost for a curve."""
 
     def __init__(self, warn: Callable[[str, str, str], None]) -> None:
-        self._running: dict[str, Any] = {}
         self._warn = warn
+        self._running: dict[str, Any] = {}
 
-    def open(self, names: Iterable[str], folder: Path, run_id: str, config: TrainingConfig, step: int) -> None:
-        """Open these trackers for a run that goes on from `step`."""
-        kinds = {"tensorboard": open_tensorboard, "wandb": open_wandb}
-
-        def start(name: str) -> None:
-            accelerate.PartialState()  # Accelerate's trackers refuse to work without it.
-            self._running[name] = kinds[name](folder, run_id, config, step)
-            self._running[name].start()
-
-        self._try_each(names, start)
+    def open(self, names: Iterable[str], *run: Any) -> None:
+        """Open these trackers; `run` is (folder, run id, config, step)."""
+        for name in names:
+            with self._left_out_if_it_fails(name):
+                self._running[name] = open_tracker(name, *run)
+                self._running[name].start()
 
     def tell(self, kind: str, fields: JSON) -> None:
         """Pass on a progress, validation or sample event."""
-        self._try_each(self._running, lambda name: log_event(self._running[name], kind, fields))
+        for name, tracker in [*self._running.items()]:
+            with self._left_out_if_it_fails(name):
+                log_event(tracker, kind, fields)
 
     def close(self) -> None:
-        self._try_each(self._running, lambda name: self._running.pop(name).finish())
+        for name, tracker in [*self._running.items()]:
+            with self._left_out_if_it_fails(name):
+                tracker.finish()
 
-    def _try_each(self, names: Iterable[str], call: Callable[[str], None]) -> None:
-        for name in [*names]:
-            try:
-                call(name)
-            except Exception as error:  # Each tracker has exception classes of its own.
-                self._running.pop(name, None)
-                self._warn("tracking_failed", f"{name} failed and is left out: {error}", "See events.jsonl instead.")
+    @contextlib.contextmanager
+    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Each tracker has exception classes of its own.
+            self._running.pop(name, None)
+            self._warn("tracking_failed", f"{name} failed and is left out: {error}", "See events.jsonl instead.")
 
 
 def log_event(tracker: Any, kind: str, fields: JSON) -> None:
@@ -4401,7 +4338,7 @@ class Report:
 {chart(history, "Loss of the held-out images", "validation", "loss")}
 {chart(history, "Learning rate of the UNet", "progress", "learning_rate")}
 <h2>Samples</h2>{gallery}<h2>Config</h2>
-<pre>{html.escape(json.dumps(plan.repeatable(), indent=2, ensure_ascii=False))}</pre></body></html>"""
+<pre>{html.escape(json.dumps(dataclasses.asdict(plan.config), indent=2, ensure_ascii=False))}</pre></body></html>"""
 
 
 # ======================================================================================
@@ -4578,23 +4515,21 @@ class LoRATrainer:
 
     def choose_prediction(self, point: ResumePoint | None) -> str:
         """Return what the UNet predicts: as model or config say, else as it was measured, now or at the start."""
-        source = self.source
+        source, assumed = self.source, self.source.prediction_type
         if point:
-            return source.prediction_type if source.prediction_known else str(point.record["prediction_type"])
+            return assumed if source.prediction_known else str(point.record["prediction_type"])
         side = float(source.native_resolution)
         conditions = self.data.conditions([""], torch.tensor([[side, side, 0, 0, side, side]]))
-        last = len(self.alpha_bar) - 1
-        measured = measure_prediction_type(self.unet, conditions, last, self.dtype, self.device)
-        if measured and measured != source.prediction_type:
-            message = (
-                f"The run assumed {source.prediction_type}, but the model answers pure noise as {measured} models do."
-            )
-            hint = "If samples are noise or grey, set prediction_type to the other one."
-            if not source.prediction_known:
-                hint = f"It trains as {measured}; check that resolution {self.plan.resolution} is what it was made for."
-                check_settings(self.config, dataclasses.replace(source, prediction_type=measured), None)
-            self.events.warning("prediction_type_suspect", message, hint)
-        return source.prediction_type if source.prediction_known else measured or source.prediction_type
+        measured = measure_prediction_type(self.predict, self.unet.config.in_channels, conditions, len(self.alpha_bar))
+        if measured in (None, assumed):
+            return assumed
+        hint = "If samples are noise or grey, set prediction_type to the other one."
+        if not source.prediction_known:
+            hint = f"It trains as {measured}; check that resolution {self.plan.resolution} is what it was made for."
+            check_settings(self.config, dataclasses.replace(source, prediction_type=measured), None)
+        message = f"The run assumed {assumed}, but the model answers pure noise as {measured} models do."
+        self.events.warning("prediction_type_suspect", message, hint)
+        return assumed if source.prediction_known else str(measured)
 
     def make_adapter(self) -> None:
         """Put adapters on what trains, and make the optimizer."""
@@ -4623,7 +4558,7 @@ class LoRATrainer:
     def prepare_output(self) -> None:
         """Write config.json, open the trackers, and warn when the files to come may not fit."""
         config, folder, steps_left = self.config, self.folder.path, self.plan.total_steps - self.state.step
-        document = {"version": VERSION, "run_id": self.run_id, "config": self.plan.repeatable()}
+        document = {"version": VERSION, "run_id": self.run_id, "config": dataclasses.asdict(config)}
         write_file(folder / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
         if config.report_to:
             self.events.info(f"Opening {' and '.join(config.report_to)}.", phase="tracking")
@@ -4903,17 +4838,18 @@ class LoRATrainer:
             step, adapter = self.state.step, self.adapter
             state_path, lora_path = self.checkpoints.state_path(step), self.checkpoints.lora_path(step)
             tensors = {"weights": adapter.weights}
-            if adapter.average is not None:
-                tensors["average"] = adapter.average
-            record: JSON = {
+            tensors |= {} if adapter.average is None else {"average": adapter.average}
+            record = {
                 "run_id": self.run_id,
                 "identity": self.identity,
                 "environment": environment(self.plan, self.hardware),
+                "prediction_type": self.prediction_type,
+                "base": self.base,
+                "total_steps": self.plan.total_steps,
+                "state": dataclasses.asdict(self.state),
+                "scaler": adapter.scaler.state_dict(),
+                "optimizer": pack(adapter.optimizer.state_dict(), tensors),
             }
-            record |= {"prediction_type": self.prediction_type, "base": self.base}
-            record |= {"total_steps": self.plan.total_steps, "state": dataclasses.asdict(self.state)}
-            record |= {"scaler": adapter.scaler.state_dict()}
-            record |= {"optimizer": pack(adapter.optimizer.state_dict(), tensors)}
             write_file(state_path, encode_state(tensors, record))
             self.saved = self.saved | {"step": step, "state_path": str(state_path)}
             if lora:
