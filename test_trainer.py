@@ -14,11 +14,13 @@ import copy
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import html
 import html.parser
 import http.client
 import http.server
+import importlib
 import importlib.util
 import io
 import itertools
@@ -34,11 +36,13 @@ import signal
 import socket
 import stat
 import string
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import urllib.request
 import weakref
@@ -50,7 +54,7 @@ from unittest import mock
 
 import jsonschema
 import pytest
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 import train_lora as trainer
 
@@ -85,6 +89,16 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and descriptors")
 
 Json = dict[str, Any]
+Patch = pytest.MonkeyPatch
+
+
+class Missing:
+    """It stands for a library that is not installed: a test is skipped when it comes to use it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest asks every global for these.
+            raise AttributeError(name)
+        pytest.skip("a library is not installed")
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -97,11 +111,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # A shell's background job ignores it; the children must hear it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if HAS_TORCH:
+numpy: Any = importlib.import_module("numpy") if importlib.util.find_spec("numpy") else Missing()
+if not HAS_TORCH:
+    globals().update(dict.fromkeys(("diffusers", "memory", "safetensors", "torch"), Missing()))
+else:
     trainer.import_libraries()
     import diffusers
+    import memory
     import safetensors.torch
     import torch
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    # The libraries import these only when they are used: every Copy would do so again.
+    assert all((diffusers.AutoencoderKL, diffusers.UNet2DConditionModel, CLIPTextModelWithProjection, CLIPTokenizer))
+    gc.freeze()  # A run lets the garbage collector look at everything, which takes a second with all of the libraries.
 
 
 # ======================================================================================
@@ -138,16 +161,70 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def run(*arguments: str | Path, **options: Any) -> Run:
-    done = subprocess.run(command(*arguments), capture_output=True, timeout=300, **options)
+    done = subprocess.run(command(*arguments), capture_output=True, timeout=LIMIT_S, **options)
     return Run(done.returncode, done.stdout, done.stderr)
 
 
+PROLOGUE, EPILOGUE = "import os, sys, time\nimport train_lora as t\n", "\nsys.exit(t.main(sys.argv[1:]))"
+
+
 def patched(code: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    """Start the script in a process of its own, after `code` has replaced some parts of the module `t`."""
-    program = f"import os, sys, time\nimport train_lora as t\n{code}\nsys.exit(t.main(sys.argv[1:]))"
-    process = [sys.executable, "-c", program, *map(str, arguments)]
+    """Start the script in a new process, after `code` has replaced some parts of the module `t`."""
+    process = [sys.executable, "-c", PROLOGUE + code + EPILOGUE, *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(process, cwd=ROOT, **options)
+
+
+class Copy:
+    """The same, in a copy of a process that has imported everything, which saves seconds; it serves as a Popen does."""
+
+    def __init__(self, code: str, *arguments: str | Path, **environment: str) -> None:
+        if os.name == "nt":
+            pytest.skip("no process can be copied here")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([Path(__file__).stem])
+        pipes = [context.Pipe(duplex=False) for _ in ("stdout", "stderr")]
+        row = (code, [*map(str, arguments)], os.environ | environment, [writing for _, writing in pipes])
+        self.process = context.Process(target=be_the_script, args=row, daemon=True)
+        self.process.start()
+        self.stdout, self.stderr = (os.fdopen(os.dup(reading.fileno()), "rb") for reading, _ in pipes)
+        for connection in itertools.chain(*pipes):
+            connection.close()
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def __enter__(self) -> Copy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.stdout.close()
+        self.stderr.close()
+
+
+def be_the_script(code: str, arguments: list[str], environment: Mapping[str, str], pipes: list[Any]) -> None:
+    """The body of a Copy's process."""
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+    for descriptor, pipe in enumerate(pipes, start=1):
+        os.dup2(pipe.fileno(), descriptor)
+        pipe.close()
+    exec(PROLOGUE + code + EPILOGUE, {})
+
+
+Process = subprocess.Popen[bytes] | Copy
+
+
+def run_copy(*arguments: str | Path, **environment: str) -> Run:
+    with Copy("", *arguments, **environment) as process:
+        return finish(process)
 
 
 # Code for `patched`: single files are then built as the tiny models are.
@@ -173,6 +250,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model of each kind."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
         build_model(folder / kind, kind)
@@ -181,6 +259,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("single_files")
     for kind, prediction in {"sd15": "epsilon", "sd21v": "v", "sdxl": "epsilon"}.items():
         build_model(folder / kind, kind)
@@ -201,7 +280,7 @@ def single_files(converted_models: Path, tiny_families: None) -> Path:
 
 
 @pytest.fixture
-def tiny_families(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_families(monkeypatch: Patch) -> None:
     """Let single files be built as the tiny models are: they bring no configs, so the families' rows decide."""
     monkeypatch.setattr(trainer, "FAMILIES", with_tiny_configs(trainer.FAMILIES))
 
@@ -387,29 +466,20 @@ def test_the_file_its_classes_and_its_functions_have_a_size_that_one_can_read() 
         return sorted(((node.end_lineno or 0) - node.lineno + 1, node.name) for node in nodes)
 
     functions = lengths(ast.FunctionDef)
-    assert len(SOURCE.splitlines()) <= 5100
+    assert len(SOURCE.splitlines()) <= 5400
     assert [(lines, name) for lines, name in lengths(ast.ClassDef) if lines > 500] == []
     assert [(lines, name) for lines, name in functions if lines > 60] == []
     assert functions[len(functions) // 2][0] <= 12
 
 
-def test_the_script_has_its_three_classes_and_one_main() -> None:
-    for name in ("TrainingConfig", "ProgressEvent", "LoRATrainer"):
-        assert isinstance(getattr(trainer, name), type)
-    for verb in ("setup", "train", "loss", "sample", "save", "finish"):
-        assert callable(getattr(trainer.LoRATrainer, verb))
-    assert [node.name for node in TREE.body if isinstance(node, ast.FunctionDef)].count("main") == 1
-
-
 def test_only_the_families_section_names_a_family() -> None:
-    """The memory section has measured numbers for each one; no other section knows a name."""
     titles = list(BANNERS)
     outside = [
         (titles[section_number(line) - 1], text)
         for line, text in enumerate(SOURCE.splitlines(), start=1)
         if re.search(r"[\"'](sd15|sd21|sdxl)[\"']", text) and section_number(line)
     ]
-    assert {title for title, _ in outside} <= {"model families", "hardware and memory"}
+    assert {title for title, _ in outside} == {"model families"}
     assert not re.search(r"\bis_xl\b|family\.name (==|in)\b", SOURCE)
 
 
@@ -461,7 +531,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], Any], str]] = {  # a value that breaks t
     "exclusiveMaximum": (lambda bound: bound, "is greater than or equal to the maximum of {}"),
     "multipleOf": (lambda step: 10 * step + 1, "is not a multiple of {}"),
     "enum": (lambda _: "nonsense", "is not one of {}"),
-    "pattern": (lambda _: "\0", "does not match"),
+    "pattern": (lambda _: "\0", " is not "),
 }
 WRONG_OVERRIDES = {
     "stepz=9": "--set stepz: unknown key (did you mean 'steps'?)",
@@ -521,8 +591,8 @@ def test_flat_and_nested_configs_are_the_same_and_a_key_in_both_has_one_value(tm
 def test_all_problems_are_reported_at_once_before_torch_is_imported(tmp_path: Path) -> None:
     nested = {"lora_rank": 0, "device": "tpu"}
     config = write_config(tmp_path, dataset_path=3, trigger_words=[], stepz=1, training_params=nested)
-    with started(config, "main = t.main\nt.main = lambda argv: main(argv) + 2 * ('torch' in sys.modules)") as process:
-        result = finish(process)
+    code = "main = t.main\nt.main = lambda argv: main(argv) + 2 * ('torch' in sys.modules)"
+    result = finish(patched(code, "--config", config))
     assert (result.code, result.last["code"]) == (1, "config_invalid")
     found = {item["path"]: item["message"] for item in result.last["problems"]}
     assert {*found} == {"dataset_path", "base_model", "output_path", "trigger_words", "stepz", "lora_rank", "device"}
@@ -543,25 +613,11 @@ def test_every_key_refuses_what_its_definition_does_not_allow_and_says_what_it_a
 
 
 @pytest.mark.parametrize(
-    ("change", "path", "words"),
-    [
-        ({"steps": "9" * 500}, "steps", "is not of type 'integer', 'null'"),
-        ({"trigger_words": ["ok", " "]}, "trigger_words[1]", "' ' does not match"),
-        ({"metadata": {"colour": "red"}}, "metadata", "'colour' was unexpected"),
-        ({"sample_prompts": ["\udcff \ud800"]}, "sample_prompts", "surrogate"),
-        ({"training_params": 3}, "training_params", "must be an object"),
-        ({"training_params": {"lora_rnk": 3}}, "training_params.lora_rnk", "unknown key (did you mean 'lora_rank'?)"),
-    ],
-)
-def test_an_odd_value_is_named_with_its_place(tmp_path: Path, change: Json, path: str, words: str) -> None:
-    assert words in problems_of(tmp_path, REQUIRED | change)[path]
-
-
-@pytest.mark.parametrize(
     ("text", "code", "words"),
     [
         ('{\n"a": 1\n"b": 2}', "config_unreadable", "line 3, column 1"),
         ("[]", "config_invalid", "must be a JSON object"),
+        ('{"training_params": 3}', "config_invalid", "must be an object"),
         ('{"a":' * 100_000, "config_unreadable", "cannot be parsed"),
         ('{"steps": ' + "9" * 5000 + "}", "config_unreadable", "cannot be parsed"),
         ('{"steps": NaN}', "config_invalid", "NaN, which is not finite"),
@@ -611,7 +667,7 @@ def test_a_wrong_override_is_named_as_such(tmp_path: Path, override: str) -> Non
     assert (caught.value.code, WRONG_OVERRIDES[override] in caught.value.message) == ("config_invalid", True)
 
 
-def test_paths_are_relative_to_the_config_overrides_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_config_overrides_to_here(tmp_path: Path, monkeypatch: Patch) -> None:
     for name in ("base", "elsewhere"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -624,7 +680,7 @@ def test_paths_are_relative_to_the_config_overrides_to_here(tmp_path: Path, monk
 
 
 @pytest.fixture
-def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_packages(monkeypatch: Patch) -> None:
     """Let every optional package seem to be installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
 
@@ -632,6 +688,11 @@ def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("path", "words", "changes"),
     [
+        ("steps", "is not of type 'integer', 'null'", {"steps": "9" * 500}),
+        ("trigger_words[1]", "' ' is not a word", {"trigger_words": ["ok", " "]}),
+        ("metadata", "'colour' was unexpected", {"metadata": {"colour": "red"}}),
+        ("sample_prompts", "surrogate", {"sample_prompts": ["\udcff \ud800"]}),
+        ("training_params.lora_rnk", "unknown key (did you mean 'lora_rank'?)", {"training_params": {"lora_rnk": 3}}),
         ("save_format", "diffusers reads no lokr", {"lora_type": "lokr", "save_format": "diffusers"}),
         ("use_rslora", "must be false with lora_type lokr", {"lora_type": "lokr", "use_rslora": True}),
         ("lora_dropout", "must be 0 with lora_type lokr", {"lora_type": "lokr", "lora_dropout": 0.1}),
@@ -645,12 +706,14 @@ def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("all_packages")
-def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, path: str, words: str, changes: Json) -> None:
+def test_settings_that_cannot_be_or_work_together_are_named(
+    tmp_path: Path, path: str, words: str, changes: Json
+) -> None:
     problems = problems_of(tmp_path, REQUIRED | changes)
     assert ([*problems], words in problems[path]) == ([path], True)
 
 
-def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: Patch) -> None:
     # A folder beside the script that has a package's name looks like one without a file of its own.
     specs = {"wandb": SimpleNamespace(origin=None)}
     monkeypatch.setattr(importlib.util, "find_spec", specs.get)
@@ -663,14 +726,14 @@ def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch
 @pytest.mark.usefixtures("all_packages")
 def test_null_stands_for_what_the_schema_says_and_each_optimizer_has_a_rate_of_its_own(tmp_path: Path) -> None:
     rates = DEFINITIONS["learning_rate"]["x-when-null"]
-    assert list(rates) == DEFINITIONS["optimizer"]["enum"] == list(trainer.OPTIMIZERS)
+    assert list(rates) == [*DEFINITIONS["optimizer"]["enum"], "lokr"] == [*trainer.OPTIMIZERS, "lokr"]
     assert (rates["adamw"], rates["prodigy"], rates["lion"]) == (1e-4, 1.0, 3e-5)
-    for optimizer, rate in rates.items():
-        config = parse(tmp_path, REQUIRED | {"optimizer": optimizer})
+    for optimizer in trainer.OPTIMIZERS:
+        config, rate = parse(tmp_path, REQUIRED | {"optimizer": optimizer}), rates[optimizer]
         assert (config.learning_rate, config.lora_alpha, config.sample_prompts) == (rate, config.lora_rank, ("zorb",))
         assert list(trainer.config_warnings(config)) == []
         lokr = parse(tmp_path, REQUIRED | {"optimizer": optimizer, "lora_type": "lokr"})
-        assert lokr.learning_rate == (1e-3 if optimizer.startswith("adamw") else rate)
+        assert lokr.learning_rate == (rates["lokr"] if optimizer.startswith("adamw") else rate)
 
 
 @pytest.mark.parametrize(
@@ -688,6 +751,29 @@ def test_null_stands_for_what_the_schema_says_and_each_optimizer_has_a_rate_of_i
 @pytest.mark.usefixtures("all_packages")
 def test_settings_that_hardly_make_sense_warn(tmp_path: Path, code: str, changes: Json) -> None:
     assert [name for name, _, _ in trainer.config_warnings(parse(tmp_path, REQUIRED | changes))] == [code]
+
+
+def test_every_pattern_has_its_rule_in_words(tmp_path: Path) -> None:
+    values = {
+        "output_name": "my lora",
+        "caption_extension": "txt",
+        "variant": "f p",
+        "device": "gpu",
+        "dataset_path": "",
+    }
+    problems = problems_of(tmp_path, REQUIRED | values | {"trigger_words": [" "]})
+    assert "'my lora' is not made of 1 to 64 letters, digits, _, - and dots" in problems["output_name"]
+    assert "'txt' is not a dot and up to 16 letters" in problems["caption_extension"]
+    assert problems.keys() == {*values, "trigger_words[0]"}
+    assert not any(re.search(r"[\^$\\]", message) for message in problems.values())
+
+
+@pytest.mark.parametrize("text", ["steps = 5\n", "steps: 5\ndataset_path: x\n", "# a comment\n{}"])
+def test_a_config_that_is_no_json_at_all_is_not_told_about_commas(tmp_path: Path, text: str) -> None:
+    with pytest.raises(trainer.TrainerError) as caught:
+        parse(tmp_path, text)
+    assert "TOML and YAML are not read" in caught.value.hint
+    assert list(problems_of(tmp_path, REQUIRED | {"training_params": []})) == ["training_params"]
 
 
 # ======================================================================================
@@ -716,21 +802,16 @@ t.import_libraries = noisy
 """
 
 
-@contextlib.contextmanager
-def started(config: Path, code: str = "", *options: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(config: Path, code: str = "", *options: str, **environment: str) -> Copy:
     """Start the script with parts of it replaced by `code`; it is killed at the latest when the test is over."""
-    with patched(code, "--config", config, *options, env=os.environ | environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return Copy(code, "--config", config, *options, **environment)
 
 
 def with_pipes(arguments: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def read_until(process: subprocess.Popen[bytes], **fields: Any) -> bytes:
+def read_until(process: Process, **fields: Any) -> bytes:
     """Read the events of a process up to the first one with these fields."""
     lines = b""
     for line in process.stdout or ():
@@ -740,7 +821,7 @@ def read_until(process: subprocess.Popen[bytes], **fields: Any) -> bytes:
     pytest.fail(f"The process ended first: {lines.decode()}")
 
 
-def finish(process: subprocess.Popen[bytes], lines: bytes = b"") -> Run:
+def finish(process: Process, lines: bytes = b"") -> Run:
     """Read the rest of a process's events, after `lines` of them, to its end."""
     rest, stderr = (pipe.read() if pipe else b"" for pipe in (process.stdout, process.stderr))
     return Run(process.wait(timeout=LIMIT_S), lines + rest, stderr)
@@ -749,8 +830,8 @@ def finish(process: subprocess.Popen[bytes], lines: bytes = b"") -> Run:
 @pytest.fixture
 def endless(tmp_path: Path, images: Path, request: pytest.FixtureRequest) -> Path:
     """Return the config of a run that ends only when it is stopped, by a signal in most tests."""
-    if os.name == "nt" or not HAS_TORCH:
-        pytest.skip("this needs POSIX signals and torch")
+    if os.name == "nt":
+        pytest.skip("this needs POSIX signals")
     models = request.getfixturevalue("models")
     changes = {"steps": 100_000, "checkpoint_steps": 0, "batch_size": 1}
     return write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", **changes))
@@ -796,8 +877,7 @@ def test_repeats_of_a_phase_are_thinned_out_and_nothing_comes_after_the_last_eve
 
 
 def test_a_noisy_library_cannot_reach_stdout(endless: Path) -> None:
-    with started(endless, NOISY_IMPORT, "--validate-only") as process:
-        result = finish(process)
+    result = finish(patched(NOISY_IMPORT, "--config", endless, "--validate-only"))
     assert (result.code, result.last["type"]) == (0, "validated")
     noise = ("python print", "raw write", "a child process", "C puts")
     assert [words for words in noise if words not in result.stderr] == []
@@ -841,7 +921,7 @@ def test_a_slow_reader_loses_progress_and_nothing_else_and_a_person_still_reads_
 def test_when_the_reader_goes_away_the_run_saves_and_exits_141(tmp_path: Path, endless: Path) -> None:
     with started(endless) as process:
         read_until(process, type="progress")
-        process.stdout.close()  # type: ignore[union-attr]
+        process.stdout.close()
         assert process.wait(timeout=LIMIT_S) == 141
     log = logged(tmp_path / "out/events.jsonl")
     check_events(log)
@@ -878,7 +958,7 @@ def test_people_read_every_problem_of_an_error_on_stderr_and_what_to_do(tmp_path
     assert {line.removeprefix("  - ") for line in listed} < {*texts}, "what the first line says is not said again"
 
 
-def test_a_log_is_sparse_and_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_is_sparse_and_clean(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
     monkeypatch.setattr(os, "isatty", lambda descriptor: False)
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now))
@@ -964,7 +1044,7 @@ def slow_save(self, *unused, **options):
 t.Path.unlink, t.LoRATrainer.save = stuck, slow_save
 """
 PHASES = {"importing": "import_libraries", "loading": "PromptEncoder", "caching": "encode_images"}
-PHASES |= {"sampling": "LoRATrainer.predict"}
+PHASES |= {"sampling": "decode_latents"}
 WAYS = {"patience": ("0.1", 3), "second signal": ("600", 3), "reader gone": ("600", 4)}  # The last is no second stop.
 WAITING = "t.load_config = lambda *_: (print('ready', file=sys.stderr, flush=True), time.sleep(600))"
 
@@ -981,14 +1061,12 @@ def test_a_stop_before_the_first_step_leaves_at_once(tmp_path: Path, endless: Pa
     assert [*(tmp_path / "out").glob("checkpoints/*")] == []
 
 
-@posix
-@needs_torch
 def test_a_stopped_run_saves_goes_on_and_ends_in_the_same_bits(tmp_path: Path, images: Path, models: Path) -> None:
-    changes = {"steps": 12, "lora_dropout": 0.1, "lr_scheduler": "cosine"}
+    changes = {"steps": 6, "lora_dropout": 0.1, "lr_scheduler": "cosine"}
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", **changes))
-    whole = run("--config", config, "--set", f"output_path={tmp_path / 'whole'}")
+    whole = run_copy("--config", config, "--set", f"output_path={tmp_path / 'whole'}")
     parts: list[Run] = []
-    for step, number in ((3, signal.SIGINT), (7, signal.SIGTERM)):
+    for step, number in ((2, signal.SIGINT), (4, signal.SIGTERM)):
         with started(config, HOLD_AT_STEP, STEP=str(step)) as process:
             lines = read_until(process, step=step)
             process.send_signal(number)
@@ -996,11 +1074,11 @@ def test_a_stopped_run_saves_goes_on_and_ends_in_the_same_bits(tmp_path: Path, i
         last = parts[-1].last
         assert (parts[-1].code, last["type"], last["signal"]) == (128 + number, "interrupted", number.name)
         assert (last["step"], Path(last["path"]).exists(), Path(last["state_path"]).exists()) == (step, True, True)
-    parts.append(run("--config", config))
+    parts.append(run_copy("--config", config))
     assert (parts[-1].code, parts[-1].last["type"]) == (0, "complete")
     losses = {event["step"]: event["loss"] for part in parts for event in part.of("progress")}
     assert losses == {event["step"]: event["loss"] for event in whole.of("progress")}
-    for name in ("lora_final.safetensors", "checkpoints/state_step_12.safetensors"):
+    for name in ("lora_final.safetensors", "checkpoints/state_step_6.safetensors"):
         assert_same_tensors(tmp_path / "out" / name, tmp_path / "whole" / name)
     assert logged(tmp_path / "out/events.jsonl") == [event for part in parts for event in part.events]
 
@@ -1052,7 +1130,6 @@ def test_a_stop_is_heard_while_the_reader_is_asleep(tmp_path: Path) -> None:
     os.close(reading)
 
 
-@posix
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
     ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
     with started(tmp_path / "none", ignore + WAITING) as process:
@@ -1066,7 +1143,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path: Path) ->
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stop_in_a_step_without_end_saves_the_last_whole_step(tmp_path: Path, endless: Path, way: str) -> None:
     patience_s, step = WAYS[way]
-    assert trainer.StopWatcher.PATIENCE_S < trainer.StopWatcher.GRACE_S < 10, "Docker kills after ten seconds"
+    assert trainer.StopWatcher.PATIENCE_S + trainer.StopWatcher.LEAVE_S < 10, "Docker kills after ten seconds"
     with started(endless, HANG_IN_STEP, PATIENCE_S=patience_s) as process:
         assert process.stdout
         read_until(process, message="stop: False")
@@ -1078,7 +1155,7 @@ def test_a_stop_in_a_step_without_end_saves_the_last_whole_step(tmp_path: Path, 
     last = logged(tmp_path / "out/events.jsonl")[-1]
     assert (last["type"], last["step"], bool(last["path"])) == ("interrupted", step, way == "reader gone")
     stopped = Path(shutil.move(last["state_path"], tmp_path / "stopped"))
-    run("--config", endless, "--set", f"steps={step}")
+    run_copy("--config", endless, "--set", f"steps={step}")
     assert_same_tensors(stopped, Path(last["state_path"]))
 
 
@@ -1099,70 +1176,44 @@ def test_as_the_first_process_of_a_container_it_hears_a_stop(endless: Path) -> N
 # processes
 # ======================================================================================
 
-LAUNCHED = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train_lora as t
+END_AT_THIRD_STEP = """
 periodic = t.LoRATrainer.periodic
 def end_at_third_step(self):
     periodic(self)
-    if self.state.step == 3 and self.group.rank == 1: {end}
+    if self.state.step == 3 and rank == 1: end()
 t.LoRATrainer.periodic = end_at_third_step
-sys.exit(t.main(sys.argv[1:]))
 """
-ENDS = {"is killed": "os.kill(os.getpid(), 9)", "fails": "raise MemoryError('no memory left')", "is stopped": "pass"}
+WORKER_ENDS = {
+    "is killed": "end = lambda: os.kill(os.getpid(), 9)",
+    "fails": "def end(): raise MemoryError('no memory left')",
+}
 ALL_DRAWS: Json = {"train_text_encoder": True, "max_caption_tokens": 150, "random_flip": True, "caption_dropout": 0.3}
 ALL_DRAWS |= {"noise_offset": 0.1, "snr_gamma": 5.0, "loss_type": "huber", "ema_decay": 0.9}
 ALL_DRAWS |= {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
 
 
-class Pair:
-    """Two processes of a run, started as torchrun does, but as copies of one that has imported everything."""
-
-    def __init__(self, folder: Path, config: Json, *options: str, patch: str = "") -> None:
-        folder.mkdir(exist_ok=True)
-        self.stdout = [folder / f"stdout_{rank}" for rank in (0, 1)]
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([Path(__file__).stem])
-        arguments = ["--config", str(write_config(folder, **config)), *options]
-        rows = [(rank, port, arguments, self.stdout[rank], patch) for rank in (0, 1)]
-        self.processes = [context.Process(target=be_one_of_two, args=row) for row in rows]
-        for process in self.processes:
-            process.start()
-
-    def wait_for_step(self, step: int) -> None:
-        while not any(event.get("step") == step for event in logged(self.stdout[0])):
-            assert all(process.is_alive() for process in self.processes), self.stdout[0].read_text()
-            time.sleep(0.02)
-
-    def end(self) -> tuple[Run, list[int | None]]:
-        """Return the main process's run and both exit codes; the other process emits no event."""
-        for process in self.processes:
-            process.join(LIMIT_S)
-            process.kill()
-        assert self.stdout[1].read_bytes() == b""
-        return Run(0, self.stdout[0].read_bytes(), b""), [process.exitcode for process in self.processes]
+def start_pair(config: Path, *options: str, code: str = "") -> list[Copy]:
+    """Start two processes of a run as torchrun does; `code` can ask for `rank`."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    launched |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [started(config, f"rank = {rank['RANK']}\n{code}", *options, **launched, **rank) for rank in ranks]
 
 
-def be_one_of_two(rank: int, port: int, arguments: list[str], stdout: Path, patch: str) -> None:
-    """The body of one process of a Pair."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-    exec(patch, {"t": trainer, "rank": rank, "time": time})
-    sys.exit(trainer.main(arguments))
+def finish_pair(pair: list[Copy], lines: bytes = b"") -> tuple[Run, int, str]:
+    """Return the main process's run, and the other's exit code and stderr; the other emits no event."""
+    result, (_, other) = finish(pair[0], lines), pair
+    assert other.stdout.read() == b""
+    return result, other.wait(LIMIT_S), other.stderr.read().decode()
 
 
 def train_together(tmp_path: Path, config: Json, *options: str) -> Run:
-    result, codes = Pair(tmp_path / "pair", config, *options).end()
-    assert (codes, result.last["type"]) == ([0, 0], "complete"), result.last
+    result, code, _ = finish_pair(start_pair(write_config(tmp_path, **config), *options))
+    assert (result.code, code, result.last["type"]) == (0, 0, "complete"), result.last
     return result
 
 
-@posix
-@needs_torch
 @pytest.mark.parametrize(("kind", "batch_size", "changes"), [("sd15", 1, {}), ("sdxl", 2, ALL_DRAWS)])
 def test_two_processes_end_where_one_does_that_has_the_whole_batch(
     tmp_path: Path, images: Path, models: Path, kind: str, batch_size: int, changes: Json
@@ -1185,49 +1236,49 @@ def test_two_processes_end_where_one_does_that_has_the_whole_batch(
     assert [event["seq"] for event in two.of("info") if "address" in event] == [1], "only the main process serves"
 
 
-@posix
-@needs_torch
 def test_a_signal_to_either_process_stops_both_and_no_bit_is_lost(tmp_path: Path, images: Path, models: Path) -> None:
-    changes = {"steps": 12, "batch_size": 1, "lora_dropout": 0.1, "ema_decay": 0.9}
+    changes = {"steps": 6, "batch_size": 1, "lora_dropout": 0.1, "ema_decay": 0.9}
     config = small(images, models / "sd15", tmp_path / "out", **changes)
     whole = train_together(tmp_path, config | {"output_path": str(tmp_path / "whole")})
     parts: list[Run] = []
-    for rank, step in ((1, 3), (0, 7)):
+    for rank, step in ((1, 2), (0, 4)):
         # The process that gets no signal goes on to the vote in the next step.
-        hold = HOLD_AT_STEP.replace('int(os.environ["STEP"])', f"{step} and rank == {rank}")
-        pair = Pair(tmp_path / "pair", config, patch=hold)
-        pair.wait_for_step(step)
-        pair.processes[rank].terminate()
-        result, codes = pair.end()
+        hold = HOLD_AT_STEP.replace('int(os.environ["STEP"])', f"{step} and {rank} == rank")
+        pair = start_pair(write_config(tmp_path, **config), code=hold)
+        lines = read_until(pair[0], step=step)
+        pair[rank].terminate()
+        result, code, _ = finish_pair(pair, lines)
         parts.append(result)
-        assert (codes, result.last["type"], result.last["step"]) == ([143, 143], "interrupted", step)
+        assert (result.code, code, result.last["type"], result.last["step"]) == (143, 143, "interrupted", step)
     parts.append(train_together(tmp_path, config))
     losses = {event["step"]: event["loss"] for part in parts for event in part.of("progress")}
     assert losses == {event["step"]: event["loss"] for event in whole.of("progress")}
-    for name in ("lora_final.safetensors", "checkpoints/state_step_12.safetensors"):
+    for name in ("lora_final.safetensors", "checkpoints/state_step_6.safetensors"):
         assert_same_tensors(tmp_path / "out" / name, tmp_path / "whole" / name)
     with pytest.raises(trainer.TrainerError, match="batch_size"):
-        prepare(tmp_path, config | {"steps": 13})
-    alone = train(tmp_path, config | {"steps": 13, "batch_size": 2})  # the same batches, summed in another order
-    assert (alone.state.step, warning_codes(alone).count("resume_not_exact")) == (13, 1)
+        prepare(tmp_path, config | {"steps": 7})
+    alone = train(tmp_path, config | {"steps": 7, "batch_size": 2})  # the same batches, summed in another order
+    assert (alone.state.step, warning_codes(alone).count("resume_not_exact")) == (7, 1)
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_a_worker_that_ends_ends_the_run_under_accelerate_launch(tmp_path: Path, endless: Path, end: str) -> None:
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED.format(root=str(ROOT), end=ENDS[end]))
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    arguments = [sys.executable, *launch.split(), str(script), "--config", str(endless)]
-    with with_pipes(arguments) as process:
-        lines = read_until(process, step=3)
-        process.terminate() if end == "is stopped" else None
-        result = finish(process, lines)
-    # The connection to a dead process breaks, and the launcher stops the others: whichever comes first.
-    assert result.last["type"] in (("interrupted",) if end == "is stopped" else ("error", "interrupted"))
-    assert (result.code != 0, result.last["step"] >= 3) == (True, True)
+@pytest.mark.parametrize("end", WORKER_ENDS)
+def test_a_worker_that_ends_ends_the_run_and_what_was_trained_is_saved(tmp_path: Path, endless: Path, end: str) -> None:
+    pair = start_pair(endless, code=END_AT_THIRD_STEP + WORKER_ENDS[end])
+    result, code, errors = finish_pair(pair)
+    assert (result.code, result.last["type"], code) == (1, "error", -9 if end == "is killed" else 1)
     assert (tmp_path / f"out/checkpoints/state_step_{result.last['step']}.safetensors").exists()
-    reasons = re.findall(r"train_lora\.py, process 1: Out of memory while training: .*no memory left", result.stderr)
+    reasons = re.findall(r"train_lora\.py, process 1: Out of memory while training: .*no memory left", errors)
     assert len(reasons) == (end == "fails")
+
+
+def test_accelerate_launch_starts_a_run_of_two_processes_and_stops_it(tmp_path: Path, endless: Path) -> None:
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    with with_pipes([sys.executable, *launch.split(), str(SCRIPT), "--config", str(endless)]) as process:
+        lines = read_until(process, step=3)
+        process.terminate()
+        result = finish(process, lines)
+    assert (result.code != 0, result.last["type"], result.last["step"] >= 3) == (True, "interrupted", True)
+    assert (tmp_path / f"out/checkpoints/state_step_{result.last['step']}.safetensors").exists()
 
 
 def test_stdin_and_one_gpu_are_no_settings_of_several_processes(tmp_path: Path, images: Path) -> None:
@@ -1262,8 +1313,8 @@ MALFORMED = ["", " ", "x", "-1", "65536", ":80", "::1:80", "[::1]", "1.2.3.4", "
 class Served:
     """The script with --health-port, as it waits or trains; what it answers, and how it ends."""
 
-    def __init__(self, code: str, config: Path) -> None:
-        self.process = patched(code, "--config", config, "--health-port", "0")
+    def __init__(self, start: Callable[..., Process], code: str, config: Path) -> None:
+        self.process = start(code, "--config", config, "--health-port", "0")
         assert self.process.stdout
         self.lines = self.process.stdout.readline() + self.process.stdout.readline()
         self.address = json.loads(self.lines.splitlines()[1])["address"]
@@ -1276,11 +1327,13 @@ class Served:
         return answer.status, dict(answer.getheaders()), json.loads(content) if content else None
 
     def wait_for(self, page: str, ready: Callable[[int, Json], Any]) -> Json:
-        while True:
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
             status, _, body = self.get(page)
             if ready(status, body):
                 return dict(body)
             time.sleep(0.05)
+        pytest.fail(f"{page} is not as expected: {body}")
 
     def stop(self) -> Run:
         self.process.terminate()
@@ -1290,7 +1343,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One process for all requests; none of them leaves a trace in its events or on its stderr."""
-    made = Served(WAITING, tmp_path_factory.mktemp("served") / "none")
+    made = Served(patched, WAITING, tmp_path_factory.mktemp("served") / "none")
     yield made
     result = made.stop()
     assert (result.code, [event["type"] for event in result.events]) == (143, ["start", "info", "interrupted"])
@@ -1332,7 +1385,7 @@ def test_a_port_that_cannot_be_had_is_a_warning_and_the_run_goes_on(tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", [*ADDRESSES, *MALFORMED])
-def test_an_address_is_the_options_else_the_environments(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_address_is_the_options_else_the_environments(monkeypatch: Patch, text: str) -> None:
     monkeypatch.setenv("LORA_HEALTH_PORT", "8080")
     assert trainer.health_address(None) == ("127.0.0.1", 8080)
     if text in ADDRESSES:
@@ -1357,14 +1410,14 @@ def test_health_goes_from_ok_to_stalled_to_ok_to_ended() -> None:
 
 @posix
 def test_a_main_thread_that_hangs_in_a_library_is_stalled_with_503_and_can_be_stopped(tmp_path: Path) -> None:
-    made = Served(HUNG, tmp_path / "none")
+    made = Served(patched, HUNG, tmp_path / "none")
     body = made.wait_for("/health", lambda status, _: status == 503)
     assert (body["status"], body["stalled_after_seconds"]) == ("stalled", 0.2)
     assert (made.get("/status")[0], made.get("/health", "HEAD")[0], made.stop().code) == (200, 503, 143)
 
 
 def test_status_has_the_newest_progress_and_what_is_saved(tmp_path: Path, endless: Path) -> None:
-    made = Served("", endless)
+    made = Served(Copy, "", endless)
     made.wait_for("/status", lambda _, body: body["step"])
     made.process.send_signal(signal.SIGUSR1)
     body = made.wait_for("/status", lambda _, body: body["saved_step"])
@@ -1376,7 +1429,6 @@ def test_status_has_the_newest_progress_and_what_is_saved(tmp_path: Path, endles
     assert made.stop().code == 143
 
 
-@needs_torch
 def test_every_use_of_the_unet_is_a_sign_of_progress(tmp_path: Path, images: Path, models: Path) -> None:
     made = prepare(tmp_path, small(images, models / "sd15", tmp_path / "out", gradient_accumulation_steps=3))
     release(made.folder)
@@ -1401,9 +1453,7 @@ def test_the_health_page_describes_every_field_and_states_the_time(served: Serve
 
 @pytest.mark.parametrize("place", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.open"])
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "disk_full"), (errno.EIO, "output_not_writable")])
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int, code: str
-) -> None:
+def test_a_file_is_written_whole_or_not(tmp_path: Path, monkeypatch: Patch, place: str, number: int, code: str) -> None:
     target = tmp_path / "deep/file.bin"
     trainer.write_file(target, b"old")
 
@@ -1416,7 +1466,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert (caught.value.code, target.read_bytes(), [*target.parent.iterdir()]) == (code, b"old", [target])
 
 
-def test_unsyncable_folders_and_files_that_a_scanner_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsyncable_folders_and_files_that_a_scanner_holds(tmp_path: Path, monkeypatch: Patch) -> None:
     failures, replace, sync = [PermissionError(13, "held")] * 2, Path.replace, os.fsync
 
     def hold(source: Path, target: Path) -> Path:
@@ -1465,12 +1515,11 @@ def test_one_run_has_the_folder_at_a_time_and_removes_only_its_own_leftovers(tmp
     release(second)
 
 
-@needs_torch
 def test_the_output_folder_holds_exactly_what_the_readme_lists(tmp_path: Path, images: Path, models: Path) -> None:
     changes = {"checkpoint_steps": 2, "validation_steps": 2, "output_name": "my", "sample_prompts": ["a", "b"]}
     out = tmp_path / (os.fsdecode(b"\xff\n\xe9") if sys.platform == "linux" else "out")  # It need not be UTF-8.
     config = write_config(tmp_path, **small(images, models / "sd15", out, steps=6, **changes))
-    result = run("--config", config)
+    result = run_copy("--config", config)
     assert (result.code, Path(result.last["final_path"]).name) == (0, "my_final.safetensors")
     names = {"config.json", "events.jsonl", "my_final.safetensors", "report.html", "samples/grid.png"}
     names |= {f"checkpoints/my_step_{step}.safetensors" for step in (2, 4, 6)}
@@ -1486,7 +1535,7 @@ def test_the_output_folder_holds_exactly_what_the_readme_lists(tmp_path: Path, i
     resolved = json.loads((out / "config.json").read_text("utf-8"))["config"]
     assert (resolved["resolution"], resolved["steps"], resolved["lora_alpha"]) == (64, 6, 4)
     before = {name: (out / name).stat().st_mtime_ns for name in names - {"events.jsonl"}}
-    again = run("--config", config)
+    again = run_copy("--config", config)
     assert (again.code, again.last["type"], again.last["step"]) == (0, "complete", 6)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
@@ -1542,9 +1591,7 @@ LINEAR = {"use_linear_projection": True}
         ({}, {"in_channels": 9}, "takes 9 channels: an inpainting"),
     ],
 )
-def test_a_folders_family_is_recognised_by_its_classes_and_its_unet(
-    tmp_path: Path, index: Json, unet: Json, outcome: str
-) -> None:
+def test_a_folders_family_shows_in_its_classes_and_unet(tmp_path: Path, index: Json, unet: Json, outcome: str) -> None:
     model: Path = hollow_model(tmp_path / "model")
     change_json(model / "model_index.json", index)
     change_json(model / "unet/config.json", unet)
@@ -1581,7 +1628,6 @@ def write_header(path: Path, shapes: Json, metadata: dict[str, str] | None = Non
     return path
 
 
-@needs_torch
 @posix
 @pytest.mark.parametrize(("name", "weights"), [("sd15", 859520964), ("sd21", 865910724), ("sdxl", 2567463684)])
 def test_a_full_size_single_files_weights_are_known_by_diffusers_names(tmp_path: Path, name: str, weights: int) -> None:
@@ -1628,14 +1674,15 @@ PICKLE = "unet/diffusion_pytorch_model.bin"
         (SHARDS[:1], None, False, "model_corrupt"),
     ],
 )
-def test_one_variant_of_the_weights_is_chosen_and_pickles_never(
-    tmp_path: Path, names: list[str], variant: str, half: bool, expected: Any
+def test_a_variant_is_chosen_but_no_pickle(
+    tmp_path: Path, names: list[str], variant: Any, half: bool, expected: Any
 ) -> None:
     model = hollow_model(tmp_path / "model")
     weights = (model / UNET).read_bytes()
     (model / UNET).unlink()
     for name in names:
         (model / name).write_bytes(weights)
+    (model / f"{UNET}.index.json").write_text("{}")  # It is needed where the weights are in several files.
     if isinstance(expected, str):
         assert refusal(tmp_path, model, variant=variant, half=half).code == expected
         return
@@ -1680,7 +1727,7 @@ FIRST = f"{UNET_PREFIX}input_blocks.0.0.weight"
     ("names", "words"),
     [
         (["transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight"], "is a LoRA"),  # for FLUX
-        ([TEXT, FIRST, "control_model.input_hint_block.0.weight"], "is a ControlNet"),
+        (["control_model.input_hint_block.0.weight"], "is a ControlNet"),
         ([f"{UNET_PREFIX}joint_blocks.0.context_block.attn.qkv.weight"], "is Stable Diffusion 3"),
         (["double_blocks.0.img_attn.qkv.weight"], "is FLUX"),
         ([FIRST, "conditioner.embedders.0.model.ln_final.weight"], "is the SDXL refiner"),
@@ -1696,7 +1743,6 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, names: list[st
     assert "text-to-image" in error.hint
 
 
-@needs_torch
 def test_other_single_files_of_a_family_are_refused_before_a_run(tmp_path: Path, single_files: Path) -> None:
     shapes, path = shapes_of(single_files / "sd15.safetensors"), tmp_path / "m.safetensors"
     assert "quantized" in refusal(tmp_path, write_header(path, shapes, dtype="U8")).message
@@ -1742,9 +1788,7 @@ V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": Tr
         ({"prediction_type": "flow"}, {"prediction_type": "epsilon"}, ("epsilon", True, False)),
     ],
 )
-def test_the_prediction_and_zero_terminal_snr_follow_the_config_then_the_scheduler(
-    tmp_path: Path, scheduler: Json, config: Json, outcome: tuple[str, bool, bool]
-) -> None:
+def test_the_config_decides_before_the_scheduler(tmp_path: Path, scheduler: Json, config: Json, outcome: Any) -> None:
     model = hollow_model(tmp_path / "model")
     write_json(model / "scheduler/scheduler_config.json", scheduler)
     source = locate(tmp_path, model, **config)
@@ -1757,12 +1801,9 @@ def loaded(source: trainer.ModelSource, part: str, dtype: str = "float32") -> An
     return trainer.load_component(source, part, getattr(torch, dtype), torch.device("cpu"))
 
 
-@needs_torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["sd15", "sd21v", "sdxl"])
-def test_a_folder_and_a_single_file_load_the_same_bits_and_tokens(
-    tmp_path: Path, single_files: Path, kind: str, dtype: str
-) -> None:
+def test_folders_and_single_files_load_the_same_bits(tmp_path: Path, single_files: Path, kind: str, dtype: str) -> None:
     folder, file = sources = [locate(tmp_path, single_files / name) for name in (kind, f"{kind}.safetensors")]
     assert (file.family.name, file.prediction_type) == (folder.family.name, folder.prediction_type)
     assert (file.name, file.native_resolution) == (f"{kind}.safetensors", folder.native_resolution)
@@ -1779,10 +1820,7 @@ def test_a_folder_and_a_single_file_load_the_same_bits_and_tokens(
     assert one == other
 
 
-@needs_torch
 def test_weights_that_are_missing_or_of_another_shape_are_one_error(tmp_path: Path, single_files: Path) -> None:
-    import safetensors.torch
-
     base = shutil.copytree(single_files, tmp_path / "models") / "sdxl.safetensors"
     tensors = tensors_of(base)
     projection = tensors.pop("conditioner.embedders.1.model.text_projection")
@@ -1803,10 +1841,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_one_error(tmp_path: Pa
     assert caught.value.code == "model_corrupt"
 
 
-@needs_torch
 def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(tmp_path: Path, single_files: Path) -> None:
-    import safetensors.torch
-
     folder, whole = single_files / "sd15", single_files / "sd15.safetensors"
     base = to_single_file(folder, single_files / "no_vae.safetensors", torch.float32, with_vae=False)
     assert "has no VAE" in refusal(tmp_path, base).message
@@ -1828,10 +1863,7 @@ def test_another_vae_comes_from_a_folder_or_a_file_of_either_layout(tmp_path: Pa
         assert (error.code, error.problems[0]["path"]) == (code, "vae_path")
 
 
-@needs_torch
-def test_a_single_files_tokenizer_is_looked_up_in_order(
-    tmp_path: Path, single_files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_is_looked_up_in_order(tmp_path: Path, single_files: Path, monkeypatch: Patch) -> None:
     import transformers
 
     base, sdxl = tmp_path / "models/m.safetensors", single_files / "sdxl"
@@ -1924,9 +1956,9 @@ JUNK = """README.md v1-5-pruned.safetensors unet/diffusion_pytorch_model.bin une
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+def hub(tmp_path: Path, monkeypatch: Patch) -> Iterator[FakeHub]:
     """A Hub that has one whole model in two variants and much that nobody needs; this process asks it."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     folder = hollow_model(tmp_path / "on_the_hub")
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
     files |= {name.replace(".safe", ".fp16.safe"): files[name] for name in WEIGHTS}
@@ -1956,9 +1988,7 @@ def test_only_what_a_run_needs_is_downloaded_and_only_once(tmp_path: Path, hub: 
     assert not hub.downloaded() | hub.downloaded("HEADER")
 
 
-def test_a_download_reports_how_many_megabytes_have_come(
-    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_reports_its_megabytes(tmp_path: Path, hub: FakeHub, monkeypatch: Patch) -> None:
     hub.files[UNET] = write_header(tmp_path / "weights", {"a": [2_500_000]}).read_bytes()
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500_000)
     locate(tmp_path, HUB_MODEL, events=(events := Recorder()))
@@ -1967,9 +1997,7 @@ def test_a_download_reports_how_many_megabytes_have_come(
     assert {event["message"] for event in events.events} == {"Downloading someone/tiny-sd (MB)."}
 
 
-def test_a_download_that_breaks_off_is_one_error_and_the_next_start_goes_on(
-    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_breaks_off_goes_on_at_the_next_start(tmp_path: Path, hub: FakeHub, monkeypatch: Patch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     hub.files |= dict.fromkeys(SHARDS, hub.files.pop(UNET)) | {f"{UNET}.index.json": b"{}"}
     hub.cut = SHARDS[1]
@@ -2041,10 +2069,7 @@ def test_a_token_is_in_no_output(tmp_path: Path, hub: FakeHub, images: Path, tok
     assert not re.search("aB3xaB3x|odd-", output)
 
 
-@needs_torch
-def test_a_run_downloads_from_the_hub_once_and_needs_no_network_then(
-    tmp_path: Path, images: Path, models: Path, hub: FakeHub
-) -> None:
+def test_a_run_downloads_once_and_needs_no_network(tmp_path: Path, images: Path, models: Path, hub: FakeHub) -> None:
     folder = models / "sd15"
     hub.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
     config = write_config(tmp_path, **small(images, Path("x"), tmp_path / "out") | {"base_model": HUB_MODEL})
@@ -2054,12 +2079,47 @@ def test_a_run_downloads_from_the_hub_once_and_needs_no_network_then(
     assert [event["current"] for event in result.of("info") if "(MB)" in event["message"]][-1] > 0
     written = [result.stderr.encode(), *(path.read_bytes() for path in (tmp_path / "out").rglob("*.*"))]
     assert not any(TOKEN.encode() in data for data in written)
-    again = run("--config", config, "--set", "steps=6", env=environment | {"HF_HUB_OFFLINE": "1"})
+    offline_hub = f"import huggingface_hub.constants as c; c.HF_HUB_CACHE = {str(tmp_path / 'hub')!r}"
+    again = finish(started(config, offline_hub, "--set", "steps=6"))
     assert (again.code, again.last["type"], again.last["step"]) == (0, "complete", 6)
     for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         missing = run("--config", config, "--set", "base_model=sdxl", env=environment | offline)
         assert (missing.code, missing.last["code"]) == (1, "model_not_found")
-        assert missing.last["elapsed"] < 30
+        assert missing.last["elapsed"] < 120  # Retries would take minutes.
+
+
+@needs_torch
+def test_a_whole_checkpoint_with_a_stray_key_of_a_lora_is_a_checkpoint(tmp_path: Path, single_files: Path) -> None:
+    tensors = tensors_of(single_files / "sd15.safetensors")
+    stray = {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.zeros(2, 2)}
+    safetensors.torch.save_file(tensors | stray, tmp_path / "merged.safetensors")
+    safetensors.torch.save_file(stray, tmp_path / "lora.safetensors")
+    assert trainer.open_single_file(tmp_path / "merged.safetensors").family.name == "sd15"
+    with pytest.raises(trainer.TrainerError, match="is a LoRA"):
+        trainer.open_single_file(tmp_path / "lora.safetensors")
+
+
+@needs_torch
+def test_a_check_reads_the_files_that_the_run_reads(tmp_path: Path, images: Path, models: Path) -> None:
+    model = Path(shutil.copytree(models / "sd15", tmp_path / "model"))
+    config = load(tmp_path, small(images, model, tmp_path / "out"))
+    (model / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"broken, and never read in fp32")
+    for download in (False, True):
+        assert trainer.plan_run(config, Recorder(), download=download).source.components["unet"].variant is None
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    for number in (1, 2):
+        shutil.copy(weights, weights.with_name(f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"))
+    weights.unlink()
+    for download in (False, True):
+        with pytest.raises(trainer.TrainerError, match="lacks the index") as caught:
+            trainer.plan_run(config, Recorder(), download=download)
+        assert caught.value.code == "model_corrupt"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    for path in (model / "unet").glob("*-of-*"):
+        path.unlink()
+    with pytest.raises(trainer.TrainerError) as caught:
+        trainer.plan_run(config, Recorder(), download=False)
+    assert "git lfs pull" in caught.value.hint
 
 
 # ======================================================================================
@@ -2132,6 +2192,156 @@ def test_an_image_is_scaled_to_cover_and_cropped_in_the_centre_and_a_thin_one_is
     assert {fitted.getpixel((x, 32)) for x in (3, 60)} == {(0, 0, 255)}
     fitted, crop = trainer.fit_image(Image.new("RGB", (1, 20_000), "red"), (1024, 1024))  # All of it would take 60 GB.
     assert (fitted.size, crop, fitted.getpixel((9, 9))) == ((1024, 1024), (0, 10_239_488), (255, 0, 0))
+
+
+# Colour profiles, made here by the ICC's specification, and the right colours, computed by the spaces' own formulas.
+
+PRIMARIES = {  # (x, y) of red, green and blue; the white is D65
+    "sRGB": ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
+    "Display P3": ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06)),
+    "Adobe RGB": ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
+}
+D65, D50 = (0.3127 / 0.3290, 1.0, 0.3583 / 0.3290), (0.9642, 1.0, 0.8249)
+BRADFORD = ((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.0389, -0.0685, 1.0296))
+
+
+def to_xyz(space: str) -> Any:
+    """Return the matrix from linear RGB to XYZ under D50, as a profile stores it."""
+    primaries = numpy.array([[x / y, 1, (1 - x - y) / y] for x, y in PRIMARIES[space]]).T
+    matrix = primaries * numpy.linalg.solve(primaries, numpy.array(D65))
+    bradford = numpy.array(BRADFORD)
+    cones = (bradford @ numpy.array(D50)) / (bradford @ numpy.array(D65))
+    return numpy.linalg.inv(bradford) @ numpy.diag(cones) @ bradford @ matrix
+
+
+def srgb_bytes(xyz: Any) -> list[int]:
+    """Return the sRGB bytes of a colour in XYZ under D50."""
+    linear = numpy.linalg.solve(to_xyz("sRGB"), numpy.array(xyz)).clip(0, 1)
+    encoded = numpy.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return [int(value) for value in (encoded * 255).round()]
+
+
+def icc_profile(colours: bytes, tags: Mapping[bytes, bytes]) -> bytes:
+    """Write a display profile of version 2 with these tags (ICC.1:2001-04)."""
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = start + len(body)
+    white = struct.pack(">3i", *(round(value * 65536) for value in D50))
+    head = struct.pack(
+        ">I4sI4s4s4s", size, bytes(4), 0x02400000, b"mntr", colours, b"XYZ " if b"A2B0" not in tags else b"Lab "
+    )
+    head += bytes(12) + b"acsp" + bytes(28) + white
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def xyz_tag(values: Any) -> bytes:
+    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(float(value) * 65536) for value in values))
+
+
+def gamma_tag(gamma: float) -> bytes:
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+
+
+def rgb_profile(space: str, gamma: float = 2.2) -> bytes:
+    matrix = to_xyz(space)
+    tags = {b"wtpt": xyz_tag(D50)} | {
+        name: xyz_tag(matrix[:, column]) for column, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))
+    }
+    return icc_profile(b"RGB ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma_tag(gamma)))
+
+
+def ink_profile() -> bytes:
+    """Return a profile for CMYK whose table has the 16 mixtures of whole inks: in Lab they get darker and bluer."""
+    inks = itertools.product((0, 1), repeat=4)
+    table = b"".join(struct.pack(">3B", round(255 * lightness(ink) / 100), 128, 128 - 20 * ink[0]) for ink in inks)
+    straight = bytes(range(256))
+    data = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    return icc_profile(b"CMYK", {b"wtpt": xyz_tag(D50), b"A2B0": data + straight * 4 + table + straight * 3})
+
+
+def lightness(ink: Sequence[int]) -> float:
+    return 100 - 20 * sum(ink[:3]) - 40 * ink[3]
+
+
+def lab_bytes(lightness: float, b: float) -> list[int]:
+    """Return the sRGB bytes of a colour in Lab with a = 0 (CIE 15), for lightness above 8."""
+    y, z = (lightness + 16) / 116, (lightness + 16) / 116 - b / 200
+    return srgb_bytes([white * part**3 for white, part in zip(D50, (y, y, z), strict=True)])
+
+
+def rgb_bytes(space: str, colour: Sequence[int]) -> list[int]:
+    return srgb_bytes(to_xyz(space) @ (numpy.array(colour) / 255) ** 2.2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "CMYK"])
+def test_a_picture_with_a_colour_profile_trains_in_the_colours_that_a_viewer_shows(mode: str) -> None:
+    grey = icc_profile(b"GRAY", {b"wtpt": xyz_tag(D50), b"kTRC": gamma_tag(1.0)})
+    inks = {(255, 0, 0, 0): lab_bytes(80, -20), (0, 255, 255, 0): lab_bytes(60, 0), (0, 0, 0, 255): lab_bytes(60, 0)}
+    cases: list[Any] = [(colour, ink_profile(), expected) for colour, expected in inks.items()]
+    if mode in ("L", "LA"):
+        cases = [((100, 255)[: len(mode)], grey, srgb_bytes([100 / 255 * value for value in D50]))]
+    elif mode != "CMYK":
+        pairs = itertools.product(PRIMARIES, [(200, 60, 40), (30, 180, 90), (10, 10, 250)])
+        cases = [(colour, rgb_profile(space), rgb_bytes(space, colour)) for space, colour in pairs]
+    for colour, profile, expected in cases:
+        image = Image.new(mode if mode != "P" else "RGB", (8, 8), tuple([*colour, 255][: len(mode)]))
+        if mode == "P":
+            image = Image.new("P", (8, 8), 1)
+            image.putpalette([0, 0, 0, *colour])
+        image.info["icc_profile"] = profile
+        assert trainer.profile_fault(image) == ""
+        pixel: Any = trainer.to_rgb(image).getpixel((3, 3))
+        assert list(pixel) == pytest.approx(expected, abs=1), (colour, profile)
+    if mode == "RGB":
+        assert rgb_bytes("Display P3", (200, 60, 40)) == [219, 37, 13]
+
+
+def test_a_broken_or_foreign_profile_is_named_and_the_numbers_train(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "images", "good.png")
+    profiles = {"cut.png": rgb_profile("sRGB")[:150], "junk.png": b"junk", "ink.png": ink_profile()}
+    for name, profile in profiles.items():
+        Image.new("RGB", (64, 64), (200, len(name), 40)).save(folder / name, icc_profile=profile)
+    config = parse(tmp_path, REQUIRED | {"dataset_path": str(folder), "output_path": str(tmp_path / "out")})
+    dataset = scan_quietly(config)
+    assert {e.name for e in dataset.examples if e.profile_fault} == {*profiles}
+    (message,) = [
+        m for code, m, _ in trainer.dataset_warnings(config, dataset, 64) if code == "colour_profile_unusable"
+    ]
+    assert all(name in message for name in profiles) and "it is for CMYK, the image is RGB" in message
+    assert trainer.to_rgb(Image.open(folder / "ink.png")).getpixel((0, 0)) == (200, 7, 40)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("I;16", 25700, 100),
+        ("I", 25700, 100),
+        ("F", 100 / 255, 100),
+        ("F", 255.0, None),
+        ("I", 65536, None),
+        ("I", -1, None),
+    ],
+)
+def test_a_sample_format_has_one_white(tmp_path: Path, mode: str, value: float, expected: int | None) -> None:
+    folder = tmp_path / "images"
+    save_picture(folder / "0.tif", Image.new(mode, (64, 64), value))
+    if expected is not None:
+        scan(tmp_path, folder)
+        assert trainer.to_rgb(Image.open(folder / "0.tif")).getpixel((0, 0)) == (expected,) * 3
+        return
+    with pytest.raises(trainer.TrainerError, match="no usable image") as caught:
+        scan(tmp_path, folder)
+    assert "nobody knows what is white" in caught.value.problems[0]["message"]
+
+
+def test_a_png_with_megabytes_of_text_trains(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "images/0.png", pnginfo=info)
+    assert len(scan(tmp_path, tmp_path / "images").examples) == 1
 
 
 # ======================================================================================
@@ -2228,9 +2438,12 @@ def make_links(folder: Path) -> dict[str, str]:
     for name, target in (links | {"linked": outside, "circle": folder}).items():
         (folder / name).symlink_to(target)
     os.mkfifo(folder / "pipe.png")
-    reasons = dict.fromkeys(("linked", "circle"), "links to folders are not followed")
-    reasons |= {name: f"{name} is not a regular" for name in ("link.png", "loop.png", "device.png", "pipe.png")}
-    return reasons | {"captioned.png": "captioned.txt is not a regular", "masked.png": "masked-masklabel.png is not a"}
+    reasons = dict.fromkeys(("linked", "circle"), "is a link to a folder")
+    reasons |= {name: f"{name} is no regular file" for name in ("link.png", "loop.png", "device.png", "pipe.png")}
+    return reasons | {
+        "captioned.png": "captioned.txt is no regular",
+        "masked.png": "masked-masklabel.png is no regular",
+    }
 
 
 def make_junk(folder: Path) -> dict[str, str]:
@@ -2253,7 +2466,7 @@ def make_junk(folder: Path) -> dict[str, str]:
 
 
 @posix
-def test_hostile_files_are_named_and_none_outside_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_files_are_named_and_none_outside_is_read(tmp_path: Path, monkeypatch: Patch) -> None:
     good = ("good.png", "good\nname 'x'.png", "ends.in.dots...png", f"{'n' * 247}.png")  # Its mask's name is too long.
     folder = fill(tmp_path / "images", *good)
     reasons = make_links(folder) | make_junk(folder)
@@ -2287,11 +2500,104 @@ def test_an_empty_or_unusable_folder_is_an_error_that_lists_its_files(tmp_path: 
 
 
 def test_our_own_output_is_never_a_training_image(tmp_path: Path) -> None:
-    folder = fill(tmp_path / "images", "samples/mine.png", "out/samples/step_1_0.png")
-    assert [*captions_of(scan(tmp_path, folder, output_path=str(folder / "out")))] == ["samples/mine.png"]
-    fill(folder, "photo.png", ".hidden.png", ".hidden/a.png")
-    same = captions_of(scan(tmp_path, folder, output_path=str(folder)))
-    assert [*same] == ["out/samples/step_1_0.png", "photo.png"]
+    folder = fill(tmp_path / "images", "samples/mine.png", "out/samples/step_1_0.png", ".hidden.png", ".hidden/a.png")
+    for name in ("config.json", "events.jsonl"):
+        (folder / "out" / name).write_text("{}")
+    for name in ("liked.png", "grid.png"):
+        (folder / name).write_bytes(trainer.png_bytes(Image.new("RGB", (64, 64), "red"), {"prompt": "a zorb"}))
+    dataset = scan(tmp_path, folder, output_path=str(tmp_path / "other"))
+    assert [*captions_of(dataset)] == ["samples/mine.png"]
+    warned = [
+        text for code, text, _ in trainer.dataset_warnings(parse(tmp_path, REQUIRED), dataset, 64) if "own_" in code
+    ]
+    assert warned == ["out is an output folder of this trainer.", "grid.png, liked.png was drawn by this trainer."]
+
+
+def test_files_that_look_like_pictures_or_captions_and_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "images", "0.png", "1.jpe", "2.png")
+    for name in ("a.CR2", "b.dng", "0-masklabel.jpg", "notes.md", "data.bin"):
+        (folder / name).write_bytes(b"anything")
+    (folder / "no_ending").write_bytes((folder / "1.jpe").read_bytes())
+    (folder / "README").write_text("no picture")
+    for name in ("0.caption", "2.json", "metadata.csv", "1.txt"):
+        (folder / name).write_text("a caption")
+    dataset = scan(tmp_path, folder)
+    assert [*captions_of(dataset)] == ["0.png", "1.jpe", "2.png"]
+    assert {issue.code: issue.message.partition(": ")[2] for issue in dataset.issues} == {
+        "images_not_read": "0-masklabel.jpg, a.CR2, b.dng, no_ending",
+        "captions_unread": "0.caption, 2.json, metadata.csv",
+    }
+    (folder / "0.txt").write_text("here")
+    (folder / "2.txt").write_text("here")
+    assert [issue.code for issue in scan(tmp_path, folder).issues] == ["images_not_read"]
+
+
+def test_names_match_in_composed_and_decomposed_unicode(tmp_path: Path) -> None:
+    forms = [unicodedata.normalize("NFC", "é1"), unicodedata.normalize("NFD", "é1")]
+    for number, (image, stem) in enumerate((forms, forms[::-1])):
+        folder = tmp_path / str(number)
+        save_picture(folder / f"{image}.png", Image.new("RGBA", (64, 64), "red"))
+        (folder / f"{stem}.txt").write_text("zorb, mine", "utf-8")
+        save_picture(folder / f"{stem}-masklabel.png", Image.new("L", (64, 64), 9))
+        (example,) = scan(tmp_path, folder, masked_loss=True).examples
+        assert example.caption == "zorb, mine" and example.mask
+
+
+def test_a_kohya_folder_one_level_too_low_works_and_a_whole_project_is_named(tmp_path: Path) -> None:
+    project = fill(tmp_path / "project", "img/10_ohwx man/a.png", "reg/1_man/b.png")
+    (low,) = scan(tmp_path, project / "img/10_ohwx man", trigger_words=["ohwx"]).examples
+    (right,) = scan(tmp_path, project / "img", trigger_words=["ohwx"]).examples
+    assert (low.repeats, low.caption) == (right.repeats, right.caption) == (10, "ohwx man")
+    with pytest.raises(trainer.TrainerError, match="whole project") as caught:
+        scan(tmp_path, project)
+    assert "img" in caught.value.hint and "reg" in caught.value.hint
+    both = scan(tmp_path, project / "img", regularization_path=str(project / "reg"))
+    assert [e.role for e in both.examples] == ["train", "prior"]
+
+
+@posix
+def test_a_dataset_of_links_that_lead_out_says_what_to_give_instead(tmp_path: Path) -> None:
+    blobs = fill(tmp_path / "blobs", "a.png")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/a.png").symlink_to("../blobs/a.png")
+    with pytest.raises(trainer.TrainerError) as caught:
+        scan(tmp_path, tmp_path / "snapshot")
+    assert caught.value.code == "dataset_empty" and caught.value.hint == trainer.DATASET_HINTS["link_not_followed"]
+    assert len(scan(tmp_path, blobs).examples) == 1
+
+
+def test_a_changed_dataset_is_named_file_by_file(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "images", "a.png", "b.png", "c.png")
+    before = scan(tmp_path, folder).contents()
+    assert before == scan(tmp_path, Path(shutil.copytree(folder, tmp_path / "moved"))).contents()
+    (folder / "a.txt").write_text("another caption")
+    (folder / "b.png").unlink()
+    fill(folder, "d.png")
+    with pytest.raises(trainer.TrainerError) as caught:
+        saved = {"dataset": before, "seed": 1}
+        trainer.check_identity({"dataset": scan(tmp_path, folder).contents(), "seed": 1}, saved, True, tmp_path)
+    (entry,) = caught.value.problems
+    parts = "added: d.png; removed: b.png; changed (image, mask, caption, repeats or part): a.png"
+    assert (caught.value.code, entry["message"]) == ("resume_mismatch", parts)
+
+
+@needs_torch
+def test_prompts_are_checked_as_the_text_encoder_sees_them(tmp_path: Path, images: Path, models: Path) -> None:
+    long, flagged = f"{'red ' * 90}zorb", "zorb --w 512 --h 768 --s 28"
+    prompts = [long, flagged, "zorb - a well-known -- thing"]
+    plan = make_plan(tmp_path, small(images, models / "sd15", tmp_path / "out", sample_prompts=prompts))
+    assert plan.tokens and plan.tokens["prompts_cut"] == [long]
+    texts = {code: message for code, message, _ in trainer.plan_warnings(plan)}
+    assert texts["prompts_cut"].startswith("1 prompt of more than 75 tokens: red red")
+    assert texts["prompt_flags"].endswith(f"(1): {flagged}.")
+
+
+@needs_torch
+def test_warnings_and_the_header_use_what_the_run_resolves_to(tmp_path: Path, images: Path, models: Path) -> None:
+    config = small(images, models / "sd15", tmp_path / "out", steps=None, epochs=1, batch_size=64, lr_warmup_steps=50)
+    plan = make_plan(tmp_path, config | {"aspect_ratio_bucketing": False})
+    assert "warmup_too_long" in [code for code, *_ in trainer.plan_warnings(plan)]
+    assert plan.header_facts(1)["ss_total_batch_size"] == len(plan.dataset.examples) == 5
 
 
 def test_caption_files_that_belong_to_no_image_are_named(tmp_path: Path) -> None:
@@ -2301,7 +2607,7 @@ def test_caption_files_that_belong_to_no_image_are_named(tmp_path: Path) -> None
     for name in (*strays, "01.txt", "a.b.txt", "5_in/02.TXT", "phone.txt", ".hidden.txt", "notes.md"):
         (folder / name).write_text("caption")
     (message,) = [issue.message for issue in scan(tmp_path, folder).issues if issue.code == "captions_stray"]
-    assert message == f"has 4 caption files without an image of that name: {', '.join(strays)}"
+    assert message == f"has 4 files that look like captions, without an image of that name: {', '.join(strays)}"
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -2348,16 +2654,17 @@ def test_a_file_that_changed_since_its_check_is_not_trained_on(tmp_path: Path, n
         assert caught.value.code == "dataset_unreadable"
 
 
-def test_the_fingerprint_follows_contents_and_not_folders(tmp_path: Path) -> None:
+def test_the_contents_follow_the_files_and_not_the_folders(tmp_path: Path) -> None:
     folder = fill(tmp_path / "images", "a.png", "5_b/b.png")
-    first = scan(tmp_path, folder).fingerprint
+    first = scan(tmp_path, folder).contents()
     folder = folder.rename(tmp_path / "moved")
-    assert scan(tmp_path, folder).fingerprint == first
+    assert scan(tmp_path, folder).contents() == first
     changed = [scan(tmp_path, folder, **changes) for changes in ({"repeats": 2}, {"validation_split": 0.5})]
     (folder / "a.txt").write_text("caption")
     changed.append(scan(tmp_path, folder))
     save_picture(folder / "a.png", Image.new("RGB", (64, 64)))
-    assert len({first, scan(tmp_path, folder).fingerprint, *(dataset.fingerprint for dataset in changed)}) == 5
+    everything = [first, scan(tmp_path, folder).contents(), *(dataset.contents() for dataset in changed)]
+    assert len({json.dumps(contents) for contents in everything}) == 5
 
 
 def warnings_of(tmp_path: Path, folder: Path, **changes: Any) -> dict[str, str]:
@@ -2406,7 +2713,7 @@ def random_examples(count: int) -> list[trainer.Example]:
         width, height = (round(math.exp(draw.uniform(math.log(300), math.log(6000)))) for _ in range(2))
         height = min(max(height, width // 4), width * 4)
         path = Path(f"{name}.png")
-        examples.append(trainer.Example(name, path, path, "", "", 1, width, height, name, "train", False, None, ""))
+        examples.append(trainer.Example(name, path, path, "", "", 1, width, height, name, "train", False, None, "", ""))
     return examples
 
 
@@ -2516,7 +2823,6 @@ def test_the_noise_schedule_is_that_of_diffusers_or_refused(changes: Json) -> No
     assert caught.value.code == "model_unsupported"
 
 
-@needs_torch
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noise_and_targets_are_those_of_diffusers(prediction: str) -> None:
     reference = reference_scheduler("DDPMScheduler")
@@ -2528,7 +2834,6 @@ def test_noise_and_targets_are_those_of_diffusers(prediction: str) -> None:
     torch.testing.assert_close(target, expected, atol=2e-6, rtol=2e-6)
 
 
-@needs_torch
 @pytest.mark.parametrize("warmup", [0, 7])
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_with_restarts"])
 def test_learning_rates_follow_diffusers_schedules(name: str, warmup: int) -> None:
@@ -2556,7 +2861,6 @@ def test_min_snr_weights_are_those_of_the_paper(prediction: str) -> None:
     assert trainer.loss_weights(torch.tensor([0.9, 0.5]), prediction, 5.0).tolist() == pytest.approx(by_hand)
 
 
-@needs_torch
 def test_the_loss_of_a_sample_by_hand() -> None:
     prediction, target = torch.zeros(2, 1, 1, 3), torch.tensor([[[[0.0, 0.3, -4.0]]], [[[1e-3, 1e-3, 1e-3]]]])
     mask, c = torch.tensor([[[[1.0, 0.5, 0.0]]]]), 0.1
@@ -2612,7 +2916,7 @@ def test_texts_and_images_are_encoded_as_the_pipeline_does(prepared: Prepare, ki
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_only_what_trains_or_draws_stays(prepared: Prepare, monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+def test_only_what_trains_or_draws_stays(prepared: Prepare, monkeypatch: Patch, training: bool) -> None:
     real, alive = trainer.load_component, weakref.WeakSet[Any]()
 
     def load_and_watch(*arguments: Any) -> Any:
@@ -2708,9 +3012,8 @@ def test_an_nf4_base_computes_what_its_weights_stand_for(prepared: Prepare, kind
         assert (value - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
-@needs_torch
-@pytest.mark.parametrize(("change", "prediction"), [(0.1, "epsilon"), (1e3, "v_prediction"), (math.nan, None)])
-def test_a_model_that_returns_pure_noise_predicts_epsilon(change: float, prediction: str | None) -> None:
+@pytest.mark.parametrize(("change", "prediction"), [(0.1, "epsilon"), (1e3, "v_prediction")])
+def test_a_model_that_returns_pure_noise_predicts_epsilon(change: float, prediction: str) -> None:
     conditions = (torch.zeros(1, 77, 8), None)
     predict = mock.Mock(side_effect=lambda noise, timesteps, conditions: noise + change)
     assert trainer.measure_prediction_type(predict, 4, conditions, 1000) == prediction
@@ -2718,17 +3021,31 @@ def test_a_model_that_returns_pure_noise_predicts_epsilon(change: float, predict
 
 
 def test_what_the_model_predicts_is_measured_at_the_start_and_kept_on_a_resume(
-    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepare, monkeypatch: Patch
 ) -> None:
     made = prepared("sd15")
     monkeypatch.setattr(trainer, "measure_prediction_type", lambda *_: "v_prediction")
-    assert made.source.prediction_known and made.choose_prediction(None) == "epsilon"
+    assert made.source.prediction_known and made.measure_prediction() == "epsilon"
     assert "set prediction_type" in made.events.warnings[-1]["hint"]
     made.source = dataclasses.replace(made.source, prediction_known=False)
-    assert made.choose_prediction(None) == "v_prediction"
+    assert made.measure_prediction() == "v_prediction"
     assert made.events.warnings[-1]["hint"].startswith("It trains as v_prediction")
-    monkeypatch.setattr(trainer, "measure_prediction_type", lambda *_: pytest.fail("it is measured again"))
-    assert made.choose_prediction(mock.Mock(record={"prediction_type": "v_prediction"})) == "v_prediction"
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_component_that_answers_nan_is_named_before_the_first_step(
+    tmp_path: Path, images: Path, models: Path, component: str
+) -> None:
+    model = Path(shutil.copytree(models / "sd15", tmp_path / "model"))
+    (path,) = (model / component).glob("*.safetensors")
+    tensors = tensors_of(path)
+    name = next(name for name in tensors if tensors[name].dim() > 1 and not name.startswith(("decoder", "post_quant")))
+    safetensors.torch.save_file(tensors | {name: tensors[name] * math.nan}, path, {"format": "pt"})
+    with pytest.raises(trainer.TrainerError) as caught:
+        prepare(tmp_path, small(images, model, tmp_path / "out"))
+    failure = caught.value
+    assert failure.code == "loss_not_finite" and f"({component}" in failure.message.lower()
+    assert failure.hint.startswith("Use another copy") and "mixed_precision" not in failure.hint
 
 
 # ======================================================================================
@@ -2767,7 +3084,6 @@ ADAPTERS: dict[str, Json] = {name: {"lora_type": name} for name in ("lora", "dor
 ADAPTERS["lokr, rank 1"] = {"lora_type": "lokr", "lora_rank": 1}
 
 
-@needs_torch
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_starts_as_the_identity_and_depends_on_the_seed_only(tmp_path: Path, name: str) -> None:
     config = small(tmp_path, tmp_path, tmp_path, **ADAPTERS[name])
@@ -2791,7 +3107,6 @@ def test_an_adapter_starts_as_the_identity_and_depends_on_the_seed_only(tmp_path
             assert 0.3 * bound < weight.abs().max() <= bound and not torch.equal(weight, other[key])
 
 
-@needs_torch
 @pytest.mark.parametrize(
     ("adapter_type", "dtype", "in_modules"),
     [("lora", "float32", "float32"), ("lora", "bfloat16", "bfloat16"), ("dora", "bfloat16", "float32")],
@@ -2821,7 +3136,6 @@ FIXED: dict[str, Json] = {  # what the config does not say
 }
 
 
-@needs_torch
 @pytest.mark.parametrize("name", trainer.OPTIMIZERS)
 def test_a_step_clips_and_is_the_librarys_own_with_the_configs_settings(tmp_path: Path, name: str) -> None:
     row = trainer.OPTIMIZERS[name]
@@ -2863,7 +3177,6 @@ def test_a_step_clips_and_is_the_librarys_own_with_the_configs_settings(tmp_path
     assert max(kept) == row.state_bytes * 64 * 64, "the memory estimate counts this"
 
 
-@needs_torch
 @pytest.mark.parametrize("loss_factor", [1, math.nan])
 @pytest.mark.parametrize(("name", "dtype"), [("adamw", "float32"), ("adafactor", "float32"), ("adamw", "float16")])
 def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path: Path, name: str, dtype: str, loss_factor: float) -> None:
@@ -2887,6 +3200,15 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path: Path, name: str, dt
     assert adapter.scaler.get_scale() == (2**15 if dtype == "float16" else 1)  # It begins with 2**16.
 
 
+def test_a_process_without_a_sample_takes_its_step_in_fp16_too(prepared: Prepare, monkeypatch: Patch) -> None:
+    made = prepared("sd15", mixed_precision="fp16", weight_decay=0)
+    monkeypatch.setattr(made.data, "collate", lambda micro_batch: None)
+    loss, before = made.accumulate(0), made.adapter.weights.clone()
+    assert loss is not None
+    made.adapter.step(loss, 0)
+    assert torch.equal(made.adapter.weights, before)
+
+
 # ======================================================================================
 # LoRA files
 # ======================================================================================
@@ -2905,7 +3227,8 @@ DRAWN: list[tuple[str, Json]] = [
 @pytest.mark.parametrize(("kind", "extra"), DRAWN, ids=str)
 def test_the_stock_pipeline_draws_the_same_image(prepared: Prepare, kind: str, extra: Json) -> None:
     rates = {"learning_rate": 3e-2, "text_encoder_learning_rate": 3e-2, "lora_alpha": 2}
-    made = prepared(kind, steps=6, validation_steps=6, sample_steps=6, sample_prompts=["a zorb"], **rates, **extra)
+    samples = {"sample_steps": 6, "sample_prompts": ["a zorb"], "sample_negative_prompt": "bad"}
+    made = prepared(kind, steps=6, validation_steps=6, **samples, **rates, **extra)
     assert made.train()
     made.finish()
     pipeline, side = load_pipeline(made), made.plan.resolution
@@ -2917,10 +3240,10 @@ def test_the_stock_pipeline_draws_the_same_image(prepared: Prepare, kind: str, e
     def difference() -> int:
         noise = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(42))
         options = {"num_inference_steps": 6, "guidance_scale": 7.0, "height": side, "width": side, "latents": noise}
-        drawn = pipeline("a zorb", negative_prompt="", **options).images[0]
+        drawn = pipeline("a zorb", negative_prompt="bad", **options).images[0]
         return int((trainer.pixel_tensor(drawn).int() - sample).abs().max())
 
-    assert difference() > 50, "the LoRA must matter for this test to mean anything"
+    assert difference() > 40, "the LoRA must matter for this test to mean anything"
     pipeline.load_lora_weights(made.final_path)
     assert difference() <= 2
 
@@ -3036,13 +3359,8 @@ def test_merged_files_have_the_trained_effect(trained: Prepare, kind: str, adapt
 def test_a_run_starts_from_a_file(prepared: Prepare, trained: Prepare, kind: str, adapter: str, rslora: int) -> None:
     first, scale = trained(kind, adapter), 3 / 2.5 / (1 + rslora)  # alpha / rank, or alpha / sqrt(rank), with rank 4
     before = first.adapter.named(first.adapter.weights)
-    changes: Json = {
-        "lora_targets": "all",
-        "lora_alpha": 2.5,
-        "use_rslora": bool(rslora),
-        **WITH_TEXT,
-        **ADAPTERS[adapter],
-    }
+    changes: Json = {"lora_targets": "all", "lora_alpha": 2.5, "use_rslora": bool(rslora)}
+    changes |= WITH_TEXT | ADAPTERS[adapter]
     for style in ["kohya", *["diffusers"] * ("lokr" not in adapter)]:
         path = write_as(first, save_format=style)
         made = prepared(kind, init_lora_path=str(path), **changes)
@@ -3060,7 +3378,7 @@ def scaled(part: str, factor: float) -> Edit:
 
 MISFITS: list[tuple[str, Json, Edit]] = [
     (r"lora_down.weight has shape \[4, .+ see lora_rank", {"lora_rank": 8}, dict),
-    ("is missing: lora_targets, lora_type and train_text_encoder must match", {"lora_type": "dora"}, dict),
+    ("it has no .+: lora_targets, lora_type and train_text_encoder must match", {"lora_type": "dora"}, dict),
     ("weights that do not train here, such as lora_unet_", {"lora_targets": "attention"}, dict),
     ("is not finite", {}, scaled("lora_up", math.nan)),
     ("or its alpha is not finite", {}, scaled("alpha", math.inf)),
@@ -3076,7 +3394,7 @@ def test_misfits_say_what_to_change(tmp_path: Path, trained: Prepare, message: s
     unet = build_component("unet", tiny_config("sd15")["unet"])
     weights = trainer.add_adapter("unet", unet, config, trainer.TARGETS[config.lora_targets][0])
     with pytest.raises(trainer.TrainerError, match=message) as caught:
-        trainer.start_from_file(weights, config, made.source)
+        trainer.initial_weights(weights, config, made.source)
     assert (caught.value.code, caught.value.problems[0]["path"]) == ("config_invalid", "init_lora_path")
 
 
@@ -3090,17 +3408,14 @@ def test_misfits_say_what_to_change(tmp_path: Path, trained: Prepare, message: s
         ("lokr, rank 1", {"save_dtype": "bf16"}, 1),
     ],
 )
-def test_16_bit_files_read_back_with_the_trained_scale(
-    trained: Prepare, adapter: str, changes: Json, alpha: float
-) -> None:
+def test_16_bit_files_have_the_trained_scale(trained: Prepare, adapter: str, changes: Json, alpha: float) -> None:
     made = trained("sd15", adapter)
     path, config = write_as(made, **changes), dataclasses.replace(made.config, **changes)
     trainer.check_lora(path, made.adapter.named(made.adapter.result()), config, made.source)
     parts = {key.rpartition(".")[2]: value for key, value in tensors_of(path).items()}
     assert (parts["alpha"].tolist(), parts.pop("alpha").dtype) == (alpha, torch.float32)
-    assert {value.dtype for value in parts.values()} == {
-        {"fp16": torch.half, "bf16": torch.bfloat16}[config.save_dtype]
-    }
+    dtypes = {"fp16": torch.half, "bf16": torch.bfloat16}
+    assert {value.dtype for value in parts.values()} == {dtypes[config.save_dtype]}
 
 
 # The programs that read kohya's files, where they do so, and which adapters they read otherwise than they trained.
@@ -3117,13 +3432,9 @@ READERS = {
 COUNTS = {"sd15": (192, 278, 72), "sd21": (192, 278, 138), "sdxl": (722, 788, 72 + 192)}  # UNet; text encoders
 
 
-@needs_torch
-@pytest.mark.parametrize("adapter", ["lora", "dora", "lokr"])
-@pytest.mark.parametrize("targets", ["transformer", "all"])
+@pytest.mark.parametrize(("targets", "adapter"), [("transformer", "lora"), ("all", "dora"), ("all", "lokr")])
 @pytest.mark.parametrize("name", COUNTS)
 def test_full_size_files_have_the_layers_readers_know(name: str, targets: str, adapter: str) -> None:
-    import memory
-
     configs = {part: config for part, config in full_size_config(name).items() if part != "vae"}
     with torch.device("meta"):
         components = {part: build_component(part, config) for part, config in configs.items()}
@@ -3200,6 +3511,88 @@ def test_a_final_file_that_reads_back_otherwise_is_an_error_and_costs_nothing(pr
     assert made.final_path.exists()
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_run_starts_from_what_other_programs_write(
+    tmp_path: Path, trained: Prepare, prepared: Prepare, kind: str
+) -> None:
+    made = trained(kind, "lora")
+    weights = {
+        key: value.detach().clone()
+        for key, value in made.adapter.named(made.adapter.weights).items()
+        if key.startswith("unet.")
+    }
+    scale = trainer.adapter_scale(made.config)
+    config = dataclasses.replace(made.config, train_text_encoder=False)
+
+    def name_peft(module: str, part: str) -> str:
+        return f"base_model.model.{module.removeprefix('unet.')}.{part}.weight"
+
+    def name_diffusers_old(module: str, part: str) -> str:
+        return f"{module}.lora.{'down' if part == 'lora_A' else 'up'}.weight"
+
+    def name_linear_layer(module: str, part: str) -> str:
+        return f"{module}.lora_linear_layer.{'down' if part == 'lora_A' else 'up'}.weight"
+
+    def name_kohya_blocks(module: str, part: str) -> str:
+        layer = module.removeprefix("unet.").replace(".", "_")
+        return f"lora_unet_{layer}.lora_{'down' if part == 'lora_A' else 'up'}.weight"
+
+    rank = config.lora_rank
+    for number, name in enumerate((name_peft, name_diffusers_old, name_linear_layer, name_kohya_blocks)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / ("adapter_model.safetensors" if name is name_peft else "lora.safetensors")
+        file = {name(*key.split("/")): value.clone() for key, value in weights.items()}
+        effect = 1.0  # of the file: alpha / rank, which is 1 where nothing says it
+        if name is name_peft:
+            write_json(folder / "adapter_config.json", {"r": rank, "lora_alpha": 3 * rank, "use_rslora": False})
+            effect = 3.0
+        elif name is name_kohya_blocks:
+            file |= {f"{key.partition('.')[0]}.alpha": torch.tensor(rank / 2) for key in [*file]}
+            effect = 0.5
+        safetensors.torch.save_file(file, path)
+        values = trainer.initial_weights(weights, dataclasses.replace(config, init_lora_path=str(path)), made.source)
+        for key, value in values.items():
+            factor = effect / scale if key.endswith("/lora_B") else 1.0
+            torch.testing.assert_close(value, weights[key] * factor)
+
+
+def test_a_check_refuses_a_file_to_start_from_as_the_run_does(tmp_path: Path, trained: Prepare, images: Path) -> None:
+    made = trained("sd15", "lora")
+    config = small(
+        images, Path(made.config.base_model), tmp_path / "out", init_lora_path=str(made.final_path), lora_rank=8
+    )
+    with pytest.raises(trainer.TrainerError, match="see lora_rank") as caught:
+        trainer.plan_run(load(tmp_path, config), Recorder(), download=False)
+    assert caught.value.code == "config_invalid"
+
+
+def test_a_dora_is_written_as_the_plain_lora_that_is_closest(prepared: Prepare) -> None:
+    made = prepared("sd15", lora_type="dora", dora_as_lora_rank=6, steps=3, learning_rate=0.02)
+    assert made.train()
+    made.finish()
+    plain, dora = tensors_of(made.as_lora_path), tensors_of(made.final_path)
+    assert {key.partition(".")[0] for key in plain} == {key.partition(".")[0] for key in dora}
+    remains = []
+    for module, layer in made.layers.items():
+        prefix = trainer.file_prefixes(module, made.source)[0]
+        weight = layer.get_base_layer().weight.flatten(1).double()
+        moved = weight + trainer.adapter_scale(made.config) * (
+            dora[f"{prefix}.lora_up.weight"].flatten(1).double()
+            @ dora[f"{prefix}.lora_down.weight"].flatten(1).double()
+        )
+        change = dora[f"{prefix}.dora_scale"].double().view(-1, 1) * moved / moved.norm(dim=1, keepdim=True) - weight
+        best = torch.linalg.svdvals(change)[6:].norm()  # What no matrix of rank 6 can hold.
+        up, down = (plain[f"{prefix}.lora_{part}.weight"].flatten(1).double() for part in ("up", "down"))
+        left = (change - float(plain[f"{prefix}.alpha"]) / 6 * up @ down).norm()
+        assert left <= 1.05 * best + 0.01 * change.norm()
+        remains.append(float(left / change.norm()))
+    (message,) = [event["message"] for event in emitted(made, "info") if "plain LoRA" in event["message"]]
+    assert float(message.partition("lacks ")[2].partition("%")[0]) == pytest.approx(
+        100 * sorted(remains)[len(remains) // 2], abs=1
+    )
+
+
 # ======================================================================================
 # cache
 # ======================================================================================
@@ -3211,7 +3604,6 @@ def encoded_counts(made: trainer.LoRATrainer) -> dict[str, int]:
     return {event["message"].split()[1].rstrip("."): event["total"] for event in events}
 
 
-@needs_torch
 def test_a_second_run_encodes_only_what_changed(tmp_path: Path, images: Path, models: Path, prepared: Prepare) -> None:
     folder, model = shutil.copytree(images, tmp_path / "images"), shutil.copytree(models / "sd15", tmp_path / "model")
     start = functools.partial(prepared, dataset_path=str(folder), base_model=str(model))
@@ -3239,14 +3631,14 @@ def test_a_second_run_encodes_only_what_changed(tmp_path: Path, images: Path, mo
     assert encoded_counts(cached()) == {"captions": 7, "images": 5}
 
 
-def test_a_cache_too_large_for_memory_is_read_from_files(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_too_large_for_memory_is_read_from_files(prepared: Prepare, monkeypatch: Patch) -> None:
     in_memory = prepared("sdxl")
     plan, keys = in_memory.plan, in_memory.data.keys
     texts = len(plan.captions) + len(plan.prompts)
     needed = trainer.cache_bytes(plan.config, plan.source, plan.sizes, texts)
     held = sum(tensor.nbytes for key in keys.values() for tensor in in_memory.data.cache[key].values())
     assert needed == pytest.approx(held, rel=0.05)
-    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 2 * needed - 1)
+    monkeypatch.setattr(trainer, "available_memory_bytes", lambda: 2 * needed - 1)
     made = prepared("sdxl")
     folder = made.folder.path / "cache"
     assert made.plan.cache_folder == folder and len(list(folder.glob("*/*.safetensors"))) == len(keys)
@@ -3258,11 +3650,11 @@ def test_a_cache_too_large_for_memory_is_read_from_files(prepared: Prepare, monk
     assert caught.value.code == "dataset_unreadable"
 
 
-def test_a_gpu_encodes_whole_groups(tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_encodes_whole_groups(tmp_path: Path, prepared: Prepare, monkeypatch: Patch) -> None:
     changes = {"aspect_ratio_bucketing": False, "max_caption_tokens": 150, "sample_prompts": [LONG]}
     start = functools.partial(prepared, "sdxl", **changes)
     alone = start()
-    monkeypatch.setattr(trainer.EncodedDataset, "chunks", lambda self, items, most: trainer.chunks(items, 3))
+    monkeypatch.setattr(trainer.EncodedDataset, "encoding_groups", lambda self, items, most: trainer.chunks(items, 3))
     grouped = start(cache_dir=str(tmp_path))
     for item, key in alone.data.keys.items():
         torch.testing.assert_close(grouped.data.cache[grouped.data.keys[item]], alone.data.cache[key], **IN_BF16)
@@ -3281,7 +3673,7 @@ def test_a_gpu_encodes_whole_groups(tmp_path: Path, prepared: Prepare, monkeypat
 GIB = 1024**3
 
 
-def pretend_hardware(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, apple: bool = False, bf16: bool = True) -> None:
+def pretend_hardware(monkeypatch: Patch, gpus: int = 0, apple: bool = False, bf16: bool = True) -> None:
     """Let torch see so many CUDA GPUs of 8 GiB with 5 free, or Apple's GPU with 8 GiB of which 1 is in use."""
     replaced: Json = {
         "cuda.is_available": lambda: gpus > 0,
@@ -3300,36 +3692,30 @@ def pretend_hardware(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, apple: bool
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("gpus", "apple", "wish", "rank", "device", "free_gb"),
+    ("gpus", "apple", "wish", "rank", "expected"),
     [
-        (2, False, "auto", 0, "cuda:0", 5.49),  # With what CUDA takes at the first question.
-        (2, True, "auto", 1, "cuda:1", 5.49),
-        (2, False, "cuda", 1, "cuda:1", 5.49),
-        (2, False, "cuda:1", 0, "cuda:1", 5.49),
-        (0, True, "auto", 0, "mps", 6.0),  # Its memory is the main memory.
-        (0, False, "auto", 0, "cpu", 3.0),  # Two processes share it.
-        (2, True, "cpu", 1, "cpu", 3.0),
-        (2, False, "cuda:2", 0, None, None),
-        (2, False, "auto", 2, None, None),
-        (0, True, "cuda", 0, None, None),
-        (2, False, "mps", 0, None, None),
+        (2, False, "auto", 0, ("cuda:0", 5.49)),  # With what CUDA takes at the first question.
+        (2, True, "auto", 1, ("cuda:1", 5.49)),
+        (2, False, "cuda", 1, ("cuda:1", 5.49)),
+        (2, False, "cuda:1", 0, ("cuda:1", 5.49)),
+        (0, True, "auto", 0, ("mps", 6.0)),  # Its memory is the main memory.
+        (0, False, "auto", 0, ("cpu", 3.0)),  # Two processes share it.
+        (2, True, "cpu", 1, ("cpu", 3.0)),
+        (2, False, "cuda:2", 0, None),
+        (2, False, "auto", 2, None),
+        (0, True, "cuda", 0, None),
+        (2, False, "mps", 0, None),
     ],
 )
-def test_the_device_is_the_best_or_the_one_that_is_named_and_a_missing_one_is_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-    gpus: int,
-    apple: bool,
-    wish: str,
-    rank: int,
-    device: str | None,
-    free_gb: float | None,
+def test_the_best_device_is_chosen_or_the_named_one_which_must_be_there(
+    monkeypatch: Patch, gpus: int, apple: bool, wish: str, rank: int, expected: tuple[str, float] | None
 ) -> None:
     pretend_hardware(monkeypatch, gpus, apple)
-    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 6 * GIB)
+    monkeypatch.setattr(trainer, "available_memory_bytes", lambda: 6 * GIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    if device:
+    if expected:
         report = trainer.choose_device(wish, rank).report()
-        assert (report["device"], report["free_gb"]) == (device, free_gb)
+        assert (report["device"], report["free_gb"]) == expected
         return
     with pytest.raises(trainer.TrainerError, match=f"'{wish}' cannot be used") as caught:
         trainer.choose_device(wish, rank)
@@ -3337,21 +3723,19 @@ def test_the_device_is_the_best_or_the_one_that_is_named_and_a_missing_one_is_an
 
 
 @needs("psutil")
-def test_a_containers_limit_bounds_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_containers_limit_bounds_the_free_memory(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(trainer, "Path", lambda _: tmp_path)
-    unlimited = trainer.free_memory_bytes()
+    unlimited = trainer.available_memory_bytes()
     for name, text in {"stat": "anon 70\nfile 30\n", "current": "100\n", "max": "1070\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text, "utf-8")
-    assert (trainer.free_memory_bytes(), bool(unlimited and unlimited > 1000)) == (1000, True)
+    assert (trainer.available_memory_bytes(), bool(unlimited and unlimited > 1000)) == (1000, True)
     (tmp_path / "memory.max").write_text("max\n", "utf-8")
-    assert (trainer.free_memory_bytes() or 0) > 1000
+    assert (trainer.available_memory_bytes() or 0) > 1000
 
 
 @needs_torch
 @pytest.mark.parametrize(("cuda", "reason"), [(None, "is a build without CUDA"), ("13.0", "or its driver")])
-def test_a_gpu_that_torch_cannot_use_is_an_error_if_named_and_a_loud_warning_otherwise(
-    monkeypatch: pytest.MonkeyPatch, cuda: str | None, reason: str
-) -> None:
+def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch: Patch, cuda: str | None, reason: str) -> None:
     pretend_hardware(monkeypatch)
     monkeypatch.setattr(trainer, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -3375,18 +3759,13 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_if_named_and_a_loud_warning_oth
         ("no", "cuda:0", True, "float32"),
     ],
 )
-def test_the_compute_dtype_fits_the_device(
-    monkeypatch: pytest.MonkeyPatch, wish: str, device: str, bf16: bool, dtype: str
-) -> None:
+def test_the_dtype_fits_the_device(monkeypatch: Patch, wish: str, device: str, bf16: bool, dtype: str) -> None:
     pretend_hardware(monkeypatch, gpus=1, bf16=bf16)
     assert trainer.choose_dtype(wish, device)[0] == getattr(torch, dtype)
 
 
-@needs_torch
 @pytest.mark.parametrize("family", [family.name for family in trainer.FAMILIES])
 def test_full_size_models_have_the_expected_targets_and_sizes(family: str) -> None:
-    import memory
-
     modules, widths, unet = {  # for attention, transformer, all; the UNet's weights, and those of its linear layers
         "sd15": ((128, 192, 278), (199_296, 423_936, 1_050_816), (859_520_964, 270_049_280)),
         "sd21": ((128, 192, 278), (207_488, 432_128, 1_059_008), (865_910_724, 301_219_840)),
@@ -3404,30 +3783,25 @@ def test_full_size_models_have_the_expected_targets_and_sizes(family: str) -> No
     assert saved == pytest.approx(unet[1] * (2 - 1 / 2 - 1 / 64 - 1 / 4096), abs=1)
 
 
-@needs_torch
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_estimate_counts_the_weights_that_a_run_then_has(
-    tmp_path: Path, images: Path, models: Path, accumulation: int
-) -> None:
+def test_the_estimate_counts_a_runs_weights(tmp_path: Path, images: Path, models: Path, accumulation: int) -> None:
     config = small(images, models / "sdxl", tmp_path / "out", gradient_accumulation_steps=accumulation, ema_decay=0.9)
     made = prepare(tmp_path, config)
     terms, adapter = made.plan.memory, made.adapter
     frozen = [weight for weight in made.unet.parameters() if not weight.requires_grad]
     assert terms["weights"] == sum(weight.nbytes for weight in frozen)
     assert terms["lora"] == adapter.weights.nbytes
-    assert terms["gradients"] == adapter.gradient.nbytes + adapter.incoming.nbytes
+    assert terms["gradients"] == accumulation * adapter.gradient.nbytes
+    assert (adapter.incoming is adapter.gradient) == (accumulation == 1)
     assert adapter.average is not None and terms["ema"] == adapter.average.nbytes
     assert terms["optimizer"] == 2 * adapter.weights.nbytes
     assert 0 < terms["activations"] < 100 * 2**20
     release(made.folder)
 
 
-@needs_torch
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("text", [True, False])
 def test_the_terms_of_the_estimate_add_up(gpu: bool, text: bool) -> None:
-    import memory
-
     keys: Json = {"train_text_encoder": text, "sample_prompts": ("a zorb",)}
     config, source = memory.make_config(**keys), memory.make_source("sdxl")
     options: Json = {"half": True, "checkpointing": True, "gpu": gpu, "cached": 1000}
@@ -3447,34 +3821,22 @@ def test_the_terms_of_the_estimate_add_up(gpu: bool, text: bool) -> None:
     assert without["sampling"] == 0 < terms["sampling"]
 
 
-@needs_torch
 @pytest.mark.parametrize(
     ("family", "checkpointing", "keys"),
     [("sd15", False, {}), ("sd21", True, {"lora_targets": "all", "lora_rank": 128})],
 )
-def test_the_table_of_activations_is_what_a_step_is_counted_to_hold(
-    family: str, checkpointing: bool, keys: Json
-) -> None:
-    import memory
-
+def test_the_estimate_of_activations_is_what_a_step_holds(family: str, checkpointing: bool, keys: Json) -> None:
     row = memory.setting(family, 512, checkpointing, **keys)
     assert row.estimate()["activations"] == pytest.approx(row.count(), rel=0.1)
+    if not keys:
+        with_text, alone = (
+            memory.setting(family, 512, False, batch_size=4, train_text_encoder=on) for on in (True, False)
+        )
+        more = with_text.estimate()["activations"] - alone.estimate()["activations"]
+        assert more == pytest.approx(with_text.count("text_encoder"), rel=0.1)
 
 
-@needs_torch
-def test_text_encoders_that_train_keep_what_is_counted() -> None:
-    import memory
-
-    row = memory.setting("sd15", 512, False, batch_size=4, train_text_encoder=True)
-    alone = memory.setting("sd15", 512, False, batch_size=4)
-    estimate = row.estimate()["activations"] - alone.estimate()["activations"]
-    assert estimate == pytest.approx(row.count("text_encoder"), rel=0.1)
-
-
-@needs_torch
 def test_the_memory_page_has_the_scripts_numbers_and_its_counts_bear_them_out() -> None:
-    import memory
-
     page = memory.DOCUMENT.read_text("utf-8")
     assert memory.fits_table() in page
     lines = re.search(r"<!-- counted -->\n.*\n.*\n((?:\|.*\n)+)", page)
@@ -3486,13 +3848,10 @@ def test_the_memory_page_has_the_scripts_numbers_and_its_counts_bear_them_out() 
         assert abs(deviation) < 0.15 if cells[3].startswith("lora ") else -0.1 < deviation < 1
 
 
-@needs_torch
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr"])
 @pytest.mark.parametrize("family", [family.name for family in trainer.FAMILIES])
 def test_more_of_anything_never_needs_less_memory(family: str, lora_type: str, checkpointing: bool) -> None:
-    import memory
-
     def total(resolution: int = 768, half: bool = True, **keys: Any) -> int:
         row = memory.setting(family, resolution, checkpointing, half, lora_type=lora_type, **keys)
         return int(row.estimate()["total"])
@@ -3515,10 +3874,7 @@ def test_more_of_anything_never_needs_less_memory(family: str, lora_type: str, c
         assert needed[-1] > needed[0] or key == "max_caption_tokens", key
 
 
-@needs_torch
 def test_a_sample_is_decoded_in_tiles_if_that_would_take_more_than_training() -> None:
-    import memory
-
     source = memory.make_source("sdxl")
     room = trainer.vae_bytes(source, 1024**2, half=True, decoding=True)
     assert [trainer.decode_side(source, 1024, size, half=True) for size in (room, room - 1)] == [1024, 384]
@@ -3529,9 +3885,7 @@ def test_a_sample_is_decoded_in_tiles_if_that_would_take_more_than_training() ->
     ("wish", "need_gib", "free_gib", "expected"),
     [("auto", 8, 7, True), ("auto", 6, 7, False), (True, 0, 7, True), (False, 8, 7, False), ("auto", 8, None, False)],
 )
-def test_checkpointing_is_turned_on_if_the_run_would_not_fit(
-    wish: bool | str, need_gib: int, free_gib: int | None, expected: bool
-) -> None:
+def test_checkpointing_is_on_if_a_run_would_not_fit(wish: Any, need_gib: int, free_gib: Any, expected: bool) -> None:
     gpu = trainer.Hardware("cuda:0", "GPU", "", 8 * GIB, free_gib and free_gib * GIB)
     assert trainer.choose_checkpointing(wish, need_gib * GIB, gpu)[0] is expected
 
@@ -3547,7 +3901,6 @@ ADVICE: dict[str, Json] = {  # what the hint says, in its order, and a change of
 NEEDY: Json = {"batch_size": 4, "gradient_accumulation_steps": 2, "resolution": 1024, "lora_rank": 128}
 
 
-@needs_torch
 @pytest.mark.parametrize(
     ("keys", "checkpointing", "gpu", "missing"),
     [
@@ -3563,20 +3916,13 @@ NEEDY: Json = {"batch_size": 4, "gradient_accumulation_steps": 2, "resolution": 
         ({"init_lora_path": "a.safetensors"}, False, True, (5,)),
     ],
 )
-def test_the_hint_lists_in_order_what_would_help(
-    keys: Json, checkpointing: bool, gpu: bool, missing: tuple[int, ...]
-) -> None:
-    import memory
-
+def test_the_hint_lists_what_would_help(keys: Json, checkpointing: bool, gpu: bool, missing: tuple[int, ...]) -> None:
     hint = trainer.memory_hint(memory.make_config(**NEEDY | keys), checkpointing, gpu)
     advice = [text for number, text in enumerate(ADVICE) if number not in missing]
     assert hint == f"Set, in this order until it fits: {', '.join(advice)}."
 
 
-@needs_torch
 def test_each_advice_saves_memory_and_a_run_that_nothing_helps_needs_another_device() -> None:
-    import memory
-
     def total(checkpointing: bool, resolution: int, **keys: Any) -> int:
         return int(memory.setting("sdxl", resolution, checkpointing, **keys).estimate()["total"])
 
@@ -3586,12 +3932,9 @@ def test_each_advice_saves_memory_and_a_run_that_nothing_helps_needs_another_dev
     assert trainer.memory_hint(least, True, False) == "Use a device with more free memory."
 
 
-@needs_torch
 def test_a_run_on_the_cpu_is_held_against_main_memory(tmp_path: Path, images: Path, models: Path) -> None:
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", batch_size=4, device="cpu"))
-    process = patched("t.free_memory_bytes = lambda: 2**28", "--config", config, "--validate-only")
-    stdout, stderr = process.communicate()
-    result = Run(process.returncode, stdout, stderr)
+    result = finish(started(config, "t.available_memory_bytes = lambda: 2**28", "--validate-only"))
     assert result.last["hardware"]["free_gb"] == 0.25
     assert result.last["memory"]["host_gb"] == result.last["memory"]["total_gb"]
     assert any("Gradient checkpointing: on" in event["message"] for event in result.of("info"))
@@ -3600,46 +3943,23 @@ def test_a_run_on_the_cpu_is_held_against_main_memory(tmp_path: Path, images: Pa
     assert warning["hint"].startswith("Set, in this order until it fits: batch_size 1 with")
 
 
+def test_a_micro_model_computes_on_one_thread_and_says_why(monkeypatch: Patch) -> None:
+    set_threads = mock.Mock()
+    monkeypatch.setattr(torch, "set_num_threads", set_threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert "1.5 million weights" in trainer.limit_threads(1_500_000, "cpu")
+    assert trainer.limit_threads(860_000_000, "cpu") == trainer.limit_threads(1_500_000, "cuda:0") == ""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert trainer.limit_threads(1_500_000, "cpu") == ""
+    set_threads.assert_called_once_with(1)
+
+
 # ======================================================================================
 # samples and report
 # ======================================================================================
 
 
-@needs_torch
-def test_samples_do_not_touch_the_training(tmp_path: Path, images: Path, models: Path) -> None:
-    config = small(images, models / "sd15", tmp_path / "without", lora_dropout=0.2)
-    without = train(tmp_path, config)
-    sampled = {"output_path": str(tmp_path / "with"), "validation_steps": 1, "sample_at_start": True}
-    with_samples = train(tmp_path, config | sampled)
-    assert [event["step"] for event in emitted(with_samples, "sample")] == [0, 1, 2, 3, 4]
-    assert_same_tensors(without.final_path, with_samples.final_path)
-    assert with_samples.state.losses == without.state.losses
-
-
-@needs_torch
-@pytest.mark.parametrize("kind", [*KINDS, "sd21v with zero terminal SNR"])
-def test_a_sample_is_what_diffusers_own_pipeline_draws(tmp_path: Path, images: Path, models: Path, kind: str) -> None:
-    kind, _, zero_terminal_snr = kind.partition(" with ")
-    config = small(images, models / kind, tmp_path / "out", steps=1, validation_steps=1, sample_at_start=True)
-    config |= {"zero_terminal_snr": bool(zero_terminal_snr), "sample_prompts": ["a zorb"]}
-    train(tmp_path, config | {"sample_negative_prompt": "bad"})
-    library: Any = diffusers
-    pipeline = library.DiffusionPipeline.from_pretrained(models / kind)
-    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_terminal_snr else {}
-    pipeline.scheduler = library.DDIMScheduler(**{**pipeline.scheduler.config} | changes)
-    pipeline.set_progress_bar_config(disable=True)
-    with Image.open(tmp_path / "out/samples/step_0_0.png") as drawn:
-        side, text = drawn.width, drawn.info
-        noise = torch.randn((1, 4, side // 8, side // 8), generator=torch.Generator().manual_seed(int(text["seed"])))
-        options = {"num_inference_steps": 3, "guidance_scale": 7.0, "height": side, "width": side}
-        (expected,) = pipeline("a zorb", negative_prompt="bad", latents=noise, **options).images
-        extremes: Any = ImageChops.difference(drawn, expected).getextrema()
-        assert max(high for _, high in extremes) <= 1
-    assert (text["prompt"], text["step"]) == ("a zorb", "0")
-
-
-@needs_torch
-def test_a_stop_ends_a_sample_and_the_vae_leaves_the_device_also_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_a_sample_and_the_vae_leaves_the_device_also_when_it_fails(monkeypatch: Patch) -> None:
     keys = {"resolution": 64, "sample_steps": 4, "sample_negative_prompt": "", "sample_guidance_scale": 3.0}
     source = SimpleNamespace(scheduler=SCHEDULER | {"rescale_betas_zero_snr": False}, vae_factor=8, unet={})
     vae, predict, device = mock.Mock(), mock.Mock(side_effect=lambda latents, *_: latents), torch.device("cpu")
@@ -3653,7 +3973,6 @@ def test_a_stop_ends_a_sample_and_the_vae_leaves_the_device_also_when_it_fails(m
     assert vae.to.call_args_list == [mock.call(device), mock.call("cpu")]
 
 
-@needs_torch
 @needs("tensorboard")
 def test_tensorboard_shows_what_the_events_say_also_after_a_resume(tmp_path: Path, images: Path, models: Path) -> None:
     config = small(images, models / "sd15", tmp_path / "out", train_text_encoder=True, report_to=["tensorboard"])
@@ -3674,12 +3993,11 @@ def test_tensorboard_shows_what_the_events_say_also_after_a_resume(tmp_path: Pat
     assert pictures[6].tobytes() == Image.open(tmp_path / "out/samples/step_6_0.png").tobytes()
 
 
-@needs_torch
 @needs("wandb")
-def test_wandb_keeps_the_events(tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_keeps_the_events(tmp_path: Path, images: Path, models: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = small(images, models / "sd15", tmp_path / "out", report_to=["wandb"], validation_steps=4)
-    result = run("--config", write_config(tmp_path, **config))
+    result = run_copy("--config", write_config(tmp_path, **config))
     assert "tracking_failed" not in {event["code"] for event in result.of("warning")}
     logged_run = next((tmp_path / "out/wandb").glob("offline-run-*"))
     summary = next(logged_run.glob("run-*.wandb")).read_bytes()
@@ -3690,7 +4008,7 @@ def test_wandb_keeps_the_events(tmp_path: Path, images: Path, models: Path, monk
 
 
 @needs_torch
-def test_a_wandb_without_an_account_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_without_an_account_asks_nobody(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", cast("Any", SimpleNamespace(login=lambda *, prompt, verify: prompt)))
     trainer.Trackers(warn := mock.Mock()).open(["wandb"], tmp_path, "id", cast("Any", None), 0)
@@ -3700,15 +4018,15 @@ def test_a_wandb_without_an_account_asks_nobody(tmp_path: Path, monkeypatch: pyt
 
 @needs_torch
 @pytest.mark.parametrize("failing", ["start", "log", "log_images", "finish"])
-def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, monkeypatch: Patch, failing: str) -> None:
     bad, good, warn = mock.Mock(**{f"{failing}.side_effect": ConnectionError("no network")}), mock.Mock(), mock.Mock()
     monkeypatch.setattr(trainer, "open_tracker", lambda name, *_: {"wandb": bad, "tensorboard": good}[name])
     draw_image(tmp_path / "sample.png", (64, 64))
     trackers = trainer.Trackers(warn)
     trackers.open(["wandb", "tensorboard"], tmp_path, "id", cast("Any", None), 0)
     for step in (1, 2):
-        trackers.tell("progress", {"step": step, "loss": 0.5, "learning_rates": {"unet": 1e-4}})
-        trackers.tell("sample", {"step": step, "index": 0, "image_path": tmp_path / "sample.png"})
+        trackers.log("progress", {"step": step, "loss": 0.5, "learning_rates": {"unet": 1e-4}})
+        trackers.log("sample", {"step": step, "index": 0, "image_path": tmp_path / "sample.png"})
     trackers.close()
     names = [name for name, *_ in good.method_calls]
     assert names == ["start", "log", "log_images", "log", "log_images", "finish"]
@@ -3769,8 +4087,7 @@ def shown_samples(folder: Path) -> list[str]:
     return names
 
 
-@needs_torch
-def test_the_page_follows_a_run(tmp_path: Path, images: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_follows_a_run(tmp_path: Path, images: Path, models: Path, monkeypatch: Patch) -> None:
     config = small(images, models / "sd15", tmp_path / "out", validation_steps=2, sample_prompts=["a", "b"])
     emit = Recorder.emit
     (tmp_path / "out").mkdir()
@@ -3794,11 +4111,10 @@ def test_the_page_follows_a_run(tmp_path: Path, images: Path, models: Path, monk
     assert samples_after(fresh=True, validation_steps=0) == []
 
 
-@needs_torch
 def test_a_failed_run_says_so_on_its_page(tmp_path: Path, images: Path, models: Path) -> None:
     code = "def fail(self, *_):\n    raise RuntimeError('no luck <today>')\nt.LoRATrainer.finish = fail"
     config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out"))
-    assert patched(code, "--config", config).wait(timeout=120) == 1
+    assert finish(started(config, code)).code == 1
     page = (tmp_path / "out/report.html").read_text("utf-8")
     assert "<h1>lora: failed</h1>" in page and "no luck &lt;today&gt;" in page
 
@@ -3813,8 +4129,10 @@ def make_report(folder: Path, prompts: Sequence[str], steps: Sequence[int] = (2,
     (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
     config = dataclasses.make_dataclass("Config", ["output_name", "steps", "sample_prompts"])("lora", 99, prompts)
     source = SimpleNamespace(name="base")
-    plan: Any = SimpleNamespace(config=config, source=source, hardware=None, epoch=lambda step: step / 2)
-    return trainer.Report(folder, Recorder(), plan, "float32")
+    plan: Any = SimpleNamespace(
+        config=config, source=source, hardware=None, dtype_name="float32", epoch=lambda step: step / 2
+    )
+    return trainer.Report(folder, Recorder(), plan)
 
 
 @needs_torch
@@ -3901,19 +4219,14 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.stem: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@needs_torch
-def test_a_state_reads_back_bit_by_bit_and_what_is_damaged_is_no_state(tmp_path: Path) -> None:
+def test_a_state_reads_back_bit_by_bit(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(7.0), "c": torch.randn(5).bfloat16()}
-    path, data = tmp_path / "state.safetensors", trainer.encode_state(tensors, {"name": "x", "number": 0.1})
-    path.write_bytes(data)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(trainer.encode_state(tensors, {"name": "x", "number": 0.1}))
     back, record = trainer.decode_state(path)
     assert record == {"name": "x", "number": 0.1}
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     assert trainer.read_header(path).keys() == {"format", "record", "sha256"}
-    for damaged in (data[:50], b"", data.replace(b"0.1", b"0.2")):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError):
-            trainer.decode_state(path)
 
 
 AUGMENTED: Json = {"caption_dropout": 0.3, "random_flip": True, "shuffle_tags": True, "max_caption_tokens": 150}
@@ -3921,7 +4234,7 @@ AUGMENTED |= {"repeats": 2, "masked_loss": True, "validation_split": 0.2, "valid
 AUGMENTED |= {"regularization_path": "prior", "prior_loss_weight": 0.5}
 ACCUMULATED: Json = {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "lr_scheduler": "cosine", "log_steps": 3}
 RESUMED: list[tuple[str, Json, str]] = [  # (model, settings, package)
-    ("sd15", ACCUMULATED | {"lora_dropout": 0.3, "lr_warmup_steps": 2}, "torch"),
+    ("sd15", ACCUMULATED | {"lora_dropout": 0.3, "lr_warmup_steps": 2, "validation_steps": 1}, "torch"),
     ("sd15", {"gradient_checkpointing": True, "mixed_precision": "bf16", "batch_size": 1}, "torch"),
     ("sd15", {"mixed_precision": "fp16"}, "torch"),
     ("sd15", AUGMENTED, "torch"),
@@ -3940,19 +4253,21 @@ assert {changes.get("optimizer", "adamw") for _, changes, _ in RESUMED} == {*tra
 def test_an_interrupted_run_ends_in_the_same_bits(tiny: TinyRuns, kind: str, changes: Json, package: str) -> None:
     pytest.importorskip(package)
     make_dataset(tiny.folder / "prior", [(64, 64)])
-    whole = tiny.train(kind=kind, output="whole", steps=8, **changes | {"validation_steps": 0})
+    whole = tiny.train(
+        kind=kind, output="whole", steps=6, **changes | {"validation_steps": 0}
+    )  # Samples change no bit.
     parts, moments = list[trainer.LoRATrainer](), random.Random(str(changes))
-    for polls in (moments.randint(1, 4), moments.randint(1, 3), math.inf):
+    for polls in (moments.randint(1, 3), moments.randint(1, 2), math.inf):
         torch.manual_seed(len(parts))  # What was drawn before must not matter.
-        parts.append(tiny.train(kind=kind, steps=8, stop=polls, **changes))
+        parts.append(tiny.train(kind=kind, steps=6, stop=polls, **changes))
     keys = ("step", "loss", "loss_avg", "learning_rates", "grad_norm", "epoch", "percent")
     progress = [[event[key] for key in keys] for part in parts for event in emitted(part, "progress")]
     assert progress == [[event[key] for key in keys] for event in emitted(whole, "progress")]
     assert_same_tensors(parts[-1].final_path, whole.final_path)
-    paths = [made.checkpoints.state_path(8) for made in (parts[-1], whole)]
+    paths = [made.checkpoints.state_path(6) for made in (parts[-1], whole)]
     assert_same_tensors(*paths)
     (_, record), (tensors, other) = map(trainer.decode_state, paths)
-    assert all(record[key] == other[key] for key in ("optimizer", "scaler"))
+    assert all(record["adapter"][key] == other["adapter"][key] for key in ("optimizer", "scaler"))
     assert parts[-1].state == dataclasses.replace(whole.state, seconds=parts[-1].state.seconds)
     assert torch.equal(tensors["weights"], whole.adapter.weights)
     assert ("average" in tensors) == ("ema_decay" in changes)
@@ -3987,15 +4302,15 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_none_left_is_an_error(
 @needs_torch
 def test_a_state_in_an_older_format_is_refused_with_both_formats_and_a_hint(tmp_path: Path) -> None:
     path, warn = tmp_path / "state_step_4.safetensors", mock.Mock()
-    path.write_bytes(trainer.encode_state({}, {}).replace(b"train_lora state 3", b"train_lora state 2"))
+    path.write_bytes(trainer.encode_state({}, {}).replace(b"train_lora state 4", b"train_lora state 3"))
     with pytest.raises(trainer.TrainerError) as caught:
         trainer.find_resume_point([(4, path)], warn)
     assert (caught.value.code, "--fresh" in caught.value.hint) == ("checkpoint_corrupt", True)
-    assert "it is a 'train_lora state 2' file, and this version reads 'train_lora state 3'" in warn.call_args.args[1]
+    assert "it is a 'train_lora state 3' file, and this version reads 'train_lora state 4'" in warn.call_args.args[1]
 
 
 @needs_torch
-def test_a_state_that_may_not_be_read_is_not_called_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_may_not_be_read_is_not_called_corrupt(monkeypatch: Patch) -> None:
     forbidden = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(trainer.TrainerError, match="Permission denied") as caught:
@@ -4012,7 +4327,7 @@ def check_damage(tiny: TinyRuns, step: int) -> int:
     for damaged in itertools.chain(flipped, (data[:length] for length in range(0, len(data), step))):
         path.write_bytes(damaged)
         point = trainer.find_resume_point(states, lambda code, *_: warnings.append(code))
-        assert point and point.state.step == 3
+        assert point and point.record.state.step == 3
     assert {*warnings} == {"checkpoint_corrupt"}
     return len(warnings)
 
@@ -4060,7 +4375,7 @@ def test_a_kill_at_every_system_call_of_a_save_leaves_a_good_state_and_its_lora(
     while kill_in_save(made, len(newest) + 1):
         point = trainer.find_resume_point(made.checkpoints.states(), lambda *warning: pytest.fail(str(warning)))
         assert point and len([tensors_of(path) for _, path in made.checkpoints.loras()]) >= 2
-        newest.append(point.state.step)
+        newest.append(point.record.state.step)
         shutil.rmtree(tiny.output)
         shutil.copytree(before, tiny.output)
     assert newest == sorted(newest) and {*newest} == {3, 4}
@@ -4078,7 +4393,7 @@ def test_other_settings_do_not_resume_but_more_steps_and_other_cadences_do(tiny:
     assert_same_tensors(longer.final_path, tiny.train(lora_alpha=4, steps=6, output="straight").final_path)
 
 
-def test_what_else_changed_since_the_last_attempt_is_a_warning(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_else_changed_since_the_last_attempt_is_a_warning(tiny: TinyRuns, monkeypatch: Patch) -> None:
     keys: Json = {"lr_scheduler": "cosine", "lr_warmup_steps": 1}
     tiny.train(stop=2, **keys)
     assert not {"resume_not_exact", "schedule_stretched"} & {*warning_codes(tiny.train(stop=1, **keys))}
@@ -4134,7 +4449,7 @@ def test_fresh_sets_the_checkpoints_aside_once_config_dataset_and_model_are_good
 
 
 @pytest.mark.parametrize("killed_in", ["add_adapter", ""])
-def test_a_fresh_run_killed_early_goes_on(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, killed_in: str) -> None:
+def test_a_fresh_run_killed_early_goes_on(tiny: TinyRuns, monkeypatch: Patch, killed_in: str) -> None:
     first = tiny.train()
     with monkeypatch.context() as patch, contextlib.suppress(trainer.TrainerError):
         if killed_in:
@@ -4194,7 +4509,7 @@ def test_checkpoint_limit_keeps_the_newest_loras_and_two_states_are_kept_in_any_
 def foresee(folder: Path, config: Json, *, fresh: bool = False, **_: Any) -> list[str]:
     """Validate, and return what is said about a start."""
     events: Any = Recorder()
-    trainer.validate(load(folder, config), events, trainer.Group(), fresh)
+    trainer.check_run(load(folder, config), events, trainer.Group(), fresh)
     return [event["message"] for event in events.events if "A start" in event.get("message", "")]
 
 
@@ -4213,8 +4528,8 @@ def test_a_setting_that_cannot_work_with_the_model_is_named(tiny: TinyRuns, kind
     assert (error.code, [item["path"] for item in error.problems]) == ("config_invalid", [key])
 
 
-def test_a_plan_that_does_not_fit_checkpoints_and_warns(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 2**24)
+def test_a_plan_that_does_not_fit_checkpoints_and_warns(tiny: TinyRuns, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(trainer, "available_memory_bytes", lambda: 2**24)
     keys: Json = {"batch_size": 8, "lr_warmup_steps": 9, "prediction_type": "v_prediction", "resolution": 512}
     config = load(tiny.folder, tiny.config(base_model=str(hollow_model(tiny.folder / "model")), **keys))
     source = trainer.locate_model(config, Recorder(), half=True, download=False)
@@ -4250,7 +4565,7 @@ def test_validation_and_training_give_the_same_answer(tiny: TinyRuns, files: Jso
         assert not caught or caught.value.code == code
 
 
-def test_cublas_hears_of_determinism_with_the_plan(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cublas_hears_of_determinism_with_the_plan(tiny: TinyRuns, monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "environ", environment := {"OMP_NUM_THREADS": "1"})
     monkeypatch.setattr(torch, "use_deterministic_algorithms", mock.Mock())
     make_plan(tiny.folder, tiny.config(deterministic=True))
@@ -4466,7 +4781,6 @@ def test_divergence_ends_the_run_and_no_broken_lora_is_written(tiny: TinyRuns) -
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@needs_torch
 def test_a_compiled_unet_computes_the_same_for_every_bucket(tiny: TinyRuns) -> None:
     plain, made = (tiny.set_up(output=f"{wish}", batch_size=1, compile=wish) for wish in (False, True))
     assert "compile_unavailable" not in warning_codes(made)
@@ -4476,7 +4790,7 @@ def test_a_compiled_unet_computes_the_same_for_every_bucket(tiny: TinyRuns) -> N
         torch.testing.assert_close(gradient_of(made, step), gradient_of(plain, step), rtol=1e-3, atol=1e-6)
 
 
-def test_without_a_compiler_a_run_warns_and_goes_on(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_a_run_warns_and_goes_on(tiny: TinyRuns, monkeypatch: Patch) -> None:
     failure = mock.Mock(side_effect=RuntimeError("Failed to find a C++ compiler\nand a stack trace"))
     monkeypatch.setattr(torch, "compile", failure)
     made = tiny.train(steps=1, compile=True)
@@ -4494,7 +4808,7 @@ def test_the_state_is_saved_between_checkpoints_once_minutes_have_passed(tiny: T
     assert tiny.set_up().saved == made.saved
 
 
-def fail_writes(monkeypatch: pytest.MonkeyPatch, failing: Callable[[str], bool]) -> None:
+def fail_writes(monkeypatch: Patch, failing: Callable[[str], bool]) -> None:
     """Let the disk be full where a file would get a name that is `failing`."""
     real = trainer.replace_file
 
@@ -4506,7 +4820,7 @@ def fail_writes(monkeypatch: pytest.MonkeyPatch, failing: Callable[[str], bool])
     monkeypatch.setattr(trainer, "replace_file", replace)
 
 
-def test_a_failed_save_warns_and_two_in_a_row_end_the_run(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_warns_and_two_in_a_row_end_the_run(tiny: TinyRuns, monkeypatch: Patch) -> None:
     made = tiny.set_up(steps=12, checkpoint_steps=2)
     fail_writes(monkeypatch, lambda _: made.state.step in (4, 8, 10))
     with pytest.raises(trainer.TrainerError) as caught:
@@ -4517,7 +4831,7 @@ def test_a_failed_save_warns_and_two_in_a_row_end_the_run(tiny: TinyRuns, monkey
 
 
 @pytest.mark.parametrize("name", ["lora_step", "final"])
-def test_a_lora_that_cannot_be_written_comes_later(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_lora_that_cannot_be_written_comes_later(tiny: TinyRuns, monkeypatch: Patch, name: str) -> None:
     made = tiny.set_up(checkpoint_steps=2)
     fail_writes(monkeypatch, lambda target: name in target)
     with pytest.raises(trainer.TrainerError) as caught:
@@ -4542,8 +4856,8 @@ def test_a_lora_that_cannot_be_written_comes_later(tiny: TinyRuns, monkeypatch: 
         ("saving", "file_tensors", 6),
     ],
 )
-def test_out_of_memory_says_where_with_which_sizes_and_what_to_change_and_saves_what_was_trained(
-    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, phase: str, name: str, saved: int
+def test_out_of_memory_says_where_and_what_to_change_and_saves(
+    tiny: TinyRuns, monkeypatch: Patch, phase: str, name: str, saved: int
 ) -> None:
     if phase == "resuming":
         tiny.train(steps=6, stop=2)
@@ -4566,7 +4880,7 @@ def test_out_of_memory_says_where_with_which_sizes_and_what_to_change_and_saves_
     assert len(emitted(tiny.train(steps=6), "progress")) == 6 - saved
 
 
-def test_a_sample_that_cannot_be_made_is_a_warning(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_cannot_be_made_is_a_warning(tiny: TinyRuns, monkeypatch: Patch) -> None:
     exhausted = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr(trainer, "decode_latents", exhausted)
     made = tiny.train(validation_steps=2)
@@ -4574,7 +4888,7 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tiny: TinyRuns, monkeypatch: 
     assert len(emitted(made, "progress")) == 4
 
 
-def test_a_disk_that_will_not_hold_the_run_is_a_warning(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_will_not_hold_the_run_is_a_warning(tiny: TinyRuns, monkeypatch: Patch) -> None:
     nearly_full = shutil.disk_usage(tiny.folder)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
     assert "disk_space_low" in warning_codes(tiny.set_up())
@@ -4609,7 +4923,7 @@ def test_validation_reports_model_dataset_memory_and_hardware(tiny: TinyRuns) ->
     Image.new("L", (64, 64)).save(folder / "copy-masklabel.png")
     keys: Json = {"repeats": 2, "validation_split": 0.1, "masked_loss": True, "regularization_path": "prior"}
     keys |= {"dataset_path": "images"}
-    result = run("--config", write_config(tiny.folder, **tiny.config("sd21v", **keys)), "--validate-only")
+    result = run_copy("--config", write_config(tiny.folder, **tiny.config("sd21v", **keys)), "--validate-only")
     last, dataset = result.last, result.last["dataset"]
     assert (result.code, last["type"], last["valid"]) == (0, "validated", True)
     model = {"family": "sd21", "prediction_type": "v_prediction", "native_resolution": 96, "guessed": False}
@@ -4624,7 +4938,7 @@ def test_validation_reports_model_dataset_memory_and_hardware(tiny: TinyRuns) ->
         "captions": {"sidecar": 4, "folder name": 1, "trigger words": 1},
         "repeats": {"2": 5, "6": 1},
         "steps_per_epoch": sum(math.ceil(count / 2) for count in buckets.values()),
-        "tokens": {"limit": 75, "longest": 109, "cut": ["0.png"], "common_trigger_words": []},
+        "tokens": {"limit": 75, "longest": 109, "cut": ["0.png"], "prompts_cut": [], "common_trigger_words": []},
         "duplicates": [["3_bird/a.png", "copy.png"]],
     }
     assert last["hardware"]["device"] and last["memory"]["total_gb"] > 0 and last["config"]["resolution"] == 96
@@ -4667,7 +4981,28 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 FIRST_LORA = "## Your first LoRA"
-PATIENCE_S = 600  # It is a limit for what hangs; on a busy machine everything takes many times its time.
+
+# The demo takes longest. It stands here, not at the end, so that another process has other tests for that time.
+
+
+@needs_torch
+def test_the_demo_teaches_its_concept_and_old_prompts_stay(tmp_path: Path) -> None:
+    """Run the README's first command for half of its steps, and measure its LoRA by benchmarks/quality.py."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # Threads that share a core wait for each other.
+    arguments = command("--config", ROOT / "demo/config.json", "--set", f"output_path={tmp_path}", "--set", "steps=200")
+    done = subprocess.run(arguments, capture_output=True, env=environment, timeout=LIMIT_S)
+    result = Run(done.returncode, done.stdout, done.stderr)
+    assert (result.code, result.last["type"]) == (0, "complete")
+    assert [event["step"] for event in result.of("sample") if event["index"] == 0] == [0, 200]
+    measure = [sys.executable, str(ROOT / "benchmarks/quality.py"), "lora", result.last["final_path"]]
+    measure += ["--samples", "4", "--steps", "10"]
+    done = subprocess.run(measure, capture_output=True, env=environment, timeout=LIMIT_S, check=True)
+    gains = {
+        prompt: measured["after"]["closeness"] - measured["before"]["closeness"]
+        for prompt, measured in json.loads(done.stdout)["prompts"].items()
+    }
+    assert min(gains["a red zorb"], gains["a blue zorb"]) > 0.1
+    assert min(gains["a red circle"], gains["a blue square"]) > -0.2
 
 
 def section(text: str, heading: str) -> str:
@@ -4716,7 +5051,7 @@ def test_every_error_code_and_every_event_has_one_entry() -> None:
     assert codes == EVENT_SCHEMA["definitions"]["error"]["properties"]["code"]["enum"]
     assert codes == headings(section(TEXTS["docs/troubleshooting.md"], "## By error code"), "###")
     types = EVENT_SCHEMA["properties"]["type"]["enum"]
-    assert {*types} == {*re.findall(r'\b(?:emit|tell)\(\s*"(\w+)"', source)}
+    assert {*types} == {*re.findall(r'\b(?:emit|emit_and_track)\(\s*"(\w+)"', source)}
     assert types == headings(section(TEXTS["docs/events.md"], "## Types"), "###")
     terms = EVENT_SCHEMA["definitions"]["validated"]["properties"]["memory"]["properties"]
     assert {f"{term}_gb" for term in first_column("docs/vram.md", "## Terms")} == {*terms}
@@ -4844,9 +5179,7 @@ def test_no_block_of_the_pages_is_overlooked() -> None:
 
 
 @pytest.mark.parametrize(("page", "line", "language", "text"), BLOCKS, ids=[f"{b[0]}:{b[1]} {b[2]}" for b in BLOCKS])
-def test_every_block_of_the_pages_is_run_or_validated(
-    tmp_path: Path, page: str, line: int, language: str, text: str
-) -> None:
+def test_every_block_is_run_or_validated(tmp_path: Path, page: str, line: int, language: str, text: str) -> None:
     if (page, language) not in RUN_ELSEWHERE:
         CHECKS[language](text, tmp_path)
 
@@ -4913,7 +5246,7 @@ def check_bash(text: str, _: Path) -> None:
     else:
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         words = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=LIMIT_S)
         assert (done.returncode, bool(done.stdout)) == (0, True), done.stderr
 
 
@@ -5026,7 +5359,6 @@ def check_output_tree(output: Path) -> None:
     assert [file for file in files if not any(re.fullmatch(form, file) for form in [*forms, r"\.lock"])] == []
 
 
-@needs_torch
 @posix
 def test_the_first_lora_comes_out_as_the_readme_says(tmp_path: Path, models: Path) -> None:
     """Follow the section in a folder of its own, with a tiny model and two steps in place of 250."""
@@ -5041,7 +5373,7 @@ def test_the_first_lora_comes_out_as_the_readme_says(tmp_path: Path, models: Pat
     write_json(tmp_path / "my_lora.json", config | few | {"sample_steps": 2})
 
     def follow(*words: str) -> str:
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
@@ -5104,30 +5436,7 @@ def test_every_link_between_the_pages_leads_somewhere(page: str) -> None:
             assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target
 
 
-@needs_torch
-def test_the_demo_teaches_its_concept_and_old_prompts_stay(tmp_path: Path) -> None:
-    """Run the README's first command, and measure its LoRA by benchmarks/quality.py."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # Threads that share a core wait for each other.
-    arguments = command("--config", ROOT / "demo/config.json", "--set", f"output_path={tmp_path}")
-    done = subprocess.run(arguments, capture_output=True, env=environment, timeout=3 * PATIENCE_S)
-    result = Run(done.returncode, done.stdout, done.stderr)
-    assert (result.code, result.last["type"]) == (0, "complete")
-    assert [event["step"] for event in result.of("sample") if event["index"] == 0] == [0, 200, 400]
-    measure = [sys.executable, str(ROOT / "benchmarks/quality.py"), "lora", result.last["final_path"]]
-    measure += ["--samples", "6", "--steps", "15"]
-    done = subprocess.run(measure, capture_output=True, env=environment, timeout=3 * PATIENCE_S, check=True)
-    gains = {
-        prompt: measured["after"]["closeness"] - measured["before"]["closeness"]
-        for prompt, measured in json.loads(done.stdout)["prompts"].items()
-    }
-    assert min(gains["a red zorb"], gains["a blue zorb"]) > 0.1
-    assert min(gains["a red circle"], gains["a blue square"]) > -0.2
-
-
-@needs_torch
 def test_what_the_memory_page_sets_for_a_card_leaves_a_tenth_of_it() -> None:
-    import memory
-
     assert memory.cards_table() in section(TEXTS["docs/vram.md"], "## What to set for your card")
     for card, columns in memory.CARDS.items():
         for (family, side), keys in zip((("sd15", 512), ("sdxl", 1024)), columns, strict=True):
@@ -5219,7 +5528,7 @@ def test_the_health_check_of_the_image_follows_the_health_port(form: str) -> Non
 
     def answered_check() -> int:
         """Check until the server has answered: on a busy machine a connection can fail, or time out, first."""
-        deadline, before, code = time.monotonic() + PATIENCE_S, len(answers), 1
+        deadline, before, code = time.monotonic() + LIMIT_S, len(answers), 1
         while code and len(answers) == before:
             assert time.monotonic() < deadline
             code = health_check(address)
@@ -5260,7 +5569,7 @@ def interrupt_at(process: subprocess.Popen[str], words: str) -> str:
     assert process.stdout
     assert any(words in line for line in process.stdout), words
     process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=PATIENCE_S)[0]
+    return process.communicate(timeout=LIMIT_S)[0]
 
 
 @each_parent
@@ -5268,17 +5577,16 @@ def test_a_parent_is_short_and_says_what_it_needs(tmp_path: Path, language: str)
     (text,) = blocks("docs/embedding.md", language)
     assert len(text.splitlines()) < 40
     with start_parent(tmp_path, language, stderr=subprocess.PIPE) as process:
-        _, errors = process.communicate(timeout=PATIENCE_S)
+        _, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (1, f"usage: {PARENTS[language]} CONFIG OUTPUT\n")
     if language == "js":  # Its interpreter comes from the environment.
         options: Json = {"env": os.environ | {"PYTHON": str(tmp_path / "none")}, "stderr": subprocess.PIPE}
         with start_parent(tmp_path, language, "x.json", tmp_path / "out", **options) as process:
-            _, errors = process.communicate(timeout=PATIENCE_S)
+            _, errors = process.communicate(timeout=LIMIT_S)
         assert (process.returncode, errors) == (127, f"PYTHON: spawn {tmp_path / 'none'} ENOENT\n")
 
 
 @needs_torch
-@posix
 @each_parent
 def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -> None:
     demo = json.loads((ROOT / "demo/config.json").read_text("utf-8"))
@@ -5291,13 +5599,13 @@ def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -
 
     with started(100_000) as process:
         rest = interrupt_at(process, "step 3 of 100000, ")
-    with pytest.importorskip("filelock").FileLock(output / ".lock", timeout=PATIENCE_S):  # The run has ended.
+    with pytest.importorskip("filelock").FileLock(output / ".lock", timeout=LIMIT_S):  # The run has ended.
         saved = logged(output / "events.jsonl")[-1]
     if language == "js" or sys.version_info >= (3, 11):  # Before 3.11 Ctrl-C cancels every task: the page says so.
         assert rest.endswith("last event: interrupted, exit code: 143\n")
         assert (process.returncode, saved["type"]) == (143, "interrupted")
     with started(saved["step"] + 2) as process:
-        text, _ = process.communicate(timeout=PATIENCE_S)
+        text, _ = process.communicate(timeout=LIMIT_S)
     assert re.findall(r"^step (\d+) of", text, re.MULTILINE) == [str(saved["step"] + 1), str(saved["step"] + 2)]
     assert text.endswith("last event: complete, exit code: 0\n")
     assert process.returncode == 0
@@ -5324,7 +5632,7 @@ def test_a_parent_reads_pieces_long_lines_and_unknown_ones_and_sees_a_child_die(
     dies = 'say(\'{"type": "comp\')\nos.kill(os.getpid(), 9)'
     (tmp_path / "train_lora.py").write_text(ODD_CHILD + dies, "utf-8")
     with start_parent(tmp_path, language, "x.json", tmp_path / "out", cwd=tmp_path) as process:
-        text, _ = process.communicate(timeout=PATIENCE_S)
+        text, _ = process.communicate(timeout=LIMIT_S)
     first, long, last = text.splitlines()
     assert (first, long.strip()) == ("step 1 of 2, 0 s left", "x" * 300_000)
     assert last == f"last event: info, exit code: {-9 if language == 'python' else 'SIGKILL'}"

@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+    from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
     from safetensors import safe_open
     from torch import Tensor
 
@@ -118,7 +118,7 @@ PROTOCOL = 1
 STARTED = time.monotonic()
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 WINDOWS = os.name == "nt"
-STALLED_S = 600.0  # A large model may load this long from a slow disk.
+STALLED_S = 600.0  # Loading a large model from a slow disk can take this long without an event.
 
 JSON = dict[str, Any]
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class TrainerError(Exception):
 
     def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
         super().__init__(message)
-        self.code, self.message, self.hint, self.problems = code, message, hint or HINTS[code], list(problems)
+        self.code, self.message, self.hint, self.problems = (code, message, hint or HINTS[code], list(problems))
 
     def fields(self, step: int) -> JSON:
         """Return the `error` event's fields, which are the attributes and the step that is saved (0 for none)."""
@@ -161,7 +161,7 @@ HINTS = {  # These apply where the place that fails knows no better remedy.
     "out_of_memory": "Try batch_size 1, gradient_checkpointing true, a smaller resolution or lora_rank.",
     "loss_not_finite": "Start over with a lower learning_rate or another mixed_precision; earlier LoRA files are good.",
     "disk_full": "Free some space and start the same command again.",
-    "output_not_writable": "Check output_path, its permissions and the file system.",
+    "output_not_writable": "Check the folder that is named, its permissions and the file system.",
     "output_in_use": "Wait for the other run, stop it, or choose another output_path.",
     "resume_mismatch": "Put the settings back, choose another output_path, or start over with --fresh.",
     "checkpoint_corrupt": "Restore a state file from a backup, or start over with --fresh.",
@@ -270,9 +270,9 @@ def draw_key(purpose: str, *parts: int | str) -> int:
 
 def import_checkers() -> None:
     """Import what checks a config, its images and its model without torch; this takes a tenth of a second."""
-    global Draft7Validator, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, safe_open
+    global Draft7Validator, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, safe_open
     from jsonschema import Draft7Validator
-    from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+    from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
     from safetensors import safe_open
 
 
@@ -312,7 +312,7 @@ class TrainingConfig:
     """One run's settings; types, bounds, defaults and meanings stand in config_schema.json only. Paths are absolute."""
 
     dataset_path: str
-    base_model: str  # a Hub id or a path
+    base_model: str  # It is a Hub id or an absolute path.
     output_path: str
     trigger_words: tuple[str, ...]
     model_type: str
@@ -347,6 +347,7 @@ class TrainingConfig:
     lora_type: str
     use_rslora: bool
     lora_targets: str
+    dora_as_lora_rank: int | None
     train_text_encoder: bool
     text_encoder_learning_rate: float
     loss_type: str
@@ -419,7 +420,6 @@ OPTIMIZERS = {
     "lion": OptimizerKind("lion_pytorch", "Lion", 4, "lion-pytorch", adam=False),
     "schedulefree_adamw": OptimizerKind("schedulefree", "AdamWScheduleFree", 8, "schedulefree", averages=True),
 }
-LOKR_LEARNING_RATE = 1e-3  # With AdamW: PEFT's benchmark (method_comparison) trains LoKr best at this rate.
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
@@ -437,7 +437,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     nested = top.pop("training_params", {})
     changed, problems = parse_overrides(overrides)
     if not isinstance(nested, dict):
-        nested, problems = {}, [*problems, problem("training_params", "must be an object")]
+        listed = [problem("training_params", "must be an object")]
+        raise TrainerError("config_invalid", "training_params must be an object.", problems=listed)
     for key in (key for key in top if key in nested and top[key] != nested[key]):
         problems.append(problem(key, "has one value at the top level and another under training_params; keep one"))
     values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
@@ -445,15 +446,15 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     for prefix, layer, folder in (("training_params.", nested, base), ("", top, base), ("--set ", changed, Path.cwd())):
         problems += [unknown_key(prefix + key, key) for key in layer if key not in definitions]
         values |= {key: resolve_value(layer[key], definitions[key], folder) for key in layer if key in definitions}
-    problems += check_values(values, definitions)
-    problems = problems or list(combination_problems(values))
+    wrong_values = list(check_values(values, definitions))
+    problems += wrong_values or combination_problems(values)
     if problems:
-        first = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems[:3])
+        first = "; ".join(f"{item['path']}: {item['message']}" for item in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         message = f"The config has {counted(len(problems), 'problem')}: {first}{rest}"
         raise TrainerError("config_invalid", message, problems=problems)
     is_lokr = values["lora_type"] == "lokr" and values["optimizer"].startswith("adamw")
-    rate = LOKR_LEARNING_RATE if is_lokr else definitions["learning_rate"]["x-when-null"][values["optimizer"]]
+    rate = definitions["learning_rate"]["x-when-null"]["lokr" if is_lokr else values["optimizer"]]
     prompt = f"{values['caption_separator']} ".join(values["trigger_words"])
     # These are the values that null stands for, where the config alone decides it.
     nulls = {"learning_rate": rate, "lora_alpha": float(values["lora_rank"]), "sample_prompts": [prompt]}
@@ -489,6 +490,8 @@ def parse_json(text: bytes | str, name: str) -> Any:
     except json.JSONDecodeError as error:
         message = f"{name} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         hint = "Look at that place and just before it: a missing comma, quote or bracket, or a \\ in a path."
+        if error.doc.lstrip("\ufeff \t\r\n")[:1] not in ("{", "["):
+            hint = "A config is one JSON object in braces, as example_config.json; TOML and YAML are not read."
         raise TrainerError("config_unreadable", message, hint) from error
     except (RecursionError, ValueError) as error:  # It is nested too deeply, has a huge integer, or is not text.
         raise TrainerError("config_unreadable", f"{name} cannot be parsed: {error}.", "Save it as UTF-8.") from error
@@ -506,14 +509,15 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[JSON, list[dict[str, str]
     values: JSON = {}
     problems = []
     for key, equals, text in (override.partition("=") for override in overrides):
+        if not equals:
+            problems.append(problem(f"--set {key}", "must have the form KEY=VALUE"))
+            continue
         try:
             values[key] = parse_json(text, f"--set {key}")
         except TrainerError as error:
             values[key] = text
             if error.code == "config_invalid":  # It is JSON, but has a number or a key that no value may have.
                 problems.append(problem(f"--set {key}", error.message))
-        if not equals:
-            problems.append(problem(f"--set {key}", "must have the form KEY=VALUE"))
     return values, problems
 
 
@@ -535,6 +539,8 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
         yield problem(key, f"is required: {definitions[key]['description']}")
     for error in Draft7Validator({"properties": definitions}).iter_errors(values):
         text = error.message  # It starts with the value, which can be long, and ends with what is allowed.
+        if error.validator == "pattern":
+            text = f"{error.instance!r} is not {error.schema['x-allowed']}"
         text = text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"
         yield problem(error.json_path.removeprefix("$."), text)
     for key, value in values.items():
@@ -546,7 +552,7 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
 def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
-    lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
+    lokr, first, end = (values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"])
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
@@ -555,6 +561,7 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         (same_folder, "regularization_path", "must be another folder than dataset_path"),
         (no_file, "init_lora_path", "must be an existing .safetensors file"),
         (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
+        (values["dora_as_lora_rank"] and values["lora_type"] != "dora", "dora_as_lora_rank", "needs lora_type dora"),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (lokr and nf4, "quantize_base", "must be none with lora_type lokr"),
@@ -593,7 +600,7 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     unused |= dict.fromkeys(["text_encoder_learning_rate"] if row.adapts else [], name)
     for key, reason in unused.items():
         if getattr(config, key) != defaults[key]["default"]:
-            yield "setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs."
+            yield ("setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs.")
     if config.steps and config.epochs:
         message = f"Both steps ({config.steps}) and epochs are given; steps wins."
         yield "steps_over_epochs", message, "Remove one of the two."
@@ -601,9 +608,9 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         message = f"learning_rate {rate:g} scales down the rate that {name} finds."
         yield "prodigy_rate_low", message, "Leave learning_rate out."
     if rate > 2e-2 and not row.adapts:
-        yield "learning_rate_high", f"learning_rate {rate:g} is far above what LoRAs train at.", "Try 1e-4."
+        yield ("learning_rate_high", f"learning_rate {rate:g} is far above what LoRAs train at.", "Try 1e-4.")
     if row.averages and schedule != "constant":
-        yield "schedule_not_needed", f"{name} needs no decay, and {schedule} works against it.", "Use constant."
+        yield ("schedule_not_needed", f"{name} needs no decay, and {schedule} works against it.", "Use constant.")
     if row.adapts and schedule == "cosine_with_restarts":
         yield "schedule_not_needed", f"{schedule} restarts {name}.", "Use cosine."
 
@@ -628,7 +635,11 @@ EVENT_TEXTS = {
 def event_text(kind: str, fields: JSON) -> str:
     """Return an event in words, for people; '' for one that a person does not need."""
     if kind == "validated":
-        data, memory, free = fields["dataset"], fields["memory"]["total_gb"], (fields["hardware"] or {}).get("free_gb")
+        data, memory, free = (
+            fields["dataset"],
+            fields["memory"]["total_gb"],
+            (fields["hardware"] or {}).get("free_gb"),
+        )
         fits = "" if free is None else f" of the {free} GB that are free{'' if memory <= free else ': TOO MUCH'}"
         return f"{fields['model']['title']}, {counted(data['images'], 'image')}, {memory} GB{fits}."
     if kind == "error":
@@ -636,6 +647,8 @@ def event_text(kind: str, fields: JSON) -> str:
         head += f" Step {fields['step']} is saved." if fields["step"] else ""
         listed = (f"{item['path']}: {item['message']}" for item in fields["problems"])
         return "\n".join([head, *(f"  - {text}" for text in listed if text not in fields["message"])])
+    if isinstance(loss := fields.get("loss"), float):
+        fields = {**fields, "loss": f"{loss:.4f}"}
     return EVENT_TEXTS.get(kind, "").format_map(fields)
 
 
@@ -738,7 +751,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def open_missing_descriptors() -> bool:
-    """Open the null device for closed descriptors 0 to 2, so that no file gets such a number; True if 1 was closed."""
+    """Open the null device for closed descriptors 0 to 2, or a file would become stdout; True if 1 was closed."""
     missing = []
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # Each call returns the lowest free number.
         missing.append(descriptor)
@@ -906,7 +919,7 @@ class StopWatcher:
     """
 
     PATIENCE_S = 5.0  # The loop has this long to stop by itself; then the watcher saves the last whole step.
-    GRACE_S = 8.0  # After this time the process ends; docker kills it after 10 s.
+    LEAVE_S = 4.0  # The watcher's own save gets this long; docker kills the process after 10 s in all.
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK", "SIGUSR1")
     SAVE = int(getattr(signal, "SIGUSR1", 10))
     READER_GONE = 13  # SIGPIPE's number, so the exit code is 141.
@@ -973,7 +986,9 @@ class StopWatcher:
 
     def leave(self) -> NoReturn:
         """Save what can be saved, emit the last event, and end the process."""
-        last_resort = threading.Timer(4.0, os._exit, (128 + (self.signal or 0),))  # A disk that hangs may hold locks.
+        last_resort = threading.Timer(
+            self.LEAVE_S, os._exit, (128 + (self.signal or 0),)
+        )  # A disk that hangs may hold locks.
         last_resort.daemon = True
         last_resort.start()
         if self._rescue:
@@ -1028,7 +1043,7 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.local_rank = (int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
         self.size, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
 
     def join(self, events: EventStream) -> None:
@@ -1040,7 +1055,7 @@ class Group:
 
         self._torch: Any = torch
         nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-        backend, patience = "cpu:gloo,cuda:nccl" if nccl else "gloo", datetime.timedelta(days=1)
+        backend, patience = ("cpu:gloo,cuda:nccl" if nccl else "gloo", datetime.timedelta(days=1))
         try:  # The others wait while the main process draws samples, hence the patience.
             torch.distributed.init_process_group(backend, timeout=patience)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -1057,6 +1072,10 @@ class Group:
         shared: T = held[0]
         return shared
 
+    def wait(self) -> None:
+        """Wait until all processes have come this far."""
+        self.any(False)
+
     def any(self, flag: bool) -> bool:
         """Return whether one process says yes. The vote is on the CPU, so nobody waits for a GPU."""
         if self.size == 1:
@@ -1065,7 +1084,7 @@ class Group:
         self._torch.distributed.all_reduce(votes, self._torch.distributed.ReduceOp.MAX)
         return bool(votes)
 
-    def sum_(self, *tensors: Tensor) -> None:
+    def add_up(self, *tensors: Tensor) -> None:
         """Add tensors up over all processes, in place."""
         for tensor in tensors if self.size > 1 else ():
             self._torch.distributed.all_reduce(tensor)
@@ -1090,7 +1109,7 @@ def main_only(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatena
 # health
 # ======================================================================================
 
-VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # /health has these of the report.
+VITALS = ("status", "phase", "step", "idle_seconds", "stalled_after_seconds")  # These are in /health.
 ADDRESS = re.compile(r"(?:(\[[^\s\[\]]+\]|[^\s:\[\]]+):)?([0-9]{1,5})")
 ADDRESS_HINT = "Give a port, as in 8080 (on 127.0.0.1; 0 is any free one), or with a host: 0.0.0.0:8080, [::1]:8080."
 
@@ -1109,7 +1128,7 @@ def health_address(option: str | None) -> tuple[str, int] | None:
 
 def health_report(events: EventStream, stop: StopWatcher) -> JSON:
     """Return what GET /status answers; null is what is not known yet."""
-    progress, saved, idle_s = events.progress, stop.saved(), max(time.monotonic() - events.beat_at, 0.0)
+    progress, saved, idle_s = (events.progress, stop.saved(), max(time.monotonic() - events.beat_at, 0.0))
     status = "ended" if events.ended else "stalled" if idle_s > STALLED_S else "ok"
     report = {"status": status, "phase": events.phase, "step": progress.get("step", saved["step"])}
     report |= {"idle_seconds": round(idle_s, 3), "stalled_after_seconds": STALLED_S}
@@ -1124,17 +1143,17 @@ def health_report(events: EventStream, stop: StopWatcher) -> JSON:
 class HealthHandler(http.server.BaseHTTPRequestHandler):
     """Answers GET and HEAD of /health (503 once a run has stalled) and /status."""
 
-    timeout = 5.0  # A client has so many seconds for its request.
+    timeout = 5.0  # A client that sends nothing would otherwise hold a thread for ever.
     report: Callable[[], JSON]
 
     def do_GET(self) -> None:
-        report, page, host = self.report(), self.path.partition("?")[0], self.headers.get("Host", "127.0.0.1")
+        report, page, host = (self.report(), self.path.partition("?")[0], self.headers.get("Host", "127.0.0.1"))
         local = self.client_address[0].removeprefix("::ffff:") in ("127.0.0.1", "::1")
         # A web page could point a name of its own at this machine, and read what is answered under that name.
         if local and not re.fullmatch(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", host, re.IGNORECASE):
-            status, body = 403, {"error": "The header Host must be localhost or an IP address."}
+            status, body = (403, {"error": "The header Host must be localhost or an IP address."})
         elif page == "/health":
-            status, body = 503 if report["status"] == "stalled" else 200, {key: report[key] for key in VITALS}
+            status, body = (503 if report["status"] == "stalled" else 200, {key: report[key] for key in VITALS})
         else:
             status, body = (200, report) if page == "/status" else (404, {"error": "There are /health and /status."})
         data = json.dumps(body).encode()
@@ -1152,7 +1171,7 @@ class HealthHandler(http.server.BaseHTTPRequestHandler):
 
 
 def serve_health(host: str, port: int, events: EventStream, stop: StopWatcher) -> None:
-    """Serve from a thread, and say where. Where that fails, warn: no run is lost for its monitor."""
+    """Serve from a thread, and say where. A failure is a warning and never ends the run."""
     handler = type("Handler", (HealthHandler,), {"report": staticmethod(lambda: health_report(events, stop))})
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -1177,7 +1196,7 @@ class OutputFolder:
     """One run's folder: who may write there (a lock), and how (whole files only)."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
+        self.path, self.checkpoints, self.samples = (path, path / "checkpoints", path / "samples")
         self.lock: Any = None
 
     @os_errors_as("output_not_writable")
@@ -1261,14 +1280,14 @@ def sync_folder(folder: Path) -> None:
 class TextEncoder:
     """One text encoder of a family: where its files are, how it is built, and which of its outputs is used."""
 
-    lora_prefix: str  # of its keys in kohya's LoRA files
-    original: str  # the prefix of its keys in a single file
+    lora_prefix: str  # Its keys in kohya's LoRA files start with this.
+    original: str  # Its keys in a single file start with this.
     config: Mapping[str, Any]  # CLIPTextConfig's keys, because a single file has no configs
     folder: str = "text_encoder"
     tokenizer: str = "tokenizer"
     class_name: str = "CLIPTextModel"
-    open_clip: bool = False  # a single file names its layers as OpenCLIP does, and "!" is its padding
-    penultimate: bool = False  # the last but one hidden state is used, without the final norm
+    open_clip: bool = False  # A single file has OpenCLIP's names, and "!" is the padding.
+    penultimate: bool = False  # The last hidden state but one is used, without the final norm.
     pooled: bool = False
 
 
@@ -1284,14 +1303,17 @@ class ModelFamily:
     name: str
     title: str
     pipeline: str
-    source: str  # its home on the Hub, which the short name stands for
+    source: str  # The short name stands for this home on the Hub.
     text_encoders: tuple[TextEncoder, ...]
-    unet: Mapping[str, Any]  # the config of a single file, which brings none
-    vae: Mapping[str, Any]  # likewise
-    native_resolution: Mapping[str, int]  # by what the model predicts
-    architecture: Mapping[str, str]  # of the LoRA file's header, by the same
-    base_version: Mapping[str, str]  # of the LoRA file's header, by the same
-    usual_prediction: str = "epsilon"  # what is assumed until a config, a header or the UNet itself says more
+    unet: Mapping[str, Any]  # A single file brings no configs, so it gets this one.
+    vae: Mapping[str, Any]  # A single file gets this one too.
+    native_resolution: Mapping[str, int]  # The keys are what the model predicts, here and in the next two.
+    architecture: Mapping[str, str]  # This value goes into the LoRA file's header.
+    base_version: Mapping[str, str]  # This value does so too.
+    kept_per_pixel: Mapping[str, tuple[int, int]]  # Autograd keeps these, as "hardware and memory" explains.
+    kept_per_token: int
+    last_block: int
+    usual_prediction: str = "epsilon"  # This is assumed until a config, a header or the UNet says more.
     original_block_names: bool = False  # LoRA keys use input_blocks_4_1_... instead of down_blocks_1_attentions_0_...
     is_v2: bool = False
 
@@ -1304,6 +1326,10 @@ class ModelFamily:
     def components(self) -> tuple[str, ...]:
         """The components with weights, by the names of their folders."""
         return ("unet", "vae", *(encoder.folder for encoder in self.text_encoders))
+
+    def encoder(self, folder: str) -> TextEncoder | None:
+        """Return the text encoder in a component's folder; None where the component is no text encoder."""
+        return next((encoder for encoder in self.text_encoders if encoder.folder == folder), None)
 
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -1333,6 +1359,12 @@ def clip(width: int, layers: int, activation: str) -> JSON:
 
 CLIP_L = clip(768, 12, "quick_gelu")
 
+# `python benchmarks/memory.py constants` counts these with full-size UNets: for each latent pixel of an image, by
+# lora_targets, the numbers that a step keeps (without checkpointing, with checkpointing).
+SD15_KEPT = {"attention": (100_300, 28_200), "transformer": (114_300, 29_500), "all": (116_000, 30_100)}
+SD21_KEPT = SD15_KEPT | {"attention": (95_200, 23_200)}
+SDXL_KEPT = {"attention": (173_000, 16_700), "transformer": (207_700, 19_300), "all": (211_500, 22_400)}
+
 FAMILIES = (
     ModelFamily(
         name="sd15",
@@ -1345,6 +1377,9 @@ FAMILIES = (
         native_resolution=dict.fromkeys(PREDICTIONS, 512),
         architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1/lora"),
         base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+        kept_per_pixel=SD15_KEPT,
+        kept_per_token=193_000,
+        last_block=16_100,
     ),
     ModelFamily(
         name="sd21",
@@ -1358,6 +1393,9 @@ FAMILIES = (
         native_resolution={"epsilon": 512, "v_prediction": 768},
         architecture={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+        kept_per_pixel=SD21_KEPT,
+        kept_per_token=392_000,
+        last_block=16_100,
         usual_prediction="v_prediction",
         is_v2=True,
     ),
@@ -1385,6 +1423,9 @@ FAMILIES = (
         native_resolution=dict.fromkeys(PREDICTIONS, 1024),
         architecture=dict.fromkeys(PREDICTIONS, "stable-diffusion-xl-v1-base/lora"),
         base_version=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
+        kept_per_pixel=SDXL_KEPT,
+        kept_per_token=865_000,
+        last_block=8_200,
         original_block_names=True,
     ),
 )
@@ -1398,13 +1439,14 @@ ADVICE = f"Use a text-to-image model: {', '.join(f'{family.title} ({family.name}
 
 # What people give by mistake, and a pattern in the sorted tensor names of such a file, each after a line break. The
 # order matters: a LoRA for FLUX has FLUX's names too. A UNet with other channels is recognised by its shape.
+QUANTIZED = "a quantized model"
 WRONG_FILES = {
     "a LoRA": r"^lora_(unet|te)|[._]lora[._](A|B|up|down)\b|\.(hada_|lokr_|oft_|dora_scale)",
     "a ControlNet": r"^(control_model|controlnet_\w+|input_hint_block)\.",
     "Stable Diffusion 3": r"\bjoint_blocks\.",
     "FLUX": r"\b(double_blocks|single_transformer_blocks)\.",
     "the SDXL refiner": r"^conditioner\.embedders\.0\.model\.",
-    "a quantized model": r"\b(scaled_fp8|scale_weight|weight_scale|qweight|weight\.(absmax|quant_\w+))$",
+    QUANTIZED: r"\b(scaled_fp8|scale_weight|weight_scale|qweight|weight\.(absmax|quant_\w+))$",
     "a VAE": r"\A\n(?s:(?!.*diffusion_model))(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
 }
 
@@ -1435,7 +1477,7 @@ def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for side, original, first, count in (("down", "input_blocks", 1, layers), ("up", "output_blocks", 0, layers + 1)):
         for level, block in enumerate(unet[f"{side}_block_types"]):
-            attends, number = block.startswith("CrossAttn"), first + level * (layers + 1)
+            attends, number = (block.startswith("CrossAttn"), first + level * (layers + 1))
             for layer in range(count):
                 resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{original}.{number + layer}.0"
                 if attends:
@@ -1466,9 +1508,9 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 class ComponentFiles:
     """One component of a base model: the files with its weights, and their shapes. No weight has been read."""
 
-    path: Path  # its folder, or the single file
-    shapes: Shapes  # by diffusers' names, except for a single file's VAE, which keeps its own
-    files: Sequence[str] = ()  # in the folder
+    path: Path  # It is the component's folder, or the single file.
+    shapes: Shapes  # The names are diffusers', except for a single file's VAE.
+    files: Sequence[str] = ()  # They are names in the folder.
     variant: str | None = None
     single_file: bool = False
 
@@ -1483,10 +1525,10 @@ class ModelSource:
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     components: Mapping[str, ComponentFiles]
-    tokenizers: Sequence[Path] = ()  # of the text encoders
-    shared_tokenizer: bool = False  # it came from elsewhere, and does not know what each encoder pads with
+    tokenizers: Sequence[Path] = ()  # There is one folder for each text encoder.
+    shared_tokenizer: bool = False  # It came from elsewhere and does not know each encoder's padding.
     prediction_type: str = "epsilon"
-    prediction_known: bool = False  # by the model or the config; otherwise the UNet itself is asked after loading
+    prediction_known: bool = False  # Otherwise the UNet itself is asked after loading.
 
     @property
     def vae_factor(self) -> int:
@@ -1526,7 +1568,9 @@ def weight_shapes(path: Path, repo: str = "") -> dict[str, list[int]]:
                 headers = {key: (tensor.get_dtype(), tensor.get_shape()) for key, tensor in slices.items()}
         except Exception as error:  # The class SafetensorError stands directly below Exception.
             code = "model_corrupt" if path.exists() else "model_not_found"
-            raise TrainerError(code, f"{name} cannot be read: {error}") from error
+            is_pointer = path.is_file() and path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes()
+            hint = "It is a pointer of Git LFS: run `git lfs pull` in the model's folder." if is_pointer else ""
+            raise TrainerError(code, f"{name} cannot be read: {error}", hint) from error
     for key, (dtype, _) in headers.items():
         if key.endswith(("weight", "bias")) and "F" not in dtype:
             raise TrainerError("model_unsupported", f"{name} is quantized ({key}: {dtype}).", "Use a copy in fp16.")
@@ -1534,20 +1578,23 @@ def weight_shapes(path: Path, repo: str = "") -> dict[str, list[int]]:
 
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-ARCHITECTURES = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}  # by modelspec.architecture
+ARCHITECTURES = {"stable-diffusion-v2-768-v": "v", "stable-diffusion-v2-512": "epsilon"}
 
 
 def open_single_file(path: Path) -> ModelSource:
     """Read what a checkpoint in the original layout is from its header. Raises `model_corrupt`, `model_unsupported`."""
     shapes = weight_shapes(path)
     keys = "\n" + "\n".join(sorted(shapes))
-    for wrong, pattern in WRONG_FILES.items():
-        if re.search(pattern, keys, re.MULTILINE):
-            raise TrainerError("model_unsupported", f"{path.name} is {wrong}, which cannot be trained.", ADVICE)
-    family = next((row for row in FAMILIES if all(f"\n{part.original}" in keys for part in row.text_encoders)), None)
-    if not family:
-        message = f"{path.name} is no whole checkpoint of a family that this trainer knows."
-        raise TrainerError("model_unsupported", message, ADVICE)
+    prefixes = {row.name: [UNET_PREFIX, *(part.original for part in row.text_encoders)] for row in FAMILIES}
+    family = next((row for row in FAMILIES if all(f"\n{prefix}" in keys for prefix in prefixes[row.name])), None)
+    # A merged checkpoint may hold a stray key of something else, so only what lacks a part is looked up.
+    wrong_files = {QUANTIZED: WRONG_FILES[QUANTIZED]} if family else WRONG_FILES
+    wrong = next((wrong for wrong, pattern in wrong_files.items() if re.search(pattern, keys, re.MULTILINE)), None)
+    if wrong or not family:
+        kind = (
+            f"{wrong}, which cannot be trained" if wrong else "no whole checkpoint of a family that this trainer knows"
+        )
+        raise TrainerError("model_unsupported", f"{path.name} is {kind}.", ADVICE)
     names = {original: name for name, original in original_names(family.unet).items()}
     unet = {renamed(key, names) or key: shape for key, shape in below(UNET_PREFIX, shapes).items()}
     odd = [name for name in unet if not name.startswith(tuple(names.values()))]
@@ -1570,7 +1617,7 @@ def below(prefix: str, shapes: Shapes) -> dict[str, Sequence[int]]:
 
 
 def encoder_shapes(row: TextEncoder) -> dict[str, Sequence[int]]:
-    """Return the shapes of a text encoder's large matrices, by its row: OpenCLIP's names in the file are others."""
+    """Return the shapes of a text encoder's large matrices, from its row: OpenCLIP names them differently in files."""
     width, inner = row.config["hidden_size"], row.config["intermediate_size"]
     layer = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
     layer |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
@@ -1612,13 +1659,15 @@ def open_component(folder: Path, repo: str, remote: Sequence[str], variant: str 
     variants = grouped(matches, lambda match: match["variant"])
     if variant and part == "unet" and variant not in variants:
         raise TrainerError("model_not_found", f"The base model's unet has no {variant!r} variant of its weights.")
-    for wish in [*filter(None, (variant, "fp16" if half else None)), None, "fp16"]:
-        if chosen := variants.get(wish):
+    for requested in [*filter(None, (variant, "fp16" if half else None)), None, "fp16"]:
+        if chosen := variants.get(requested):
             if (lost := int(chosen[0]["shards"] or 1) - len(chosen)) > 0:
                 raise TrainerError("model_corrupt", f"The base model's {part} lacks {counted(lost, 'weight file')}.")
+            if len(chosen) > 1 and not any(".index." in name for name in names):
+                raise TrainerError("model_corrupt", f"The base model's {part} lacks the index of its weight files.")
             files = [match[0] for match in chosen]
             shapes = {key: shape for file in files for key, shape in weight_shapes(folder / file, repo).items()}
-            return ComponentFiles(folder, shapes, files, wish)
+            return ComponentFiles(folder, shapes, files, requested)
     if any(name.endswith(PICKLES) for name in names):
         raise TrainerError("model_unsafe", f"The base model's {part} has only pickled weights.")
     raise TrainerError("model_not_found", f"The base model has no {part}/*.safetensors.")
@@ -1671,17 +1720,19 @@ def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, down
     """Open a model of the Hub, or the copy in its cache where the Hub is out of reach or refuses."""
     import huggingface_hub as hub
 
-    repo, refusal, names = SHORT_NAMES.get(config.base_model, config.base_model), None, []
+    repo = SHORT_NAMES.get(config.base_model, config.base_model)
     options: JSON = {"revision": config.revision, "tqdm_class": event_bar(events, f"Downloading {repo} (MB).")}
+    refusal: Exception | None = None
+    names: list[str] = []
     try:  # The calls that follow have no timeout.
         info = hub.HfApi().model_info(repo, revision=config.revision, timeout=10)
         names = [file.rfilename for file in info.siblings or []]
     except Exception as error:  # The HTTP client's errors come in many classes.
         refusal, options["local_files_only"] = error, True
+    if not refusal and CONFIG_FILES[0] not in names:
+        hint = "Download its .safetensors file, and give the path as base_model."
+        raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.", hint)
     try:
-        if not refusal and CONFIG_FILES[0] not in names:
-            hint = "Download its .safetensors file, and give the path as base_model."
-            raise TrainerError("model_unsupported", f"{repo} has no model_index.json: not a diffusers model.", hint)
         folder = Path(hub.snapshot_download(repo, allow_patterns=HUB_CONFIGS, **options))
         source = open_folder(folder, repo, config, half, names)
         if download and not refusal:
@@ -1689,13 +1740,20 @@ def open_hub_model(config: TrainingConfig, events: EventStream, half: bool, down
             hub.snapshot_download(repo, allow_patterns=files, **options)
         return source
     except Exception as error:  # The HTTP client raises many classes here too.
-        if as_trainer_error(error, "").code not in ("internal", "model_not_found" if refusal else ""):
+        code = as_trainer_error(error, "").code
+        is_incomplete_copy = refusal is not None and code == "model_not_found"
+        if code != "internal" and not is_incomplete_copy:
             raise
-        text = one_line(redact(f"{type(refusal or error).__name__}: {refusal or error}"))
-        reason, hint = next(row for pattern, row in HUB_REFUSALS.items() if re.search(pattern, text))
-        hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else hint.format(repo)
-        message = f"The Hub did not deliver {repo!r}{did_you_mean(repo, SHORT_NAMES)}: {reason or text}."
-        raise TrainerError("model_not_found", message, hint) from error
+        raise hub_failure(repo, refusal or error) from error
+
+
+def hub_failure(repo: str, error: Exception) -> TrainerError:
+    """Say why the Hub did not deliver a model, and what to do."""
+    text = one_line(redact(f"{type(error).__name__}: {error}"))
+    reason, hint = next(row for pattern, row in HUB_REFUSALS.items() if re.search(pattern, text))
+    hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else hint.format(repo)
+    message = f"The Hub did not deliver {repo!r}{did_you_mean(repo, SHORT_NAMES)}: {reason or text}."
+    return TrainerError("model_not_found", message, hint)
 
 
 def event_bar(events: EventStream, message: str) -> Any:
@@ -1750,7 +1808,7 @@ def with_vae(source: ModelSource, vae_path: str | None) -> ModelSource:
             raise TrainerError("model_not_found", f"{source.name} has no VAE.")
         path, vae = Path(vae_path), source.family.vae
         if path.is_dir():
-            files, vae = open_component(path, "", (), None, False), read_json(path / "config.json")
+            files, vae = (open_component(path, "", (), None, False), read_json(path / "config.json"))
         else:
             shapes = weight_shapes(path)
             files = ComponentFiles(path, below(VAE_PREFIX, shapes) or shapes, single_file=True)
@@ -1774,7 +1832,8 @@ def with_prediction(source: ModelSource, config: TrainingConfig) -> ModelSource:
     if prediction not in PREDICTIONS:
         message = f"By its scheduler or header the model predicts {prediction!r}, which this trainer does not know."
         raise TrainerError("model_unsupported", message, "If that is wrong, set prediction_type.")
-    zero = zero and prediction != "epsilon" if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
+    wanted = prediction != "epsilon" and zero
+    zero = wanted if config.zero_terminal_snr == "auto" else bool(config.zero_terminal_snr)
     scheduler = {**source.scheduler, "rescale_betas_zero_snr": zero}
     return dataclasses.replace(source, prediction_type=prediction, prediction_known=bool(known), scheduler=scheduler)
 
@@ -1783,15 +1842,15 @@ def with_tokenizer(source: ModelSource, tokenizer_path: str | None, beside: Path
     """Use tokenizer_path's tokenizer; for a single file else the one beside it, or CLIP's of the Hub or its cache."""
     if source.tokenizers and not tokenizer_path:
         return source
-    wish = Path(tokenizer_path or beside)
-    folder = next(filter(holds_tokenizer, (wish, wish / "tokenizer")), None)
+    requested = Path(tokenizer_path or beside)
+    folder = next(filter(holds_tokenizer, (requested, requested / "tokenizer")), None)
     if not folder and not tokenizer_path:
         hub: Any = importlib.import_module("huggingface_hub")
         bar = event_bar(events, "Downloading the CLIP tokenizer (MB).")
         with contextlib.suppress(Exception):  # The HTTP client's errors come in many classes; the remedy is the same.
             folder = Path([hub.hf_hub_download(CLIP_HOME, name, tqdm_class=bar) for name in VOCABULARY][-1]).parent
     if not folder:
-        message = f"There is no tokenizer in {wish}{'' if tokenizer_path else ', and the Hub did not deliver one'}"
+        message = f"There is no tokenizer in {requested}{'' if tokenizer_path else ', and the Hub did not deliver one'}"
         hint = f"Put vocab.json and merges.txt of https://huggingface.co/{CLIP_HOME} there, or set tokenizer_path."
         raise TrainerError("model_not_found", f"{message}.", hint, [problem("tokenizer_path", message)])
     return dataclasses.replace(source, tokenizers=[folder] * len(source.family.text_encoders), shared_tokenizer=True)
@@ -1820,18 +1879,22 @@ def weights_fingerprint(source: ModelSource) -> str:
 # ======================================================================================
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 IMAGE_SUFFIXES |= {".heic", ".heif", ".gif", ".jxl", ".psd"}  # These are not read, and a warning for each says so.
+OTHER_SUFFIXES = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".jp2", ".tga", ".exr", ".svg"}
+IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, WebP, BMP, TIFF
 MASK_SUFFIX = "-masklabel.png"  # OneTrainer gives the mask beside an image this name.
+MASK_FILE = re.compile(r"(?s:.*)-masklabel\.\w+", re.IGNORECASE)
+SOFTWARE = "train_lora.py"  # The PNG text "Software" of each picture that this script draws begins with this.
 
-Size = tuple[int, int]  # (width, height) in pixels
+Size = tuple[int, int]  # It is (width, height) in pixels.
 
 
 def read_inside(path: Path, root: Path) -> bytes:
     """Read a file of a dataset. Raises OSError, also where its links do not end at a regular file inside `root`."""
     real = Path(os.path.realpath(path))  # Path.resolve raises an error for a link to itself.
     if not (real.is_relative_to(os.path.realpath(root)) and real.is_file()):
-        raise OSError(f"{path.name} is not a regular file inside the folder")
+        raise OSError(f"{path.name} is no regular file, or a link that leads out of the folder")
     return real.read_bytes()
 
 
@@ -1855,19 +1918,72 @@ def read_image(path: Path, root: Path, digest: str = "") -> tuple[Image.Image, s
     return image, actual
 
 
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert any mode to 8-bit RGB: transparency is put on the background, 16 bits and floats are scaled."""
-    if image.mode.startswith("I") or image.mode == "F":
-        import numpy
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale integers from 0 to 65,535 and floats from 0 to 1 to 8 bits. Raises ValueError for values beyond."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    import numpy
 
-        values = numpy.asarray(image).astype("float32")
-        scale = max(1.0 if image.mode == "F" else 65535.0, float(values.max())) / 255
-        image = Image.fromarray((values / scale).round().clip(0, 255).astype("uint8"))
-    if not image.has_transparency_data:
+    values, white = (numpy.asarray(image).astype("float32"), 1.0 if image.mode == "F" else 65535.0)
+    if not 0 <= values.min() <= values.max() <= white:
+        raise ValueError(f"its values are not between 0 and {white:g}, so nobody knows what is white")
+    scaled = Image.fromarray((values / white * 255).round().astype("uint8"))
+    scaled.info |= image.info
+    return scaled
+
+
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # A profile's colours have these modes in Pillow.
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert 8-bit colours to sRGB by the embedded profile, as a viewer does; without one they are taken for sRGB.
+
+    Raises ValueError where the profile is broken or describes other colours than the image has.
+    """
+    if not (data := image.info.get("icc_profile")):
         return image.convert("RGB")
-    layer, opaque = image.convert("RGBA"), Image.new("RGB", image.size, background)
-    opaque.paste(layer, mask=layer)
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        mode = PROFILE_MODES[profile.profile.xcolor_space.strip()]
+        if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and image.mode not in ("1", "L", "LA")):
+            raise ValueError(f"it is for {mode}, the image is {image.mode}")
+        options: JSON = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC, "outputMode": "RGB"}
+        options["flags"] = ImageCms.Flags.BLACKPOINTCOMPENSATION  # Browsers and Photoshop convert like this.
+        converted = ImageCms.profileToProfile(image.convert(mode), profile, ImageCms.createProfile("sRGB"), **options)
+        return converted or image  # Pillow's types allow None, which is for a conversion in place.
+    except (KeyError, ValueError, TypeError, OSError, ImportError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"the colour profile cannot be used: {error}") from error
+
+
+def profile_fault(image: Image.Image) -> str:
+    """Return why an image's colour profile cannot be used, or "". Raises ValueError as eight_bits does."""
+    pixel = eight_bits(image).crop((0, 0, 1, 1))
+    try:
+        to_srgb(pixel)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert any mode to 8-bit RGB in sRGB; what is transparent shows the background."""
+    image = eight_bits(image)
+    try:
+        colours = to_srgb(image)
+    except ValueError:  # `check_image` has noted it.
+        colours = image.convert("RGB")
+    if not image.has_transparency_data:
+        return colours
+    opaque = Image.new("RGB", image.size, background)
+    opaque.paste(colours, mask=image.convert("RGBA").getchannel("A"))
     return opaque
+
+
+def read_mask(path: Path, root: Path, digest: str = "") -> tuple[Image.Image, str]:
+    """Return (mask as 8-bit grey, SHA-256 of the file); its numbers are weights, whatever profile it has."""
+    mask, digest = read_image(path, root, digest)
+    mask.info.pop("icc_profile", None)
+    return to_rgb(mask, "black").convert("L"), digest
 
 
 def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
@@ -1885,18 +2001,27 @@ def fit_image(image: Image.Image, size: Size) -> tuple[Image.Image, Size]:
 # dataset
 # ======================================================================================
 
-REPEATS_FOLDER = re.compile(r"(?s:.*/)?(\d{1,4})_([^/]+)/")  # kohya's tools show the images in 10_garden/ ten times.
+REPEATS_FOLDER = re.compile(r"(?s:.*/)?(\d{1,4})_([^/]+)/")  # In kohya's tools, 10_garden/ means ten repeats.
+ROOT_WITH_REPEATS = re.compile(r"([1-9]\d?)_(.+)")  # A root such as 2024_garden is more likely a year.
+REGULARIZATION_FOLDER = re.compile(r"(?s:.*/)?reg(ularization)?(_images)?/\d{1,4}_[^/]+/", re.IGNORECASE)
+PROMPT_FLAGS = re.compile(r"(?:^|\s)--[a-z]{1,2}\s+-?[\d.]")  # Prompt files of kohya's tools have --w 512 --s 28.
 CAPTION_VARIANTS = 16  # A caption's tags are shuffled in at most this many ways, because each one is encoded.
 DATASET_HINTS = {
-    "image_skipped": "Save it again, as PNG or JPEG, or remove it.",
+    "image_skipped": "Repair or remove the file that is named; a picture can be saved again as PNG or JPEG.",
+    "link_not_followed": "Copy the files into the folder, or give the folder in which they are.",
+    "images_not_read": "Save them as PNG or JPEG (a mask as PNG) with the right ending if they are to train.",
+    "own_output_left_out": "Copy a picture without its PNG text (as JPEG) if it is to train.",
+    "colour_profile_unusable": "Save it again in sRGB: its colours train as if they were sRGB.",
     "caption_skipped": "Correct or remove these lines.",
     "caption_doubtful": "Save it as UTF-8.",
     "folder_left_out": "Give it another number, or rename it, if its images are to train.",
     "captions_stray": "The caption of 01.png is called 01.txt (see caption_extension); Windows may hide a second .txt.",
+    "captions_unread": "Set caption_extension to their ending; what .json and .csv hold belongs into metadata.jsonl.",
     "captions_missing": "Add a caption file beside each; for regularization images, a folder named 1_woman will do.",
     "images_tiny": "Larger originals train sharper; or lower the resolution.",
     "duplicates": "Remove the copies, or use repeats.",
     "prompts_untriggered": "Put a trigger word into one: without it the samples show little of what is learned.",
+    "prompt_flags": "Remove them; sizes, steps and seeds are set by resolution and the sample_ keys.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or a file NAME{MASK_SUFFIX}.",
     "captions_multiline": "All lines are read as one caption; remove the others if they are alternatives.",
     "validation_empty": "validation_split needs two images of different content.",
@@ -1920,6 +2045,7 @@ class Example:
     has_alpha: bool  # The image's own alpha channel is its mask, unless a file beside it is.
     mask: Path | None
     mask_digest: str
+    profile_fault: str  # It says why the colour profile is not used, or is "".
 
     @property
     def has_mask(self) -> bool:
@@ -1932,7 +2058,7 @@ class PreparedImage(NamedTuple):
     name: str
     picture: Image.Image
     mask: Image.Image | None
-    time_ids: tuple[int, ...]  # (height, width) of the original, (top, left) of the crop, (height, width) as trained
+    time_ids: tuple[int, ...]  # They are the original's height and width, the crop's top and left, and the size.
 
 
 @dataclass(frozen=True)
@@ -1955,14 +2081,14 @@ class ImageVariant:
         try:
             image, _ = read_image(example.path, example.root, example.digest)
             if self.masked and example.mask:
-                mask = to_rgb(read_image(example.mask, example.root, example.mask_digest)[0], "black").convert("L")
+                mask = read_mask(example.mask, example.root, example.mask_digest)[0]
             elif self.masked and example.has_alpha:
                 mask = image.convert("RGBA").getchannel("A")
         except (OSError, ValueError) as error:
             message = f"{example.name} can no longer be read as it was checked: {error}."
             raise TrainerError("dataset_unreadable", message, "Leave the images alone during a run.") from error
         if self.mirrored:
-            image, mask = ImageOps.mirror(image), ImageOps.mirror(mask) if mask else None
+            image, mask = (ImageOps.mirror(image), ImageOps.mirror(mask) if mask else None)
         picture, (left, top) = fit_image(to_rgb(image), self.size)
         mask = fit_image(mask, self.size)[0] if mask else None
         return PreparedImage(example.name, picture, mask, (example.height, example.width, top, left, *self.size[::-1]))
@@ -1979,12 +2105,14 @@ class Dataset:
     examples: tuple[Example, ...]
     issues: tuple[DatasetIssue, ...]
 
-    @property
-    def fingerprint(self) -> str:
-        """Change when any image, mask, caption, repeat or role does; not when a folder moves."""
-        paths = [e.path.relative_to(e.root).as_posix() for e in self.examples]
-        contents = [(e.digest, e.mask_digest, e.caption, e.repeats, e.role) for e in self.examples]
-        return hashlib.sha256(json.dumps([paths, contents]).encode()).hexdigest()
+    def contents(self) -> dict[str, str]:
+        """Return a hash of what each image trains with, by its name; not of where the folders are."""
+        names = [
+            "regularization: " * (e.role == "prior") + e.path.relative_to(e.root).as_posix() for e in self.examples
+        ]
+        facts = [(e.digest, e.mask_digest, e.caption, e.repeats, e.role) for e in self.examples]
+        hashes = [hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for fact in facts]
+        return dict(zip(names, hashes, strict=True))
 
     def of_role(self, *roles: str) -> list[Example]:
         return [example for example in self.examples if example.role in roles]
@@ -1993,6 +2121,7 @@ class Dataset:
 def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
     """Decode every image once and list what is wrong. Raises `dataset_unreadable` and `dataset_empty`."""
     Image.MAX_IMAGE_PIXELS = 60_000_000  # Pillow raises an error above twice this number.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # ComfyUI's workflows can be over a megabyte.
     examples, issues = scan_folder(config, Path(config.dataset_path), events)
     examples = hold_out(examples, config.validation_split, config.seed)
     if config.regularization_path:
@@ -2000,7 +2129,8 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         held_out = {example.digest for example in examples if example.role == "validation"}
         examples += [example for example in prior if example.digest not in held_out]
         issues += prior_issues
-    unusable = [problem(i.path, i.message) for i in issues if i.code in ("image_skipped", "caption_skipped")]
+    codes = ("image_skipped", "caption_skipped", "link_not_followed")
+    unusable = [problem(issue.path, issue.message) for issue in issues if issue.code in codes]
     if unusable and config.on_bad_image == "error":
         message = f"{counted(len(unusable), 'file')} cannot be used, and on_bad_image is error."
         hint = 'Correct the entries under problems, or set on_bad_image to "skip".'
@@ -2011,61 +2141,108 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
 @os_errors_as("dataset_unreadable")
 def scan_folder(config: TrainingConfig, root: Path, events: EventStream) -> tuple[list[Example], list[DatasetIssue]]:
     """Check every image of a folder, which is dataset_path or regularization_path."""
-    output, prior = config.output_path, config.regularization_path
-    excluded = {Path(other).resolve() for other in (output, f"{output}/samples", config.dataset_path, prior) if other}
-    paths, issues = find_images(root, excluded)
-    captions, metadata_issues = read_metadata(root, paths)
-    issues += metadata_issues + stray_captions(root, paths, config.caption_extension)
-    check = functools.partial(check_image, root=root, config=config, captions=captions)
-    checked = list(events.track("Checking images.", map_ahead(check, paths), len(paths)))
+    folders = (config.output_path, config.dataset_path, config.regularization_path)
+    files, issues = list_files(root, {Path(folder).resolve() for folder in folders if folder})
+    images = {name: path for name, path in files.items() if is_training_image(name)}
+    if any(REGULARIZATION_FOLDER.match(name) for name in images):
+        message = f"{root} holds kohya's whole project: its regularization images would train as yours."
+        hint = "Set dataset_path to its folder img, and regularization_path to its folder reg."
+        raise TrainerError("dataset_unreadable", message, hint)
+    captions, bad_lines = read_metadata(root, images)
+    check = functools.partial(check_image, root=root, config=config, files=files, captions=captions)
+    checked = list(events.track("Checking images.", map_ahead(check, images), len(images)))
     examples = [item for item in checked if isinstance(item, Example)]
     issues += [item for item in checked if isinstance(item, DatasetIssue)]
+    stems = {path: Path(name).with_suffix("").as_posix() for name, path in images.items()}
+    bare = {stems[example.path] for example in examples if example.caption_source == "trigger words"}
+    issues += [*bad_lines, *files_not_read(root, files, images, bare, config.caption_extension)]
     if not examples:
         message = f"There is no usable image in {root} ({counted(len(issues), 'problem')})."
-        raise TrainerError("dataset_empty", message, problems=[problem(i.path, i.message) for i in issues])
+        hint = DATASET_HINTS[issues[0].code] if issues else ""
+        raise TrainerError("dataset_empty", message, hint, [problem(i.path, i.message) for i in issues])
     return examples, issues
 
 
-def find_images(root: Path, excluded: Collection[Path]) -> tuple[list[Path], list[DatasetIssue]]:
-    """List the image files, sorted, and the folders that are not searched; hidden ones and `excluded` are left out."""
-    images, issues, folders = list[Path](), list[DatasetIssue](), [root]
+def list_files(root: Path, excluded: Collection[Path]) -> tuple[dict[str, Path], list[DatasetIssue]]:
+    """List a dataset's files, sorted, and what is not searched; hidden files and `excluded` folders are left out.
+
+    The names are relative to the folder, in composed Unicode: macOS and some archives store an accent as a character.
+    """
+    files, issues, folders = dict[str, Path](), list[DatasetIssue](), [root]
     for folder in folders:  # The list grows while it is read.
         for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             name = path.relative_to(root).as_posix()
             if not path.is_dir():
-                is_image = path.suffix.lower() in IMAGE_SUFFIXES and not name.lower().endswith(MASK_SUFFIX)
-                images += [path] if is_image else []
+                files[name if composed(name) in files else composed(name)] = path
             elif path.is_symlink():
-                issues.append(DatasetIssue("image_skipped", name, "cannot be used: links to folders are not followed"))
+                issues.append(DatasetIssue("link_not_followed", name, "is a link to a folder"))
             elif re.fullmatch("0+_.+", path.name):
                 issues.append(DatasetIssue("folder_left_out", name, "does not train: its name asks for 0 repeats"))
+            elif (path / "config.json").is_file() and (path / "events.jsonl").is_file():
+                issues.append(DatasetIssue("own_output_left_out", name, "is an output folder of this trainer"))
             elif path.resolve() not in excluded:
                 folders.append(path)
-    return sorted(images), issues
+    return dict(sorted(files.items(), key=lambda item: item[1])), issues
 
 
-def stray_captions(root: Path, images: Sequence[Path], extension: str) -> list[DatasetIssue]:
-    """List caption files that belong to no image, such as 01.png.txt, in the folders that hold images."""
-    expected = {image.with_suffix(extension) for image in images}
-    present = {path for folder in {image.parent for image in images} for path in folder.glob(f"[!.]*{extension}")}
-    names = sorted(path.relative_to(root).as_posix() for path in present - expected)
-    message = f"has {counted(len(names), 'caption file')} without an image of that name: {listing(names)}"
-    return [DatasetIssue("captions_stray", root.name, message)] if names else []
+def is_training_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not MASK_FILE.fullmatch(name)
 
 
-def read_text(path: Path, root: Path) -> str:
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+NOT_READ = {
+    "images_not_read": "of a kind that is not read",
+    "captions_stray": "that look like captions, without an image of that name",
+    "captions_unread": "beside images without a caption, which are not read",
+}
+
+
+def files_not_read(
+    root: Path, files: Mapping[str, Path], images: Collection[str], bare: Collection[str], extension: str
+) -> Iterator[DatasetIssue]:
+    """Yield an issue for each kind of file that looks like a picture or a caption and is not read as one.
+
+    `bare` are the names without suffix of images without a caption: what lies beside them may be meant as one.
+    """
+    folders = {Path(image).parent for image in images}
+    expected = {Path(image).with_suffix(extension) for image in images}
+
+    def kind(name: str) -> str:
+        inner, is_mask = Path(name), MASK_FILE.fullmatch(name)
+        suffix, path = inner.suffix.lower(), files[name]
+        if is_mask or suffix in OTHER_SUFFIXES:
+            return "" if suffix == ".png" else "images_not_read"
+        if inner.suffix == extension and inner.parent in folders and inner not in expected:
+            return "captions_stray"
+        if inner.with_suffix("").as_posix() in bare or (bare and name in ("metadata.csv", "metadata.json")):
+            return "captions_unread"
+        if not suffix and path.is_file() and not path.is_symlink():
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                return "images_not_read" if file.read(4).startswith(IMAGE_STARTS) else ""
+        return ""
+
+    for code, names in grouped((name for name in files if name not in images), kind).items():
+        if code:
+            message = f"has {counted(len(names), 'file')} {NOT_READ[code]}: {listing(names)}"
+            yield DatasetIssue(code, root.name, message)
+
+
+def read_text(path: Path | None, root: Path) -> str:
     """Read UTF-8, or UTF-16 with a byte order mark; other bytes become U+FFFD. A missing file is an empty text."""
-    data = read_inside(path, root) if os.path.lexists(path) else b""
+    data = read_inside(path, root) if path else b""
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     return data.decode(encoding, "replace")
 
 
-def read_metadata(root: Path, images: Sequence[Path]) -> tuple[dict[str, str], list[DatasetIssue]]:
-    """Read metadata.jsonl: ({file_name: text}, issues). Names are in composed Unicode; Macs store accents apart."""
-    lines = read_text(root / "metadata.jsonl", root).split("\n")
+def read_metadata(root: Path, images: Collection[str]) -> tuple[dict[str, str], list[DatasetIssue]]:
+    """Read metadata.jsonl: ({file_name: text}, issues)."""
+    path = root / "metadata.jsonl"
+    lines = read_text(path if os.path.lexists(path) else None, root).split("\n")
     entries = {number: parse_metadata(line) for number, line in enumerate(lines, 1) if line.strip()}
-    names = {unicodedata.normalize("NFC", image.relative_to(root).as_posix()) for image in images}
-    bad = [str(number) for number, entry in entries.items() if not entry or entry[0] not in names]
+    bad = [str(number) for number, entry in entries.items() if not entry or entry[0] not in images]
     message = f"has lines that cannot be used ({listing(bad)}): each needs text and the file_name of an image"
     issues = [DatasetIssue("caption_skipped", "metadata.jsonl", message)] if bad else []
     return dict(filter(None, entries.values())), issues
@@ -2075,39 +2252,46 @@ def parse_metadata(line: str) -> tuple[str, str] | None:
     """Return (file_name, text), or None for a bad line. The name is compared with images' names and never opened."""
     try:
         entry = json.loads(line)
-        name = entry["file_name"].replace("\\", "/").removeprefix("./")
-        return unicodedata.normalize("NFC", name), entry["text"].strip()
+        return composed(entry["file_name"].replace("\\", "/").removeprefix("./")), entry["text"].strip()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def check_image(path: Path, root: Path, config: TrainingConfig, captions: Mapping[str, str]) -> Example | DatasetIssue:
+def check_image(
+    name: str, root: Path, config: TrainingConfig, files: Mapping[str, Path], captions: Mapping[str, str]
+) -> Example | DatasetIssue:
     """Decode one image and find its caption and its mask. Where one of the three is unusable, the image is skipped."""
-    inner, extension = path.relative_to(root), config.caption_extension
+    path, inner, extension = files[name], Path(name), config.caption_extension
     role = "train" if root == Path(config.dataset_path) else "prior"
-    name = (inner if role == "train" else root.name / inner).as_posix()
-    beside = path.with_name(path.stem + MASK_SUFFIX)
-    mask = beside if config.masked_loss and os.path.lexists(beside) else None
+    title = name if role == "train" else f"{root.name}/{name}"
+    mask = files.get(inner.with_name(inner.stem + MASK_SUFFIX).as_posix()) if config.masked_loss else None
+    beside = [files.get(inner.with_suffix(suffix).as_posix()) for suffix in (extension, extension.upper())]
     try:
         image, digest = read_image(path, root)
-        mask_image, mask_digest = read_image(mask, root) if mask else (image, "")
-        if mask_image.size != image.size:
-            raise ValueError(f"{beside.name} has another size ({mask_image.width}x{mask_image.height})")
+        mask_image, mask_digest = read_mask(mask, root) if mask else (image, "")
+        if mask and mask_image.size != image.size:
+            raise ValueError(f"{mask.name} has another size ({mask_image.width}x{mask_image.height})")
         alpha = image.convert("RGBA").getchannel("A") if config.masked_loss and image.has_transparency_data else None
-        sidecar = read_text(path.with_suffix(extension), root) or read_text(path.with_suffix(extension.upper()), root)
+        sidecar = next(filter(None, (read_text(file, root) for file in beside)), "")
+        fault = profile_fault(image)
     except (OSError, ValueError) as error:
-        return DatasetIssue("image_skipped", name, f"cannot be used: {error}")
-    kohya = REPEATS_FOLDER.match(inner.as_posix())  # The nearest such folder above the image counts.
+        links_out = not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+        return DatasetIssue("link_not_followed" if links_out else "image_skipped", title, f"cannot be used: {error}")
+    if str(image.info.get("Software", "")).startswith(SOFTWARE):
+        return DatasetIssue("own_output_left_out", title, "was drawn by this trainer")
+    # The nearest folder with repeats above the image counts, dataset_path itself included.
+    kohya = REPEATS_FOLDER.match(name) or ROOT_WITH_REPEATS.match(root.name)
     repeats, label = (int(kohya[1]), kohya[2].strip()) if kohya else (1, "")
     repeats *= config.repeats if role == "train" else 1
-    described = captions.get(unicodedata.normalize("NFC", inner.as_posix()), "")
-    sources = {"metadata.jsonl": described, "sidecar": sidecar.strip(), "folder name": label}
+    sources = {"metadata.jsonl": captions.get(name, ""), "sidecar": sidecar.strip(), "folder name": label}
     source = next((key for key, text in sources.items() if text), "trigger words")
     caption = sources.get(source, "").encode("utf-8", "replace").decode()  # Tokenizers refuse lone surrogates.
     if role == "train":
         caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
     has_alpha = alpha is not None and alpha.getextrema() != (255, 255)
-    return Example(name, path, root, caption, source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest)
+    return Example(
+        title, path, root, caption, source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest, fault
+    )
 
 
 def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
@@ -2173,11 +2357,16 @@ def batches_per_epoch(buckets: Mapping[Size, Sequence[int]], batch_size: int) ->
     return sum(math.ceil(len(members) / batch_size) for members in buckets.values())
 
 
+def largest_batch(buckets: Mapping[Size, Sequence[int]], batch_size: int) -> int:
+    """Return the most images that a batch can hold: no batch holds more than its bucket."""
+    return min(batch_size, max(map(len, buckets.values())))
+
+
 def draw_augmentation(config: TrainingConfig, micro_batch: int, position: int) -> tuple[bool, bool]:
     """Draw (mirrored, without its caption) for one image of a batch: a pure function of its place in the run."""
     draw = random.Random(draw_key("augmentation", config.seed, micro_batch, position))
     mirrored, dropped = draw.random() < 0.5, draw.random() < config.caption_dropout
-    return mirrored and config.random_flip, dropped  # Both are always drawn, so neither setting changes the other.
+    return (mirrored and config.random_flip, dropped)  # Both are always drawn, so neither setting changes the other.
 
 
 def duplicates(dataset: Dataset) -> list[list[str]]:
@@ -2188,16 +2377,19 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
 
 def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what cannot be used, and for what is usable but hardly meant."""
-    for issue in dataset.issues:
-        yield issue.code, f"{issue.path} {issue.message}.", DATASET_HINTS[issue.code]
+    for (code, message), issues in grouped(dataset.issues, lambda issue: (issue.code, issue.message)).items():
+        yield (code, f"{listing([issue.path for issue in issues])} {message}.", DATASET_HINTS[code])
     examples = dataset.examples
+    faults = [f"{e.name} ({e.profile_fault})" for e in examples if e.profile_fault]
     bare = [e.name for e in examples if e.caption_source == "trigger words"]
     garbled = [e.name for e in examples if "\ufffd" in e.caption or "\0" in e.caption]  # UTF-16 can leave NULs.
     tiny = [e.name for e in examples if min(e.width, e.height) < resolution / 2]
     prompts = "\n".join(config.sample_prompts)
     triggered = any(with_trigger_words(prompts, [word], "") == prompts for word in config.trigger_words)
+    flagged = [prompt for prompt in config.sample_prompts if PROMPT_FLAGS.search(prompt)]
     unsplit = config.validation_split > 0 and not dataset.of_role("validation")
     rows = {
+        "colour_profile_unusable": ("Pictures whose colour profile is left out", faults),
         "caption_doubtful": ("Captions that are not UTF-8 text", garbled),
         "captions_missing": ("Images without a caption", bare),
         "captions_multiline": ("Captions of several lines", [e.name for e in examples if "\n" in e.caption]),
@@ -2205,6 +2397,7 @@ def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) 
         "duplicates": ("Images that are there more than once", [" = ".join(names) for names in duplicates(dataset)]),
         "validation_empty": ("Too few different images to hold one out", [e.name for e in examples if unsplit]),
         "prompts_untriggered": ("Sample prompts without a trigger word", () if triggered else config.sample_prompts),
+        "prompt_flags": ("Prompts with options such as --w 512, which are drawn as words", flagged),
         "masks_missing": ("Images without a mask", [e.name for e in examples if config.masked_loss and not e.has_mask]),
     }
     for code, (what, names) in rows.items():
@@ -2241,7 +2434,7 @@ def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
     Raises `model_unsupported` for another beta_schedule.
     """
     count = int(scheduler.get("num_train_timesteps", 1000))
-    start, end = float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02))
+    start, end = (float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02)))
     schedule = scheduler.get("beta_schedule", "linear")
     if scheduler.get("trained_betas") is not None:
         betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
@@ -2335,28 +2528,41 @@ def learning_rate_factor(schedule: str, step: int, total: int, warmup: int) -> f
 # ======================================================================================
 
 
+def component_class(source: ModelSource, name: str) -> Any:
+    plain: JSON = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    row = source.family.encoder(name)
+    return getattr(transformers, row.class_name) if row else plain[name]
+
+
+def empty_component(source: ModelSource, name: str) -> Any:
+    """Build a component from its config, with weights on the meta device."""
+    files, row, owner = (source.components[name], source.family.encoder(name), component_class(source, name))
+    with accelerate.init_empty_weights():
+        if not row:
+            return owner.from_config(vars(source)[name])
+        config: Any = transformers.CLIPTextConfig
+        return owner(config(**row.config) if files.single_file else config.from_pretrained(files.path))
+
+
 def load_component(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device, nf4: bool = False) -> Any:
     """Load a component to the device, frozen, from safetensors only. `nf4` is for the UNet on a CUDA device.
 
     Raises `model_corrupt`, also for missing weights, and `model_unsupported` for a single file with other weights.
     """
-    files, row = source.components[name], {row.folder: row for row in source.family.text_encoders}.get(name)
-    plain: JSON = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    owner = getattr(transformers, row.class_name) if row else plain[name]
+    files, row = source.components[name], source.family.encoder(name)
     try:
         if files.single_file or nf4:
-            with accelerate.init_empty_weights():
-                config = transformers.CLIPTextConfig(**row.config) if row else vars(source)[name]
-                module = owner(config) if row else owner.from_config(config)
+            module = empty_component(source, name)
             if nf4:
                 use_nf4(module, dtype)
             fill_from_files(module, files, row, dtype, device)
         else:
             options = {"dtype": dtype, "variant": files.variant, "use_safetensors": True, "local_files_only": True}
+            owner = component_class(source, name)
             module, info = owner.from_pretrained(files.path, output_loading_info=True, **options)
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"{counted(len(missing), 'weight')} missing: {listing(missing)}")
-    except Exception as error:  # the loaders raise whatever their file formats do
+    except Exception as error:  # The loaders raise whatever their file formats do.
         if as_trainer_error(error, "loading").code != "internal":
             raise
         message = f"The base model's {name} cannot be loaded: {type(error).__name__}: {error}"
@@ -2377,7 +2583,7 @@ def fill_from_files(
     for path in [files.path / file for file in files.files] or [files.path]:
         tensors |= safetensors.torch.load_file(path)  # The file is mapped: what is not used is not read.
     named = {saved_name(key): value for key, value in diffusers_names(module, row, tensors).items()}
-    weights, shapes = dict(module.named_parameters()), {key: value.shape for key, value in named.items()}
+    weights, shapes = (dict(module.named_parameters()), {key: value.shape for key, value in named.items()})
     if odd := [key for key, weight in weights.items() if shapes.get(saved_name(key)) != weight.shape]:
         message = f"{files.path.name} is not built as its family is; missing or of another shape: {listing(odd)}."
         raise TrainerError("model_unsupported", message, ADVICE)
@@ -2392,14 +2598,14 @@ def diffusers_names(module: Any, row: TextEncoder | None, tensors: dict[str, Ten
     """Pick a component's tensors out of a single file, by diffusers' own key maps."""
     maps = importlib.import_module("diffusers.loaders.single_file_utils")
     if row and row.open_clip:
-        linear = f"{row.original}text_projection.weight"  # as diffusers' own converter has written it
+        linear = f"{row.original}text_projection.weight"  # diffusers' own converter has written it like this.
         if linear in tensors:
             tensors[linear.removesuffix(".weight")] = tensors[linear].T
         return dict(maps.convert_open_clip_checkpoint(module, tensors, row.original))
     if row:
         return dict(maps.convert_ldm_clip_checkpoint(tensors, row.original))
     if "mid_block.resnets.0.conv1.weight" in tensors or "encoder.mid_block.resnets.0.conv1.weight" in tensors:
-        return dict(module._fix_state_dict_keys_on_load(tensors))  # older files have query for to_q
+        return dict(module._fix_state_dict_keys_on_load(tensors))  # Older files have `query` for `to_q`.
     is_vae = isinstance(module, diffusers.AutoencoderKL)
     convert = maps.convert_ldm_vae_checkpoint if is_vae else maps.convert_ldm_unet_checkpoint
     return dict(convert(tensors, module.config))
@@ -2414,10 +2620,10 @@ def use_nf4(module: Any, dtype: torch.dtype) -> None:
     scheme: JSON = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
     settings = diffusers.BitsAndBytesConfig(load_in_4bit=True, **scheme)  # type: ignore[no-untyped-call]  # not typed
     quantizers.replace_with_bnb_linear(module, [], quantization_config=settings)
-    module.is_loaded_in_4bit = True  # for PEFT
+    module.is_loaded_in_4bit = True  # PEFT looks for this.
     for layer in module.modules():
         if type(layer).__name__ == "Linear4bit":
-            # It answers in its input's dtype, a linear layer under autocast in the compute dtype.
+            # A 4-bit layer returns its input's dtype; a linear layer under autocast returns the compute dtype.
             layer.register_forward_pre_hook(lambda _, inputs: tuple(value.to(dtype) for value in inputs))
 
 
@@ -2430,7 +2636,7 @@ def load_tokenizers(source: ModelSource) -> list[Any]:
         try:
             tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, **options))
             token_ids(tokenizers[-1], "a")  # The lack of a vocabulary shows only here.
-        except Exception as error:  # a missing or broken vocabulary shows in many classes
+        except Exception as error:  # A missing or broken vocabulary shows in many classes.
             message = f"The tokenizer in {folder} cannot be used: {error}"
             hint = "Give the folder of the model's own tokenizer, nearly always CLIP's, as tokenizer_path."
             raise TrainerError("model_corrupt", message, hint, [problem("tokenizer_path", message)]) from error
@@ -2446,10 +2652,11 @@ COMMON_TOKENS = 20_000  # CLIP's 49,408 tokens are numbered from the most to the
 
 
 def token_report(config: TrainingConfig, dataset: Dataset, tokenizers: Sequence[Any]) -> JSON:
-    """Count what the text encoders see of the captions, and find trigger words that already mean something."""
+    """Count what the text encoders see of captions and prompts, and find trigger words that already mean something."""
+    prompts = [*config.sample_prompts, config.sample_negative_prompt]
     longest = {
         text: max(len(token_ids(tokenizer, text)) for tokenizer in tokenizers)
-        for text in {example.caption for example in dataset.examples}
+        for text in {*(example.caption for example in dataset.examples), *prompts}
     }
     vocabulary = tokenizers[0].get_vocab()
     words = {word: re.findall(r"\w+", word.lower()) for word in config.trigger_words}
@@ -2459,19 +2666,25 @@ def token_report(config: TrainingConfig, dataset: Dataset, tokenizers: Sequence[
         if parts and all(vocabulary.get(f"{part}</w>", COMMON_TOKENS) < COMMON_TOKENS for part in parts)
     ]
     cut = [example.name for example in dataset.examples if longest[example.caption] > config.max_caption_tokens]
-    counts = {"limit": config.max_caption_tokens, "longest": max(longest.values())}
-    return counts | {"cut": cut, "common_trigger_words": common}
+    counts = {"limit": config.max_caption_tokens, "longest": max(longest[e.caption] for e in dataset.examples)}
+    prompts_cut = [prompt for prompt in prompts if longest[prompt] > config.max_caption_tokens]
+    return counts | {"cut": cut, "prompts_cut": prompts_cut, "common_trigger_words": common}
 
 
 def token_warnings(report: JSON) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for captions that are cut and trigger words that are common."""
-    if cut := report["cut"]:
-        message = f"{counted(len(cut), 'caption')} of more than {report['limit']} tokens: {listing(cut)}."
-        more = "Set max_caption_tokens to 150 or 225, or put" if report["limit"] < 225 else "Put"
-        yield "captions_cut", message, f"{more} what matters first; the model does not see the rest."
+    more = "Set max_caption_tokens to 150 or 225, or put" if report["limit"] < 225 else "Put"
+    for code, what, texts in (
+        ("captions_cut", "caption", report["cut"]),
+        ("prompts_cut", "prompt", report["prompts_cut"]),
+    ):
+        if texts:
+            short = listing([text[:60] for text in texts])
+            message = f"{counted(len(texts), what)} of more than {report['limit']} tokens: {short}."
+            yield (code, message, f"{more} what matters first; the model does not see the rest.")
     if common := report["common_trigger_words"]:
         message = f"The model knows these trigger words as common words: {', '.join(common)}."
-        yield "trigger_words_common", message, "It would not confuse an invented word with something that it knows."
+        yield ("trigger_words_common", message, "It would not confuse an invented word with something that it knows.")
 
 
 @dataclass(frozen=True)
@@ -2498,7 +2711,16 @@ class CachedImage:
 # Context [B, tokens, width], and what SDXL needs besides: {"text_embeds", "time_ids"}.
 Conditions = tuple["Tensor", "dict[str, Tensor] | None"]
 Predict = Callable[["Tensor", "Tensor", Conditions], "Tensor"]  # It runs the UNet on (latents, timesteps, conditions).
-Window = list[tuple[list[int], list[int]]]  # (token ids, attention mask) of 77 tokens, for each encoder
+Window = list[tuple[list[int], list[int]]]  # Each encoder has (token ids, attention mask) of 77 tokens.
+
+
+def check_finite(component: str, dtype: torch.dtype, *outputs: Tensor) -> None:
+    """Raise `loss_not_finite` where a component of the base model answers NaN or infinity, before anything trains."""
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        wider = {torch.float16: 'Set mixed_precision to "bf16" or "no"', torch.bfloat16: 'Set mixed_precision to "no"'}
+        other = "use another copy of the base model: bad merges answer like this"
+        hint = f"{wider[dtype]}, or {other}." if dtype in wider else f"{other.capitalize()}."
+        raise TrainerError("loss_not_finite", f"The base model's output is not finite in {dtype} ({component}).", hint)
 
 
 class PromptEncoder:
@@ -2512,7 +2734,7 @@ class PromptEncoder:
                 message = f"clip_skip must be less than the text encoder's {layers} layers"
                 raise TrainerError("config_invalid", f"{message}.", problems=[problem("clip_skip", message)])
             self.parts.append((row, tokenizer, encoder))
-        self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # 77 for all of CLIP
+        self.length = min(encoder.config.max_position_embeddings for _, _, encoder in self.parts)  # CLIP has 77.
         self.max_windows = config.max_caption_tokens // 75
         self.windows = functools.cache(self.tokenize)  # Tokenizing a text in every step would show.
         self.clip_skip = config.clip_skip
@@ -2555,6 +2777,8 @@ class PromptEncoder:
             if self.clip_skip:
                 norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
                 state = norm(output.hidden_states[-1 - self.clip_skip])
+            if not torch.is_grad_enabled():
+                check_finite(row.folder, encoder.dtype, state)
             states.append(state)
             pooled = output.text_embeds if row.pooled else pooled
         return torch.cat(states, dim=-1), pooled
@@ -2566,11 +2790,8 @@ def encode_images(vae: Any, images: Sequence[PreparedImage]) -> list[CachedImage
     with torch.no_grad():
         latents = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype)).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    means, stds = ((latents.mean.float() - shift) * scale).half(), (latents.std.float() * scale).half()
-    if not bool(torch.isfinite(means).all() and torch.isfinite(stds).all()):
-        names = listing([image.name for image in images])
-        message = f"The VAE's output is not finite in {vae.dtype}: {names}."
-        raise TrainerError("loss_not_finite", message, 'Set mixed_precision to "bf16" or "no", or use another VAE.')
+    means, stds = (((latents.mean.float() - shift) * scale).half(), (latents.std.float() * scale).half())
+    check_finite(f"VAE, for {listing([image.name for image in images])}", vae.dtype, means, stds)
     factor = pixels.shape[-1] // means.shape[-1]  # A latent pixel's mask is the mean of the pixels under it.
     masks = [pixel_tensor(image.mask.reduce(factor))[None] if image.mask else None for image in images]
     time_ids = [torch.tensor(image.time_ids, dtype=torch.float32) for image in images]
@@ -2593,19 +2814,18 @@ def decode_latents(vae: Any, latents: Tensor) -> Image.Image:
     return Image.fromarray(values[0].permute(1, 2, 0).cpu().numpy())
 
 
-def measure_prediction_type(predict: Predict, channels: int, conditions: Conditions, timesteps: int) -> str | None:
+def measure_prediction_type(predict: Predict, channels: int, conditions: Conditions, timesteps: int) -> str:
     """Find out what a UNet predicts: an epsilon model returns pure noise at the last timestep, a v model does not.
 
-    Returns None where the answer is not finite: the first steps will report this.
+    Raises `loss_not_finite` where the answer is not finite.
     """
     noise = torch.randn((1, channels, 32, 32), generator=generator("what the model predicts"))
     noise = noise.to(conditions[0].device)
     with torch.no_grad():
-        output = predict(noise, torch.tensor([timesteps - 1], device=noise.device), conditions).float()
-    likeness = float(torch.nn.functional.cosine_similarity(output.flatten(), noise.flatten(), dim=0))
-    if not math.isfinite(likeness):
-        return None
-    return "epsilon" if likeness > 0.5 else "v_prediction"
+        output = predict(noise, torch.tensor([timesteps - 1], device=noise.device), conditions)
+    check_finite("unet", output.dtype, output)
+    likeness = torch.nn.functional.cosine_similarity(output.float().flatten(), noise.flatten(), dim=0)
+    return "epsilon" if float(likeness) > 0.5 else "v_prediction"
 
 
 # ======================================================================================
@@ -2616,7 +2836,7 @@ ATTENTION = r"attn[12]\.(?:to_[qkv]|to_out\.0)"
 FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)|attentions\.\d+\.proj_(?:in|out)"
 CONVOLUTIONS = r"resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|(?:down|up)samplers\.0\.conv"
 TEXT_ATTENTION, TEXT_MLP = r"self_attn\.(?:[qkv]|out)_proj", r"mlp\.fc[12]"
-TARGETS = {  # lora_targets: (the UNet's layers, the text encoders' layers)
+TARGETS = {  # Each value of lora_targets has (the UNet's layers, the text encoders' layers).
     "attention": (rf".*\.(?:{ATTENTION})", rf".*\.{TEXT_ATTENTION}"),
     "transformer": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
     "all": (rf".*\.(?:{ATTENTION}|{FEED_FORWARD}|{CONVOLUTIONS})", rf".*\.(?:{TEXT_ATTENTION}|{TEXT_MLP})"),
@@ -2667,6 +2887,9 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
         if not (match := ADAPTER_WEIGHT.fullmatch(name)):
             continue
         key = f"{part}.{saved_name(match['module'])}/{match['part']}"
+        parameters[key] = weight
+        if weight.is_meta:
+            continue
         if match["part"] == "lora_magnitude_vector":  # PEFT rounds its own to the compute dtype.
             layer = component.get_submodule(match["module"]).get_base_layer()
             frozen = peft.utils.integrations.dequantize_module_weight(layer)
@@ -2676,7 +2899,14 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
             values = torch.rand(weight.shape, generator=generator(purpose, config.seed)) * 2 - 1
             values *= 0 if match["part"] in START_AT_ZERO else 1 / math.sqrt(weight[0].numel())
         weight.data = values.to(weight.device)
-        parameters[key] = weight
+    return parameters
+
+
+def adapter_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, torch.nn.Parameter]:
+    """Return the adapter's parameters without values, on the meta device; no weight of the base model is read."""
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for part, pattern in trained_parts(config, source.family).items():
+        parameters |= add_adapter(part, empty_component(source, part), config, pattern)
     return parameters
 
 
@@ -2703,6 +2933,34 @@ def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch
     if row.averages:
         optimizer.train()
     return optimizer
+
+
+def pack(document: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turn any nest of dicts and lists into JSON; its tensors go to `tensors`, numbered, each storage once."""
+    names: dict[tuple[int, torch.Size], str] = {}
+
+    def packed(part: Any) -> Any:
+        if torch.is_tensor(part):
+            # All weights share a table in bitsandbytes, and safetensors holds no tensor twice.
+            name = names.setdefault((part.data_ptr(), part.shape), f"optimizer/{len(names)}")
+            tensors[name] = part
+            return {"tensor": name}
+        if isinstance(part, dict):
+            return {"dict": [[key, packed(value)] for key, value in part.items()]}  # Keys may be integers.
+        return [packed(value) for value in part] if isinstance(part, (list, tuple)) else part
+
+    return packed(document)
+
+
+def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Restore what pack stored; tuples come back as lists."""
+    if isinstance(document, list):
+        return [unpack(value, tensors) for value in document]
+    if isinstance(document, dict):
+        if "tensor" in document:
+            return tensors[document["tensor"]]
+        return {key: unpack(value, tensors) for key, value in document["dict"]}
+    return document
 
 
 def autocast(config: TrainingConfig, dtype: torch.dtype, device: torch.device) -> torch.autocast:
@@ -2745,6 +3003,7 @@ class Adapter:
         groups = [{"params": [weight for _, weight in part], "lr": rate} for rate, part in rows]
         self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # Its scale is made here: a process may have no sample.
         # AdamW's fused kernel skips a bad step by itself, from a flag on the device, so that nobody waits for it.
         self.kernel_skips_bad_steps = self.optimizer.defaults.get("fused", False) and not self.scaler.is_enabled()
         self.module_dtype = dtype if config.lora_type == "lora" else torch.float32
@@ -2812,8 +3071,10 @@ class Adapter:
 
         Schedule-free's average is x = y + (1 - 1/beta1)(z - y) of its own eval(), which would change the bits of y.
         """
-        if self.average is not None or not OPTIMIZERS[self.config.optimizer].averages:
-            return self.weights if self.average is None else self.average
+        if self.average is not None:
+            return self.average
+        if not OPTIMIZERS[self.config.optimizer].averages:
+            return self.weights
         states = [self.optimizer.state.get(weight, {}) for weight in self.trained]
         pairs = zip(states, self.split(self.weights), strict=True)
         z = torch.cat([state.get("z", view).flatten() for state, view in pairs])
@@ -2833,16 +3094,23 @@ class Adapter:
             for component in self.components:
                 component.train()
 
-    def restore(self, weights: Tensor, average: Tensor | None, optimizer: JSON, scaler: JSON) -> None:
-        """Go on from what a state file holds."""
-        self.weights.copy_(weights)
-        if self.average is not None and average is not None:
-            self.average.copy_(average)
+    def save(self) -> tuple[dict[str, Tensor], JSON]:
+        """Return all that the training goes on from, as tensors and as JSON."""
+        tensors = {"weights": self.weights} | ({} if self.average is None else {"average": self.average})
+        optimizer = pack(self.optimizer.state_dict(), tensors)
+        return tensors, {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], document: JSON) -> None:
+        """Go on from what `save` returned."""
+        self.weights.copy_(tensors["weights"])
+        if self.average is not None:
+            self.average.copy_(tensors["average"])
+        optimizer = unpack(document["optimizer"], tensors)
         for saved, group in zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True):
             saved |= {"fused": group["fused"]} if "fused" in group else {}  # It depends on the device.
         self.optimizer.load_state_dict(optimizer)
-        if scaler:  # It is empty where the run had no loss scaler until now.
-            self.scaler.load_state_dict(scaler)
+        if document["scaler"]:  # It is empty where the run had no loss scaler until now.
+            self.scaler.load_state_dict(document["scaler"])
         self.refresh_modules()
 
 
@@ -2850,24 +3118,27 @@ class Adapter:
 # LoRA files
 # ======================================================================================
 
+SAVE_FORMATS = ("kohya", "diffusers")
 SAVE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# PEFT's name of a layer's weight: its name in a file. LoKr's names are the same everywhere. diffusers itself writes
-# magnitudes without `.weight`, but with transformers 5 cannot read a text encoder's then.
-FILE_PARTS: dict[str, dict[str, str]] = {
-    "kohya": {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"},
-    "diffusers": {name: f"{name}.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")},
+# PEFT's name of a layer's weight: its names in files, kohya's first, then diffusers', then those of diffusers' older
+# scripts. LoKr's names are the same everywhere. diffusers itself writes magnitudes without `.weight`, but with
+# transformers 5 cannot read a text encoder's then.
+FILE_PARTS: dict[str, Sequence[str]] = {
+    "lora_A": ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
+    "lora_B": ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight"),
+    "lora_magnitude_vector": ("dora_scale", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
 }
 
 
-def file_prefix(style: str, name: str, source: ModelSource) -> str:
-    """Name a layer (unet.mid_block.…) as kohya's or diffusers' LoRA files do."""
+def file_prefixes(name: str, source: ModelSource) -> list[str]:
+    """Name a layer (unet.mid_block.…) as files do: kohya's, diffusers', kohya's with diffusers' blocks, PEFT's own."""
     part, _, module = name.partition(".")
-    if style == "diffusers":
-        return name
-    if part == "unet" and source.family.original_block_names:
-        module = renamed(module, original_names(source.unet)) or module
-    prefixes = {row.folder: row.lora_prefix for row in source.family.text_encoders} | {"unet": "lora_unet"}
-    return f"{prefixes[part]}_{module.replace('.', '_')}"
+    encoder, original = source.family.encoder(part), module
+    if not encoder and source.family.original_block_names:
+        original = renamed(module, original_names(source.unet)) or module
+    prefix = encoder.lora_prefix if encoder else "lora_unet"
+    kohya, other = (f"{prefix}_{layer.replace('.', '_')}" for layer in (original, module))
+    return [kohya, name, other, *([] if encoder else [f"base_model.model.{module}"])]
 
 
 def file_alpha(config: TrainingConfig) -> float:
@@ -2880,18 +3151,18 @@ def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
 
     Raises `loss_not_finite` for NaN and infinity.
     """
-    style, scale = config.save_format, adapter_scale(config)
+    style, scale = SAVE_FORMATS.index(config.save_format), adapter_scale(config)
     dtype = getattr(torch, SAVE_DTYPES[config.save_dtype])
     tensors: dict[str, Tensor] = {}
     for key, weight in weights.items():
         module, _, part = key.rpartition("/")
-        prefix, value = file_prefix(style, module, source), weight.detach().cpu()
+        prefix, value = file_prefixes(module, source)[style], weight.detach().cpu()
         if part == "lokr_w1":  # No reader scales two full matrices, and LyCORIS's merge scales others twice.
             value = value * scale
-        if part == "lora_magnitude_vector" and style == "kohya":  # [out], or [1, out, 1, 1]
+        if part == "lora_magnitude_vector" and style == 0:  # PEFT has [out] or [1, out, 1, 1].
             value = value.reshape(-1, *[1] * (weights[f"{module}/lora_A"].dim() - 1))
-        tensors[f"{prefix}.{FILE_PARTS[style].get(part, part)}"] = value.to(dtype).contiguous()
-        if style == "kohya":  # It stays fp32: half precision would round it.
+        tensors[f"{prefix}.{FILE_PARTS.get(part, (part, part))[style]}"] = value.to(dtype).contiguous()
+        if style == 0:  # It stays fp32: half precision would round it.
             tensors[f"{prefix}.alpha"] = torch.tensor(float(file_alpha(config)))
     if broken := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         message = f"The LoRA has values that are not finite in {dtype} ({len(broken)} tensors); it was not written."
@@ -2902,33 +3173,35 @@ def file_tensors(weights: Mapping[str, Tensor], config: TrainingConfig, source: 
 def read_lora(
     path: Path, weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource
 ) -> dict[str, Tensor]:
-    """Read a value for each weight from a file in either format, in the run's scale: the mirror of file_tensors.
+    """Read a value for each weight from a file in any known format, in the run's scale: the mirror of file_tensors.
 
     Raises ValueError where the file does not fit; odd files raise in other ways too.
     """
-    tensors = safetensors.torch.load(path.read_bytes())  # load_file accepts only paths that are UTF-8.
-    # diffusers keeps alpha in the header, kohya beside each layer's weights.
+    tensors = safetensors.torch.load(path.read_bytes())  # The function load_file accepts only paths that are UTF-8.
+    # Alpha is beside each layer's weights in kohya's files, in the header in diffusers', and in a file in PEFT's.
     header = json.loads(read_header(path).get("lora_adapter_metadata", "{}"))
+    if (settings := path.with_name("adapter_config.json")).is_file() and path.name == "adapter_model.safetensors":
+        header = {f"unet.{key}": value for key, value in json.loads(settings.read_bytes()).items()}
     if any(value for key, value in header.items() if key.endswith("alpha_pattern")):
         raise ValueError("some of its layers have an alpha of their own")
-    style = "kohya" if any(name.startswith(("lora_unet_", "lora_te")) for name in tensors) else "diffusers"
     unused = {name for name in tensors if not name.endswith(".alpha")}
     values = {}
     for key, weight in weights.items():
         module, _, part = key.rpartition("/")
-        prefix, component = file_prefix(style, module, source), module.partition(".")[0]
-        name = f"{prefix}.{FILE_PARTS[style].get(part, part)}"
-        if f"{prefix}.{part}" in tensors:  # diffusers writes magnitudes like this.
-            name = f"{prefix}.{part}"
-        if name not in tensors:
-            raise ValueError(f"{name} is missing: lora_targets, lora_type and train_text_encoder must match")
-        value = tensors[name].float()
+        component, prefixes = module.partition(".")[0], file_prefixes(module, source)
+        names = {f"{prefix}.{name}": prefix for name in FILE_PARTS.get(part, (part,)) for prefix in prefixes}
+        if not (name := next((name for name in names if name in tensors), "")):
+            have = "; it has layers that do not train here" if unused else ""
+            message = f"it has no {next(iter(names))}{have}"
+            raise ValueError(f"{message}: lora_targets, lora_type and train_text_encoder must match")
+        prefix, value = names[name], tensors[name].float()
         if [size for size in value.shape if size != 1] != [size for size in weight.shape if size != 1]:
             raise ValueError(f"{name} has shape {list(value.shape)}, not {list(weight.shape)}: see lora_rank")
         if part in ("lora_B", "lokr_w1"):
             alpha = header.get(f"{component}.lora_alpha", tensors.get(f"{prefix}.alpha", config.lora_rank))
             rank = config.lora_rank ** (0.5 if header.get(f"{component}.use_rslora") else 1)
-            is_scaled = all(f"{module}/{factor}" in weights for factor in ("lokr_w1", "lokr_w2"))  # in lokr_w1 already
+            # Where both factors are whole matrices, lokr_w1 already contains the scale.
+            is_scaled = all(f"{module}/{factor}" in weights for factor in ("lokr_w1", "lokr_w2"))
             value *= (1 if is_scaled else float(alpha) / rank) / adapter_scale(config)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} or its alpha is not finite")
@@ -2939,24 +3212,21 @@ def read_lora(
     return values
 
 
-def start_from_file(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> None:
-    """Copy init_lora_path's values into the weights. Raises `config_invalid`."""
+def initial_weights(weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> dict[str, Tensor]:
+    """Read init_lora_path's value for each of the weights, of which only the shapes count. Raises `config_invalid`."""
     path = Path(str(config.init_lora_path))
     try:
-        values = read_lora(path, weights, config, source)
+        return read_lora(path, weights, config, source)
     except Exception as error:  # A file that anyone may have written fails in any way.
         message = f"{path.name} cannot be started from: {error}"
         raise TrainerError("config_invalid", message, problems=[problem("init_lora_path", message)]) from error
-    with torch.no_grad():
-        for key, weight in weights.items():
-            weight.copy_(values[key])
 
 
 def check_lora(path: Path, weights: Mapping[str, Tensor], config: TrainingConfig, source: ModelSource) -> None:
     """Read a LoRA file back and compare it with what was trained. Raises `checkpoint_corrupt`, and removes it."""
     try:
         for key, value in read_lora(path, weights, config, source).items():
-            # fp16 keeps nothing below 6e-8; the scale that lokr_w1 holds magnifies this when it is divided out.
+            # In fp16 nothing below 6e-8 is kept; the scale that lokr_w1 holds magnifies this when it is divided out.
             atol = max(1e-6, 1e-7 / adapter_scale(config))
             if not torch.allclose(value, weights[key].cpu(), rtol=0.01, atol=atol):
                 raise ValueError(f"{key} differs from what was trained")
@@ -2967,6 +3237,34 @@ def check_lora(path: Path, weights: Mapping[str, Tensor], config: TrainingConfig
         message = f"The final LoRA did not read back as it was trained, and was not kept: {error}"
         hint = "The state is saved: start the same command again to write the file anew."
         raise TrainerError("checkpoint_corrupt", message, hint) from error
+
+
+def closest_lora(
+    layers: Mapping[str, Any], weights: Mapping[str, Tensor], config: TrainingConfig
+) -> tuple[TrainingConfig, dict[str, Tensor], float]:
+    """Return the plain LoRA of rank dora_as_lora_rank that changes each layer most nearly as a DoRA does.
+
+    A layer's largest singular values give the closest matrix of a rank (Eckart & Young 1936). The results are the
+    LoRA's config, its weights, and the median over the layers of what remains, as a share of the change. `layers`
+    are PEFT's, by the weights' names.
+    """
+    rank = int(config.dora_as_lora_rank or 0)
+    tensors: dict[str, Tensor] = {}
+    remains = []
+    for module, layer in layers.items():
+        names = ("lora_A", "lora_B", "lora_magnitude_vector")
+        down, up, magnitude = (weights[f"{module}/{name}"].float() for name in names)
+        frozen = peft.utils.integrations.dequantize_module_weight(layer.get_base_layer()).float().flatten(1)
+        moved = frozen + adapter_scale(config) * up.flatten(1) @ down.flatten(1)
+        change = magnitude.view(-1, 1) / moved.norm(dim=1, keepdim=True) * moved - frozen
+        left, values, right = torch.svd_lowrank(change, q=min(rank + 8, *change.shape), niter=4)
+        root = values[:rank].sqrt()
+        ups, downs = left[:, :rank] * root, (right[:, :rank] * root).T
+        remains.append(float((change - ups @ downs).norm() / change.norm().clamp(min=1e-12)))
+        tensors[f"{module}/lora_A"] = downs.reshape(-1, *down.shape[1:])
+        tensors[f"{module}/lora_B"] = ups.reshape(*ups.shape, *up.shape[2:])
+    changes: JSON = {"lora_type": "lora", "lora_rank": rank, "lora_alpha": float(rank), "use_rslora": False}
+    return dataclasses.replace(config, **changes), tensors, sorted(remains)[len(remains) // 2]
 
 
 NO_HASH, NO_LEGACY_HASH = "0" * 64, "0" * 8
@@ -3017,8 +3315,8 @@ def lora_header(
     `config` is resolved; `dataset` holds the ss_* keys that describe the images. The hashes are still zeros (see
     `with_hashes`). Nothing private is in it: no path, no token.
     """
-    family, side, row, rates = source.family, config.resolution, OPTIMIZERS[config.optimizer], learning_rates(config)
-    words, is_lora = f"{config.caption_separator} ".join(config.trigger_words), config.lora_type == "lora"
+    family, side, row, rates = (source.family, config.resolution, OPTIMIZERS[config.optimizer], learning_rates(config))
+    words, is_lora = (f"{config.caption_separator} ".join(config.trigger_words), config.lora_type == "lora")
     modelspec: JSON = {"sai_model_spec": "1.0.1", "implementation": "diffusers", "date": utc_now("seconds")}
     modelspec |= {"title": config.output_name, "hash_sha256": f"0x{NO_HASH}", "trigger_phrase": words}
     modelspec |= {"architecture": family.architecture[prediction], "resolution": f"{side}x{side}"}
@@ -3044,11 +3342,21 @@ def lora_header(
     return {key: printable(str(value)) for key, value in sorted(header.items())}
 
 
+def is_lora_as(path: Path, wanted: Mapping[str, str]) -> bool:
+    """Tell whether a LoRA file is whole and has the run, step and settings of a header."""
+    if not (header := read_header(path)):
+        return False
+    wanted = {**wanted, "modelspec.hash_sha256": f"0x{tensor_bytes_hash(path.read_bytes())}"}
+    keys = {"ss_steps", "train_lora.run_id", "train_lora.save_dtype", "train_lora.save_format"}
+    keys |= {key for key in {**header, **wanted} if key.startswith("modelspec.")} - {"modelspec.date"}
+    return all(header.get(key) == wanted.get(key) for key in keys)
+
+
 # ======================================================================================
 # checkpoints
 # ======================================================================================
 
-STATE_FORMAT = "train_lora state 3"
+STATE_FORMAT = "train_lora state 4"
 
 
 @dataclass(frozen=True)
@@ -3056,9 +3364,9 @@ class TrainState:
     """Where a run stands, apart from its tensors."""
 
     step: int = 0
-    losses: tuple[float, ...] = ()  # the last LOSS_WINDOW, for loss_avg
-    bad_steps: int = 0  # in a row
-    seconds: float = 0.0  # of all attempts
+    losses: tuple[float, ...] = ()  # These are the last LOSS_WINDOW, for loss_avg.
+    bad_steps: int = 0  # It counts those in a row.
+    seconds: float = 0.0  # It counts all attempts.
 
     LOSS_WINDOW = 50
 
@@ -3073,6 +3381,26 @@ class TrainState:
         """Return the state once a step's loss is known. `is_good` None is neither: the scaler seeks its scale."""
         losses = (*self.losses, loss)[-self.LOSS_WINDOW :] if is_good else self.losses
         return dataclasses.replace(self, losses=losses, bad_steps=0 if is_good else self.bad_steps + (is_good is False))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a state file says beside its tensors."""
+
+    run_id: str
+    identity: JSON  # This must not change between the attempts of a run.
+    environment: JSON  # This decides the last bits too.
+    prediction_type: str
+    base: str  # It is the fingerprint of the base model's files.
+    total_steps: int
+    state: TrainState
+    adapter: JSON
+
+    @classmethod
+    def parse(cls, document: JSON) -> RunRecord:
+        """Mirror dataclasses.asdict. Raises KeyError and TypeError for another document."""
+        state = TrainState(**document["state"] | {"losses": tuple(document["state"]["losses"])})
+        return cls(**document | {"state": state})
 
 
 def content_hash(tensors: Mapping[str, Tensor], record: str) -> str:
@@ -3106,34 +3434,6 @@ def decode_state(path: Path) -> tuple[dict[str, Tensor], JSON]:
     if content_hash(tensors, header["record"]) != header.get("sha256"):
         raise ValueError("its content does not match its checksum")
     return tensors, dict(json.loads(header["record"]))
-
-
-def pack(document: Any, tensors: dict[str, Tensor]) -> Any:
-    """Turn any nest of dicts and lists into JSON; its tensors go to `tensors`, numbered, each storage once."""
-    names: dict[tuple[int, torch.Size], str] = {}
-
-    def packed(part: Any) -> Any:
-        if torch.is_tensor(part):
-            # bitsandbytes gives all weights the same table; safetensors holds no tensor twice.
-            name = names.setdefault((part.data_ptr(), part.shape), f"optimizer/{len(names)}")
-            tensors[name] = part
-            return {"tensor": name}
-        if isinstance(part, dict):
-            return {"dict": [[key, packed(value)] for key, value in part.items()]}  # Keys may be integers.
-        return [packed(value) for value in part] if isinstance(part, (list, tuple)) else part
-
-    return packed(document)
-
-
-def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Restore what pack stored; tuples come back as lists."""
-    if isinstance(document, list):
-        return [unpack(value, tensors) for value in document]
-    if isinstance(document, dict):
-        if "tensor" in document:
-            return tensors[document["tensor"]]
-        return {key: unpack(value, tensors) for key, value in document["dict"]}
-    return document
 
 
 def numbered(folder: Path, stem: str) -> list[tuple[int, Path]]:
@@ -3182,18 +3482,20 @@ class Checkpoints:
                 self.folder.mkdir()
 
 
+def bytes_to_write(config: TrainingConfig, weights: int, steps_left: int) -> int:
+    """Estimate what a run's files take: two states and the one that is being written, and every LoRA."""
+    state = 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(config.ema_decay)  # It is in bytes per weight.
+    loras = 1 + min(steps_left // (config.checkpoint_steps or steps_left + 1), config.checkpoint_limit or 10**6)
+    return weights * (3 * state + loras * (4 if config.save_dtype == "fp32" else 2))
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """A verified state, read from disk."""
 
     path: Path
     tensors: Mapping[str, Tensor]
-    record: JSON
-
-    @property
-    def state(self) -> TrainState:
-        fields = dict(self.record["state"])
-        return TrainState(**fields | {"losses": tuple(fields["losses"])})
+    record: RunRecord
 
 
 @os_errors_as("output_not_writable")
@@ -3201,8 +3503,9 @@ def find_resume_point(states: Sequence[tuple[int, Path]], warn: Callable[[str, s
     """Return the newest good state, None where there is none. Raises `checkpoint_corrupt` if all are broken."""
     for _, path in states:
         try:
-            return ResumePoint(path, *decode_state(path))
-        except (ValueError, KeyError) as error:
+            tensors, document = decode_state(path)
+            return ResumePoint(path, tensors, RunRecord.parse(document))
+        except (ValueError, KeyError, TypeError) as error:
             hint = "The state before it is used if there is one."
             warn("checkpoint_corrupt", f"{path.name} cannot be used: {error}.", hint)
     if states:
@@ -3219,9 +3522,24 @@ def check_identity(identity: JSON, saved: JSON, same_base: bool, folder: Path) -
     ignored = BASE_KEYS if same_base else ()
     keys = [key for key in identity if key in saved and key not in ignored and identity[key] != saved[key]]
     if keys:
-        problems = [problem(key, f"was {json.dumps(saved[key])}, is now {json.dumps(identity[key])}") for key in keys]
+        changes = {key: f"was {json.dumps(saved[key])}, is now {json.dumps(identity[key])}" for key in keys}
+        if "dataset" in changes:
+            changes["dataset"] = dataset_change(saved["dataset"], identity["dataset"])
+        problems = [problem(key, change) for key, change in changes.items()]
         message = f"{folder} holds a run with other settings: {', '.join(keys)}."
         raise TrainerError("resume_mismatch", message, problems=problems)
+
+
+def dataset_change(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Name the images that differ between two of a dataset's `contents`."""
+    names = {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+        "changed (image, mask, caption, repeats or part)": [
+            name for name in old if new.get(name, old[name]) != old[name]
+        ],
+    }
+    return "; ".join(f"{what}: {listing(files)}" for what, files in names.items() if files)
 
 
 # ======================================================================================
@@ -3230,12 +3548,12 @@ def check_identity(identity: JSON, saved: JSON, same_base: bool, folder: Path) -
 
 MIB = 2**20
 CUDA_CONTEXT = 500 * MIB  # CUDA takes this before the first tensor.
-WORKSPACES = 100 * MIB  # cuBLAS and cuDNN take this among the tensors.
-LIBRARIES = 500 * MIB  # torch and diffusers themselves take this of main memory.
+WORKSPACES = 100 * MIB  # This is what cuBLAS and cuDNN allocate besides the tensors.
+LIBRARIES = 500 * MIB  # This is what torch and diffusers themselves take of main memory.
 FRAGMENTS = 0.05  # Gaps between tensors take this share of their memory.
-NF4_BYTES = 1 / 2 + 1 / 64 + 1 / 4096  # 64 weights share a byte of scale, 256 scales share 4 bytes (QLoRA, section 3).
+NF4_BYTES = 1 / 2 + 1 / 64 + 1 / 4096  # So 64 weights share a byte, 256 of those bytes share 4 (QLoRA, section 3).
 DECODER = 0.6  # The share of the VAE's weights that decodes; the encoder is dropped before samples are drawn.
-DECODE_TILE = 384  # pixels
+DECODE_TILE = 384  # It is the side in pixels.
 
 
 @dataclass(frozen=True)
@@ -3253,10 +3571,10 @@ class Hardware:
         return {"device": self.device, "name": self.name, "why": self.why, **memory}
 
 
-def free_memory_bytes() -> int | None:
+def available_memory_bytes() -> int | None:
     """Return the main memory that is free, also within a container's limit (cgroup v2), or None if it is unknown."""
     try:
-        import psutil  # accelerate requires it; without torch it may be missing.
+        import psutil  # It comes with accelerate; without torch it may be missing.
     except ImportError:
         return None
     free = int(psutil.virtual_memory().available)
@@ -3269,7 +3587,7 @@ def free_memory_bytes() -> int | None:
     return free
 
 
-def choose_device(wish: str, local_rank: int = 0) -> Hardware:
+def choose_device(requested: str, local_rank: int = 0) -> Hardware:
     """Return the device of this process: CUDA (also ROCm) before MPS before the CPU, or what the config names.
 
     Without a number in the config, each process on a machine gets the GPU of its own number.
@@ -3277,26 +3595,26 @@ def choose_device(wish: str, local_rank: int = 0) -> Hardware:
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     best = "cuda" if cuda else "mps" if mps else "cpu"
-    backend, _, number = (best if wish == "auto" else wish).partition(":")
+    backend, _, number = (best if requested == "auto" else requested).partition(":")
     index = int(number or local_rank)
     if backend == "cuda" and cuda and index < torch.cuda.device_count():
-        torch.cuda.set_device(index)  # bf16 support and peak memory are those of the current device.
+        torch.cuda.set_device(index)  # Support of bf16 and peak memory are those of the current device.
         free, total = torch.cuda.mem_get_info(index)
         free = min(total, free + CUDA_CONTEXT)  # The estimate counts the context, which now exists.
-        name, why = torch.cuda.get_device_name(index), f"{wish}: torch can use this GPU"
+        name, why = torch.cuda.get_device_name(index), f"{requested}: torch can use this GPU"
         return Hardware(f"cuda:{index}", name, why, total, free)
-    main = free_memory_bytes()
+    main = available_memory_bytes()
     if backend == "mps" and mps:
         total = torch.mps.recommended_max_memory()
         free = total - torch.mps.driver_allocated_memory()
         free = free if main is None else min(free, main)  # This GPU has no memory of its own.
-        return Hardware("mps", "Apple GPU", f"{wish}: torch can use this GPU", total, free)
+        return Hardware("mps", "Apple GPU", f"{requested}: torch can use this GPU", total, free)
     if backend == "cpu":
-        why = "auto: there is no GPU that torch can use" if wish == "auto" else wish
+        why = "auto: there is no GPU that torch can use" if requested == "auto" else requested
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, main and main // processes)
     reason = unusable_gpu() or f"torch {torch.__version__} sees {counted(torch.cuda.device_count(), 'CUDA GPU')} here"
-    raise TrainerError("device_unavailable", f"device {wish!r} cannot be used: {reason}.")
+    raise TrainerError("device_unavailable", f"device {requested!r} cannot be used: {reason}.")
 
 
 def has_nvidia_gpu() -> bool:
@@ -3312,20 +3630,20 @@ def unusable_gpu() -> str:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not work with this GPU or its driver"
 
 
-def hardware_warnings(hardware: Hardware | None, wish: str) -> Iterator[tuple[str, str, str]]:
+def hardware_warnings(hardware: Hardware | None, requested: str) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for a run that is on the CPU although nobody asked for it."""
-    if hardware is None or hardware.device != "cpu" or wish == "cpu":
+    if hardware is None or hardware.device != "cpu" or requested == "cpu":
         return
     if reason := unusable_gpu():
-        yield "gpu_unusable", f"There is a GPU, but {reason}.", "Install a torch build that fits the GPU and driver."
-    yield "training_on_cpu", "Training runs on the CPU, slow for full-size models.", "Use a machine with a GPU."
+        yield ("gpu_unusable", f"There is a GPU, but {reason}.", "Install a torch build that fits the GPU and driver.")
+    yield ("training_on_cpu", "Training runs on the CPU, slow for full-size models.", "Use a machine with a GPU.")
 
 
-def choose_dtype(wish: str, device: str) -> tuple[torch.dtype, str]:
+def choose_dtype(requested: str, device: str) -> tuple[torch.dtype, str]:
     """Return (compute dtype, why): bf16 on GPUs that have it, fp16 on other CUDA GPUs, and fp32 on the CPU."""
     named = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if wish != "auto":
-        return named[wish], f"mixed_precision {wish}"
+    if requested != "auto":
+        return named[requested], f"mixed_precision {requested}"
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "the GPU has bf16") if native else (torch.float16, "the GPU has no bf16")
@@ -3347,7 +3665,21 @@ def set_determinism(wanted: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def free_memory() -> None:
+MICRO_MODEL = 30_000_000  # A UNet with fewer weights is one.
+
+
+def limit_threads(unet_weights: int, device: str) -> str:
+    """Let a micro model compute on one thread of the CPU; return why, or "" where torch's own choice stays.
+
+    Its products are so small that two threads wait for each other: on a busy machine one is twice as fast.
+    """
+    if device != "cpu" or unet_weights >= MICRO_MODEL or os.environ.get("OMP_NUM_THREADS"):
+        return ""
+    torch.set_num_threads(1)
+    return f"Threads: 1 (a UNet of {unet_weights / 1e6:.1f} million weights is no faster on more)."
+
+
+def release_memory() -> None:
     """Give memory of deleted tensors back to the device."""
     gc.collect()
     if torch.cuda.is_available():
@@ -3356,22 +3688,12 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
-# What a step takes beside the weights, in numbers of the compute dtype for each latent pixel of an image: (plain, with
-# gradient checkpointing). `python benchmarks/memory.py constants` counts all of these with full-size UNets.
-KEPT_PER_PIXEL = {
-    "sd15": {"attention": (100_300, 28_200), "transformer": (114_300, 29_500), "all": (116_000, 30_100)},
-    "sd21": {"attention": (95_200, 23_200), "transformer": (114_300, 29_500), "all": (116_000, 30_100)},
-    "sdxl": {"attention": (173_000, 16_700), "transformer": (207_700, 19_300), "all": (211_500, 22_400)},
-}
-KEPT_PER_RANK = (60, 10)  # to be added for each of lora_rank
-KEPT_FACTOR = {  # in fp32 and in 16 bits, which DoRA and LoKr reach by autocast; each for attention and wider targets
-    "lora": ((1.0, 1.0), (1.0, 1.0)),
-    "dora": ((1.5, 2.05), (1.85, 2.75)),
-    "lokr": ((1.0, 1.1), (1.65, 2.0)),
-}
-KEPT_PER_TOKEN = {"sd15": 193_000, "sd21": 392_000, "sdxl": 865_000}  # of a text, if the text encoders train
-LAST_BLOCK = {"sd15": 16_100, "sd21": 16_100, "sdxl": 8_200}  # at the end of backward, beside all gradients
-FULL_WIDTH = 320  # channels of the first level of every full-size UNet
+# What a step takes beside the weights, in numbers of the compute dtype. The families' rows have it for each latent
+# pixel of an image, for each token of a text (if the text encoders train), and for the last block of backward.
+KEPT_PER_RANK = (60, 10)  # This is added for each of lora_rank (without checkpointing, with checkpointing).
+# Each pair is (attention, wider targets), first in fp32, then in 16 bits, which DoRA and LoKr reach by autocast.
+KEPT_FACTOR = {"lora": ((1.0, 1.0), (1.0, 1.0)), "dora": ((1.5, 2.05), (1.85, 2.75)), "lokr": ((1.0, 1.1), (1.65, 2.0))}
+FULL_WIDTH = 320  # The first level of every full-size UNet has so many channels.
 
 
 def matrix_weights(source: ModelSource) -> int:
@@ -3392,15 +3714,15 @@ def activation_bytes(
 
     The peak is at the start of backward, or at its end if there are many gradients.
     """
-    family, width, targets = source.family.name, 2 if half else 4, config.lora_targets
+    family, width, targets = source.family, 2 if half else 4, config.lora_targets
     pixels = (resolution // source.vae_factor) ** 2 * config.batch_size
     tokens = 77 * (config.max_caption_tokens // 75) * config.batch_size * config.train_text_encoder
-    kept = KEPT_PER_PIXEL[family][targets][checkpointing] + KEPT_PER_RANK[checkpointing] * config.lora_rank
+    kept = family.kept_per_pixel[targets][checkpointing] + KEPT_PER_RANK[checkpointing] * config.lora_rank
     # A UNet of another width, as tests have it, keeps in proportion.
     scale = source.unet.get("block_out_channels", (FULL_WIDTH,))[0] / FULL_WIDTH
     scale *= KEPT_FACTOR[config.lora_type][half][targets != "attention"] * width
-    start = (kept * pixels + KEPT_PER_TOKEN[family] * tokens) * scale
-    end = LAST_BLOCK[family] * pixels * scale
+    start = (kept * pixels + family.kept_per_token * tokens) * scale
+    end = family.last_block * pixels * scale
     if config.lora_type == "lokr":  # It makes a change of each weight for backward; with checkpointing one block's.
         changed = source.weight_counts["unet"] if targets == "all" else matrix_weights(source)
         start += changed * width * (0.1 if checkpointing else 1)
@@ -3419,6 +3741,10 @@ def vae_bytes(source: ModelSource, pixels: int, *, half: bool, decoding: bool) -
     kept, share = (3 * widths[min(1, len(widths) - 1)], DECODER) if decoding else (5 * widths[0] + 3, 1)
     width = 2 if half and not source.vae.get("force_upcast") else 4
     return int((kept * pixels + share * source.weight_counts["vae"]) * width)
+
+
+def draws_samples(config: TrainingConfig) -> bool:
+    return bool(config.validation_steps or config.sample_at_start)
 
 
 def decode_side(source: ModelSource, resolution: int, room: int, *, half: bool) -> int:
@@ -3459,8 +3785,7 @@ def estimate_vram(
     activations = activation_bytes(config, source, resolution, lora_weights, half=half, checkpointing=checkpointing)
     # Without gradients the UNet takes less than in training, so the peak of a sample is its decoding.
     side = decode_side(source, resolution, activations, half=half)
-    draws_samples = config.sample_prompts and (config.validation_steps or config.sample_at_start)
-    sampling = vae_bytes(source, side**2, half=half, decoding=True) if draws_samples else 0
+    sampling = vae_bytes(source, side**2, half=half, decoding=True) if draws_samples(config) else 0
     finishing = 0 if gpu else lora_weights * 8  # The final file is written and read back in main memory.
     # Images are encoded in groups on a GPU. Text encoders that train stay beside the VAE.
     group = max(1, 1024**2 // resolution**2) if gpu else 1
@@ -3479,12 +3804,12 @@ def is_gpu(hardware: Hardware | None) -> bool:
     return hardware is None or hardware.device.startswith("cuda")
 
 
-def choose_checkpointing(wish: bool | str, plain_bytes: int, hardware: Hardware | None) -> tuple[bool, str]:
+def choose_checkpointing(requested: bool | str, plain_bytes: int, hardware: Hardware | None) -> tuple[bool, str]:
     """Return (gradient checkpointing, why); `plain_bytes` is what a run without it needs."""
-    if isinstance(wish, bool):
-        return wish, f"gradient_checkpointing {str(wish).lower()}"
+    if isinstance(requested, bool):
+        return requested, f"gradient_checkpointing {str(requested).lower()}"
     if hardware is None or hardware.free_bytes is None:
-        return False, "its free memory is not known" if hardware else "the device is not known"
+        return (False, "its free memory is not known" if hardware else "the device is not known")
     need, free = gigabytes(plain_bytes), gigabytes(hardware.free_bytes)
     if plain_bytes > hardware.free_bytes:
         return True, f"without it about {need} GB are needed and {free} GB are free"
@@ -3521,17 +3846,18 @@ class Plan:
     source: ModelSource
     dataset: Dataset
     hardware: Hardware | None  # None: torch is not installed.
-    dtype_name: str  # of the computation, as torch names it
+    dtype_name: str  # It is torch's name of the compute dtype.
     tokens: JSON | None  # None: the tokenizers could not be loaded.
-    sizes: Sequence[Size]  # of each example's bucket
+    sizes: Sequence[Size]  # There is one for each example.
     buckets: Mapping[Size, list[int]]
-    variants: Sequence[Sequence[str]]  # the texts that stand for each example's caption
-    captions: Sequence[str]  # each of these texts once, and the empty one
-    prompts: Sequence[str]  # the texts that samples need besides
+    variants: Sequence[Sequence[str]]  # These texts stand for each example's caption.
+    captions: Sequence[str]  # It has each of these texts once, and the empty one.
+    prompts: Sequence[str]  # Samples need these texts besides.
     cache_folder: Path | None  # None: what is encoded stays in memory.
     checkpointing: bool
     memory: Mapping[str, int]
-    reasons: Sequence[str]  # what was decided, and why
+    checkpointing_why: str
+    cache_why: str
 
     @property
     def half(self) -> bool:
@@ -3574,7 +3900,7 @@ class Plan:
     def identity(self) -> JSON:
         """Return what must not change between the attempts of one run (x-defines-run in the schema)."""
         identity = {key: getattr(self.config, key) for key in keys_marked("x-defines-run")}
-        identity |= {"batch_size": self.batch_size, "dataset": self.dataset.fingerprint}
+        identity |= {"batch_size": self.batch_size, "dataset": self.dataset.contents()}
         for part, document in {"unet": self.source.unet, "scheduler": self.source.scheduler}.items():
             identity[part] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
         return dict(json.loads(json.dumps(identity)))
@@ -3587,7 +3913,8 @@ class Plan:
         folder = {"n_repeats": config.repeats, "img_count": len(train)}  # Its real name stays private.
         rows = [{"resolution": size, "count": len(members)} for size, members in self.buckets.items()]
         facts = {"epoch": math.ceil(self.epoch(step)), "num_train_images": len(train)}
-        facts |= {"total_batch_size": self.batch_size * config.gradient_accumulation_steps}
+        largest = largest_batch(self.buckets, self.batch_size)
+        facts |= {"total_batch_size": largest * config.gradient_accumulation_steps}
         facts |= {"num_reg_images": len(self.dataset.of_role("prior"))}
         documents = {"dataset_dirs": {"dataset": folder}, "bucket_info": {"buckets": dict(enumerate(rows))}}
         documents |= {"tag_frequency": {"dataset": frequency}}
@@ -3634,13 +3961,13 @@ def cache_bytes(config: TrainingConfig, source: ModelSource, sizes: Sequence[Siz
 
 def choose_cache(config: TrainingConfig, needed: int) -> tuple[Path | None, str]:
     """Return (the cache's folder, None for memory; why). Memory is chosen if at least half of it stays free."""
-    free = free_memory_bytes()
+    free = available_memory_bytes()
     if config.cache_dir:
         return Path(config.cache_dir), "cache_dir"
     if free is None or needed <= free / 2:
         return None, f"memory, it takes about {gigabytes(needed)} GB"
     folder = Path(config.output_path, "cache")
-    return folder, f"{folder}, because {gigabytes(needed)} GB are more than half of the free memory"
+    return (folder, f"{folder}, because {gigabytes(needed)} GB are more than half of the free memory")
 
 
 def check_settings(config: TrainingConfig, source: ModelSource, device: str | None) -> None:
@@ -3659,7 +3986,7 @@ def check_settings(config: TrainingConfig, source: ModelSource, device: str | No
     ]
     problems = [problem(path, message) for broken, path, message in rules if broken]
     if problems:
-        message = "; ".join(f"{problem['path']} {problem['message']}" for problem in problems)
+        message = "; ".join(f"{item['path']} {item['message']}" for item in problems)
         raise TrainerError("config_invalid", f"The config does not fit the model: {message}.", problems=problems)
 
 
@@ -3682,9 +4009,7 @@ def decide(
     buckets = make_buckets(dataset, sizes, config.seed)
     batch_size = config.batch_size * processes
     batches = batches_per_epoch(buckets, batch_size)
-    steps = config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
-    if config.steps is None and config.epochs is not None:
-        steps = math.ceil(config.epochs * batches / config.gradient_accumulation_steps)
+    steps = count_steps(config, batches)
     epochs = math.ceil(steps * config.gradient_accumulation_steps / batches)
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
     captions = list(dict.fromkeys(itertools.chain([""], *variants)))
@@ -3692,8 +4017,7 @@ def decide(
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
     needed = cache_bytes(config, source, sizes, texts) * processes
     cache_folder, cache_why = choose_cache(config, needed)
-    # No batch holds more than its bucket.
-    own_batch = math.ceil(min(batch_size, max(map(len, buckets.values()))) / processes)
+    own_batch = math.ceil(largest_batch(buckets, batch_size) / processes)
     estimate = functools.partial(
         estimate_vram,
         dataclasses.replace(config, batch_size=own_batch),
@@ -3706,15 +4030,6 @@ def decide(
     )
     plain = estimate(checkpointing=False)
     checkpointing, why = choose_checkpointing(config.gradient_checkpointing, plain["total"], hardware)
-    doubt = "" if source.prediction_known else " (a guess that is measured before training)"
-    reasons = [
-        f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {resolution}.",
-        f"Gradient checkpointing: {'on' if checkpointing else 'off'} ({why}).",
-        f"Dataset: {counted(len(dataset.examples), 'image')} in {counted(len(buckets), 'bucket')}.",
-        f"Cache: {cache_why}. Batches of {batch_size}, {counted(processes, 'worker')}.",
-    ]
-    if hardware:
-        reasons.insert(0, f"Device: {hardware.device}, {hardware.name} ({hardware.why}); compute dtype {dtype_name}.")
     return Plan(
         config=dataclasses.replace(config, steps=steps, resolution=resolution),
         processes=processes,
@@ -3731,8 +4046,28 @@ def decide(
         cache_folder=cache_folder,
         checkpointing=checkpointing,
         memory=estimate(checkpointing=True) if checkpointing else plain,
-        reasons=reasons,
+        checkpointing_why=why,
+        cache_why=cache_why,
     )
+
+
+def count_steps(config: TrainingConfig, batches: int) -> int:
+    """Return the run's steps: as the config says, else those of its epochs of so many batches, else the default."""
+    if config.steps is None and config.epochs is not None:
+        return math.ceil(config.epochs * batches / config.gradient_accumulation_steps)
+    return config.steps or int(load_schema()["definitions"]["steps"]["x-when-null"])
+
+
+def plan_reasons(plan: Plan) -> Iterator[str]:
+    """Say what was decided, and why."""
+    source, hardware = plan.source, plan.hardware
+    doubt = "" if source.prediction_known else " (a guess that is measured before training)"
+    if hardware:
+        yield f"Device: {hardware.device}, {hardware.name} ({hardware.why}); compute dtype {plan.dtype_name}."
+    yield f"Model: {source.family.title}, {source.prediction_type}{doubt}, resolution {plan.resolution}."
+    yield f"Gradient checkpointing: {'on' if plan.checkpointing else 'off'} ({plan.checkpointing_why})."
+    yield f"Dataset: {counted(len(plan.dataset.examples), 'image')} in {counted(len(plan.buckets), 'bucket')}."
+    yield f"Cache: {plan.cache_why}. Batches of {plan.batch_size}, {counted(plan.processes, 'worker')}."
 
 
 def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -3741,23 +4076,26 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if config.lr_warmup_steps >= plan.total_steps:
         message = f"lr_warmup_steps ({config.lr_warmup_steps}) covers the whole run ({plan.total_steps} steps)."
         yield "warmup_too_long", message, "Use a tenth of the steps or less."
-    yield from hardware_warnings(hardware, config.device) if hardware else ()
+    yield from hardware_warnings(hardware, config.device)
     free = hardware.free_bytes if hardware else None
     if hardware and free is not None and plan.memory["total"] > free:
         message = f"The run needs about {gigabytes(plan.memory['total'])} GB, and {gigabytes(free)} GB are free"
         hint = memory_hint(config, plan.checkpointing, is_gpu(hardware))
         yield "memory_short", f"{message} ({hardware.device}).", hint
-    host = free_memory_bytes() if hardware and is_gpu(hardware) else None
+    host = available_memory_bytes() if hardware and is_gpu(hardware) else None
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
+    if config.lora_type == "dora":
+        message = "ComfyUI and Forge apply a DoRA about 14 % off, A1111 and InvokeAI much worse (docs/output.md)."
+        yield ("dora_support", message, "Set dora_as_lora_rank for a plain LoRA beside it, or lora_type to lora.")
     yield from dataset_warnings(config, plan.dataset, plan.resolution)
     if plan.tokens:
         yield from token_warnings(plan.tokens)
     scheduler = source.scheduler.get("prediction_type") or source.prediction_type
     if source.prediction_type != scheduler:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {scheduler}."
-        yield "prediction_type_suspect", message, "If samples are noise, the scheduler is right: set it to auto."
+        yield ("prediction_type_suspect", message, "If samples are noise, the scheduler is right: set it to auto.")
 
 
 @os_errors_as("output_not_writable")
@@ -3818,7 +4156,7 @@ def plan_run(
     dataset, source = check_inputs(config, events)
     claim()
     events.info("Importing torch and diffusers.", phase="importing")
-    hardware, dtype_name, tokens = None, "float16" if expects_half(config) else "float32", None
+    hardware, dtype_name, tokens = (None, "float16" if expects_half(config) else "float32", None)
     try:
         import_libraries()
     except ImportError as error:
@@ -3828,7 +4166,7 @@ def plan_run(
         events.warning("torch_missing", message, "pip install -r requirements.txt")
     else:
         hardware = choose_device(config.device, group.local_rank)
-        set_determinism(config.deterministic)  # cuBLAS reads its setting once, at the first product.
+        set_determinism(config.deterministic)  # Its setting for cuBLAS is read once, at the first product.
         dtype, _ = choose_dtype(config.mixed_precision, hardware.device)
         dtype_name = str(dtype).removeprefix("torch.")
         half = dtype_name != "float32"
@@ -3836,9 +4174,12 @@ def plan_run(
             events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
             source = locate_model(config, events, half=half, download=download)
         tokens = token_report(config, dataset, load_tokenizers(source))
+        if config.init_lora_path:
+            initial_weights(adapter_shapes(config, source), config, source)
     events.info("Planning the run.", phase="planning")
     plan = decide(config, dataset, source, hardware, dtype_name, processes=group.size, tokens=tokens)
-    for reason in plan.reasons:
+    threads = limit_threads(source.weight_counts["unet"], hardware.device) if hardware else ""
+    for reason in filter(None, (*plan_reasons(plan), threads)):
         events.info(reason)
     for warning in (*config_warnings(config), *plan_warnings(plan)):
         events.warning(*warning)
@@ -3940,15 +4281,15 @@ class EncodedDataset:
     def encode(self) -> None:
         """Encode what the cache lacks of texts and images."""
         self.encode_texts()
-        free_memory()
+        release_memory()
         self.encode_images()
-        free_memory()
-        self.group.any(False)  # The others read what the main process has written.
+        release_memory()
+        self.group.wait()  # The others read what the main process has written.
 
     def encode_texts(self) -> None:
         plan, training = self.plan, self.plan.config.train_text_encoder
         # Captions and prompts are batched separately: a changed prompt must not change the embeddings of captions.
-        groups = [group for texts in (plan.captions, plan.prompts) for group in self.chunks(texts, 32)]
+        groups = [group for texts in (plan.captions, plan.prompts) for group in self.encoding_groups(texts, 32)]
         missing = [] if training else self.missing("texts", groups)
         if not (missing or training):
             return
@@ -3962,15 +4303,15 @@ class EncodedDataset:
         plan, groups = self.plan, []
         unique = {self.keys[item]: item for item in plan.image_variants()}.values()
         for (width, height), variants in grouped(unique, lambda item: item.size).items():
-            groups += self.chunks(variants, 1024**2 // (width * height))
+            groups += self.encoding_groups(variants, 1024**2 // (width * height))
         missing = self.missing("images", groups)
-        draws_samples = self.group.is_main and bool(plan.config.validation_steps or plan.config.sample_at_start)
-        if not (missing or draws_samples):
+        keeps_decoder = self.group.is_main and draws_samples(plan.config)
+        if not (missing or keeps_decoder):
             return
         self.events.info("Loading the VAE.", phase="loading")
         vae = load_component(plan.source, "vae", self.vae_dtype, self.device)
         self.fill("Encoding images.", missing, lambda images: encode_images(vae, images), ImageVariant.load)
-        if draws_samples:
+        if keeps_decoder:
             vae.encoder = vae.quant_conv = None
             if plan.decode_side < plan.resolution:
                 vae.enable_tiling()
@@ -3978,7 +4319,7 @@ class EncodedDataset:
                 vae.tile_latent_min_size = plan.decode_side // plan.source.vae_factor
             self.vae = vae.to("cpu")
 
-    def chunks(self, items: Sequence[T], most: int) -> list[list[T]]:
+    def encoding_groups(self, items: Sequence[T], most: int) -> list[list[T]]:
         """Cut items into groups to encode together: of one on the CPU, so that no result depends on its batch."""
         return chunks(items, 1 if self.device.type == "cpu" else max(1, most))
 
@@ -4070,6 +4411,14 @@ class EncodedDataset:
             part=part,
         )
 
+    def validation_batch(self, indices: Sequence[int], part: int) -> tuple[Batch, Tensor]:
+        """Put held-out images together, each with a noise of its own [B, C, h, w] for this part of the schedule."""
+        variants = [self.plan.variant(index) for index in indices]
+        batch = self.batch(variants, [item.example.caption for item in variants], [1.0] * len(variants))
+        sources = [generator("validation", self.plan.config.seed, index, part) for index in indices]
+        noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
+        return batch, noise.to(self.device)
+
     def masks(self, images: Sequence[CachedImage]) -> Tensor:
         """Stack masks [B, 1, h, w]; an image without one counts in full, and the rest by unmasked_weight."""
         full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
@@ -4101,7 +4450,7 @@ class EncodedDataset:
 # samples and report
 # ======================================================================================
 
-Samples = dict[tuple[int, str], dict[int, Path]]  # {(number, prompt): {step: file}}
+Samples = dict[tuple[int, str], dict[int, Path]]  # It is {(number, prompt): {step: file}}.
 STYLE = """:root{color-scheme:light dark}svg,img{display:block;width:100%}pre{white-space:pre-wrap}
 body{max-width:72rem;margin:auto;padding:2rem;font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 figure,a{display:inline-block;width:11rem;margin:0 1rem 1rem 0;color:inherit}figure{width:32rem;max-width:100%}
@@ -4155,9 +4504,9 @@ class Sampler:
 
 
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
-    """Return a PNG file that holds these texts as iTXt entries, which keep every letter."""
+    """Return a PNG file that holds these texts, and the script's name, as iTXt entries, which keep every letter."""
     info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
-    for key, value in text.items():
+    for key, value in {**text, "Software": f"{SOFTWARE} {VERSION}"}.items():
         info.add_itxt(key, value)
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -4185,20 +4534,20 @@ def open_tracker(name: str, folder: Path, run_id: str, config: TrainingConfig, s
 
 
 class Trackers:
-    """The trackers of a run. One that fails is left out from then on: no run is lost for a curve."""
+    """The trackers of a run. One that fails is left out from then on, with a warning; it never ends the run."""
 
     def __init__(self, warn: Callable[[str, str, str], None]) -> None:
         self._warn = warn
         self._running: dict[str, Any] = {}
 
-    def open(self, names: Iterable[str], *run: Any) -> None:
-        """Open these trackers; `run` is (folder, run id, config, step)."""
+    def open(self, names: Iterable[str], *arguments: Any) -> None:
+        """Open these trackers with open_tracker's other arguments."""
         for name in names:
             with self._left_out_if_it_fails(name):
-                self._running[name] = open_tracker(name, *run)
+                self._running[name] = open_tracker(name, *arguments)
                 self._running[name].start()
 
-    def tell(self, kind: str, fields: JSON) -> None:
+    def log(self, kind: str, fields: JSON) -> None:
         """Pass on a progress, validation or sample event."""
         for name, tracker in [*self._running.items()]:
             with self._left_out_if_it_fails(name):
@@ -4243,7 +4592,7 @@ def read_history(path: Path, last_step: int) -> list[JSON]:
         if event["type"] == "start" or event.get("phase") == "resuming":
             is_new = event["type"] == "start"
         elif event.get("phase") == "training" and is_new:
-            history, is_new = [], False  # An attempt that has not resumed begins another run.
+            history, is_new = ([], False)  # An attempt that has not resumed begins another run.
         elif event["type"] in ("progress", "validation", "sample") and event["step"] <= last_step:
             while history and history[-1]["step"] > event["step"]:
                 history.pop()  # A step that comes again replaces all that followed it.
@@ -4254,7 +4603,7 @@ def read_history(path: Path, last_step: int) -> list[JSON]:
 def draw_grid(samples: Samples) -> Image.Image:
     """Draw samples as one picture: a row per prompt, a column per step."""
     side, gap, font = 256, 32, ImageFont.load_default(16)
-    cell, steps = side + gap, sorted({step for files in samples.values() for step in files})
+    cell, steps = (side + gap, sorted({step for files in samples.values() for step in files}))
     sheet = Image.new("RGB", (gap + cell * max(2, len(steps)), gap + (cell + gap) * len(samples)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, ((number, prompt), files) in enumerate(samples.items()):
@@ -4285,8 +4634,8 @@ def chart(history: Sequence[JSON], title: str, kind: str, field: str) -> str:
 class Report:
     """Writes samples/grid.png and report.html, which show people the run in a folder."""
 
-    def __init__(self, folder: Path, events: EventStream, plan: Plan, precision: str) -> None:
-        self.folder, self.events, self.plan, self.precision = folder, events, plan, precision
+    def __init__(self, folder: Path, events: EventStream, plan: Plan) -> None:
+        self.folder, self.events, self.plan = folder, events, plan
         self.drawn: Samples = {}  # The grid is drawn anew only when the samples change.
 
     def write(self, state: TrainState, ending: str = "running", why: str = "") -> None:
@@ -4299,7 +4648,7 @@ class Report:
             if samples and samples != self.drawn:
                 write_file(self.folder / "samples/grid.png", png_bytes(draw_grid(samples), {}))
                 self.drawn = samples
-        except Exception as error:  # No run is lost for its report, whatever disk, pictures or log do.
+        except Exception as error:  # Whatever disk, pictures or log do, this must not end the run.
             if all(warning["code"] != "report_not_written" for warning in self.events.warnings):
                 message = f"report.html or samples/grid.png is not up to date: {error}"
                 self.events.warning("report_not_written", message, "The run goes on, and tries again.")
@@ -4321,7 +4670,7 @@ class Report:
             why,
             f"Step {state.step:,} of {plan.config.steps:,}, or {plan.epoch(state.step):,.1f} passes over the dataset, "
             f"after {state.seconds / 60:,.1f} minutes of training.",
-            f"Model {plan.source.name} on {hardware.name if hardware else 'unknown hardware'} in {self.precision}.",
+            f"Model {plan.source.name} on {hardware.name if hardware else 'unknown hardware'} in {plan.dtype_name}.",
             *(f"Warning {item['code']}: {item['message']} {item['hint']}" for item in self.events.warnings),
         ]
         gallery = ""
@@ -4372,7 +4721,7 @@ def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStrea
     try:
         before = gradient()
         unet.compile_repeated_blocks(dynamic=True)
-        error_share = float((gradient() - before).norm() / before.norm())
+        error_share = float((gradient() - before).norm() / before.norm()) if before.any() else 0.0
         if not error_share < 0.05:
             raise ArithmeticError(f"the compiled gradient is off by {error_share:.0%}")
     except Exception as error:  # A missing compiler, Triton or right to run code in /tmp: each has its own class.
@@ -4420,25 +4769,26 @@ class LoRATrainer:
     group: Group = dataclasses.field(default_factory=Group)
     fresh: bool = False
 
-    MOST_BAD_STEPS = 5  # in a row, before the run ends
-    VALIDATION_PARTS = 4  # Each held-out image is tried in the middle of each part of the noise schedule.
-    RESCUE_WAIT_S = 3.0  # for a save or an optimizer step under way
+    MOST_BAD_STEPS = 5  # One more in a row ends the run.
+    RESCUE_WAIT_S = 3.0  # A save or an optimizer step under way may take this long.
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self.config, self.source, self.identity = plan.config, plan.source, plan.identity()
+        self.config, self.source, self.identity = (plan.config, plan.source, plan.identity())
         self.hardware = choose_device(self.config.device, self.group.local_rank)
-        self.device, self.dtype = torch.device(self.hardware.device), getattr(torch, plan.dtype_name)
+        self.device, self.dtype = (torch.device(self.hardware.device), getattr(torch, plan.dtype_name))
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.config.output_name, self.config.checkpoint_limit)
         self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
+        self.as_lora_path = self.folder.path / f"{self.config.output_name}_final_as_lora.safetensors"
         self.base = weights_fingerprint(self.source)
+        self.prediction_type = self.source.prediction_type
         self.state, self.saved = TrainState(), NOTHING_SAVED
         self.stop.saved = lambda: self.saved
         self.pending: list[tuple[int, dict[str, float], Tensor]] = []  # Steps whose loss has not been read yet.
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.lock = threading.RLock()  # It is held while weights and counters change or are being saved.
         self.step_incomplete = False  # An optimizer step failed half-way.
-        self.failed_saves = 0  # in a row
+        self.failed_saves = 0  # It counts those in a row.
         self.trackers = Trackers(self.events.warning)
         self.report: Report | None = None
 
@@ -4469,8 +4819,10 @@ class LoRATrainer:
     def setup(self) -> bool:
         """Encode the dataset, load the UNet, make the adapter, resume. True: the run is finished already."""
         point = self.group.share(self.find_point)
-        if point and self.group.share(lambda: self.is_finished(point.state.step)):
-            self.state = point.state
+        if point and not self.source.prediction_known:
+            self.prediction_type = point.record.prediction_type  # It was measured at the start.
+        if point and self.group.share(lambda: self.is_finished(point.record.state.step)):
+            self.state = point.record.state
             self.events.info("This run is finished already: a larger steps makes it longer, --fresh starts over.")
             return True
         self.data = EncodedDataset(self.plan, self.device, self.group, self.events)
@@ -4479,7 +4831,8 @@ class LoRATrainer:
         nf4 = self.config.quantize_base == "nf4"
         self.unet = load_component(self.source, "unet", self.dtype, self.device, nf4)
         self.alpha_bar = noise_schedule(self.source.scheduler)
-        self.prediction_type = self.choose_prediction(point)
+        if not point:
+            self.prediction_type = self.measure_prediction()
         self.weight_of = loss_weights(self.alpha_bar, self.prediction_type, self.config.snr_gamma).float()
         self.make_adapter()
         if point:
@@ -4490,38 +4843,32 @@ class LoRATrainer:
     def find_point(self) -> ResumePoint | None:
         """Find the state to go on from, or set the earlier checkpoints aside; settle the run's id."""
         if self.fresh:
-            remove(self.folder.path / "config.json")  # It names the earlier run, also if this one is killed soon.
+            # The old config.json names the earlier run, and this run may be killed before it writes its own.
+            remove(self.folder.path / "config.json")
             self.checkpoints.set_aside()
         point = find_resume_point(self.checkpoints.states(), self.events.warning)
-        known = None if self.fresh else read_run_id(self.folder.path / "config.json")
-        self.run_id = str(point.record["run_id"]) if point else known or uuid.uuid4().hex
+        known = read_run_id(self.folder.path / "config.json")
+        self.run_id = point.record.run_id if point else known or uuid.uuid4().hex
         if point:
-            step, same_base = point.state.step, point.record["base"] == self.base
-            check_identity(self.identity, point.record["identity"], same_base, self.folder.path)
+            step, same_base = point.record.state.step, point.record.base == self.base
+            check_identity(self.identity, point.record.identity, same_base, self.folder.path)
             newest = next((str(path) for number, path in self.checkpoints.loras() if number <= step), None)
             self.saved = {"step": step, "path": newest, "state_path": str(point.path)}
         return point
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the final LoRA is on disk and whole, of this run and step, and as the config wants it now."""
-        header = read_header(self.final_path)
-        if step < self.plan.total_steps or header.get("train_lora.run_id") != self.run_id:
+        if step < self.plan.total_steps or (self.config.dora_as_lora_rank and not self.as_lora_path.exists()):
             return False
-        digest = tensor_bytes_hash(self.final_path.read_bytes())
-        wanted = self.lora_header(step) | {"modelspec.hash_sha256": f"0x{digest}"}
-        keys = {"ss_steps", "train_lora.save_dtype", "train_lora.save_format"}
-        keys |= {key for key in header | wanted if key.startswith("modelspec.")} - {"modelspec.date"}
-        return all(header.get(key) == wanted.get(key) for key in keys)
+        return is_lora_as(self.final_path, self.lora_header(step, self.config))
 
-    def choose_prediction(self, point: ResumePoint | None) -> str:
-        """Return what the UNet predicts: as model or config say, else as it was measured, now or at the start."""
+    def measure_prediction(self) -> str:
+        """Return what the UNet predicts: as model or config say, else as it answers to pure noise."""
         source, assumed = self.source, self.source.prediction_type
-        if point:
-            return assumed if source.prediction_known else str(point.record["prediction_type"])
         side = float(source.native_resolution)
         conditions = self.data.conditions([""], torch.tensor([[side, side, 0, 0, side, side]]))
         measured = measure_prediction_type(self.predict, self.unet.config.in_channels, conditions, len(self.alpha_bar))
-        if measured in (None, assumed):
+        if measured == assumed:
             return assumed
         hint = "If samples are noise or grey, set prediction_type to the other one."
         if not source.prediction_known:
@@ -4529,7 +4876,7 @@ class LoRATrainer:
             check_settings(self.config, dataclasses.replace(source, prediction_type=measured), None)
         message = f"The run assumed {assumed}, but the model answers pure noise as {measured} models do."
         self.events.warning("prediction_type_suspect", message, hint)
-        return assumed if source.prediction_known else str(measured)
+        return assumed if source.prediction_known else measured
 
     def make_adapter(self) -> None:
         """Put adapters on what trains, and make the optimizer."""
@@ -4541,14 +4888,20 @@ class LoRATrainer:
             parameters |= add_adapter(part, components[part], config, pattern)
             components[part].train()
         if config.init_lora_path:
-            start_from_file(parameters, config, self.source)
+            for key, value in initial_weights(parameters, config, self.source).items():
+                parameters[key].data.copy_(value)
         self.adapter = Adapter([*components.values()], parameters, config, self.dtype)
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
         if config.compile:
             compile_blocks(self.unet, self.first_gradient, self.events)
-        modules = {name.rpartition("/")[0] for name in parameters}
-        self.events.info(f"Training {len(modules)} modules with {self.adapter.weights.numel():,} weights.")
+        places = {
+            f"{part}.{saved_name(name)}": layer
+            for part in components
+            for name, layer in components[part].named_modules()
+        }
+        self.layers = {module: places[module] for module in (name.rpartition("/")[0] for name in parameters)}
+        self.events.info(f"Training {len(self.layers)} modules with {self.adapter.weights.numel():,} weights.")
 
     def first_gradient(self) -> Tensor:
         self.accumulate(0)
@@ -4557,37 +4910,33 @@ class LoRATrainer:
     @main_only
     def prepare_output(self) -> None:
         """Write config.json, open the trackers, and warn when the files to come may not fit."""
-        config, folder, steps_left = self.config, self.folder.path, self.plan.total_steps - self.state.step
+        config, folder, steps_left = (self.config, self.folder.path, self.plan.total_steps - self.state.step)
         document = {"version": VERSION, "run_id": self.run_id, "config": dataclasses.asdict(config)}
         write_file(folder / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
         if config.report_to:
             self.events.info(f"Opening {' and '.join(config.report_to)}.", phase="tracking")
             self.trackers.open(config.report_to, folder, self.run_id, config, self.state.step)
-        self.report = Report(folder, self.events, self.plan, self.plan.dtype_name)
-        # Two states and the one being written, and every LoRA, in bytes per weight.
-        state = 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(config.ema_decay)
-        loras = 1 + min(steps_left // (config.checkpoint_steps or steps_left + 1), config.checkpoint_limit or 10**6)
-        needed = self.adapter.weights.numel() * (3 * state + loras * (4 if config.save_dtype == "fp32" else 2))
+        self.report = Report(folder, self.events, self.plan)
+        needed = bytes_to_write(config, self.adapter.weights.numel(), steps_left)
         if needed > (free := shutil.disk_usage(folder).free):
             message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
             self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
-        record, tensors, total = point.record, point.tensors, self.plan.total_steps
-        self.events.info(f"Resuming at step {point.state.step} from {point.path.name}.", phase="resuming")
-        optimizer = unpack(record["optimizer"], tensors)
-        self.adapter.restore(tensors["weights"], tensors.get("average"), optimizer, record["scaler"])
-        self.state = point.state
-        if record["base"] != self.base:
+        record, total = point.record, self.plan.total_steps
+        self.events.info(f"Resuming at step {record.state.step} from {point.path.name}.", phase="resuming")
+        self.adapter.restore(point.tensors, record.adapter)
+        self.state = record.state
+        if record.base != self.base:
             message = "The base model's weights are not those that this run began with."
             self.events.warning("base_model_changed", message, "Put them back, or start over with --fresh.")
         now = environment(self.plan, self.hardware)
-        if changed := [key for key, value in record["environment"].items() if now[key] != value]:
+        if changed := [key for key, value in record.environment.items() if now[key] != value]:
             message = f"These differ from the last attempt: {', '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
-        if record["total_steps"] != total and self.config.lr_scheduler != "constant":
-            message = f"The run was planned for {record['total_steps']} steps and now has {total}: the rate jumps."
+        if record.total_steps != total and self.config.lr_scheduler != "constant":
+            message = f"The run was planned for {record.total_steps} steps and now has {total}: the rate jumps."
             hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
             self.events.warning("schedule_stretched", message, hint)
         self.events.info(f"Going on from step {self.state.step} of {total}.")
@@ -4610,7 +4959,7 @@ class LoRATrainer:
             loss = self.accumulate(step)
             if self.group.any(loss is None) or loss is None:
                 return False  # A stop was asked for: this step is abandoned, and the state before it is whole.
-            self.group.sum_(self.adapter.gradient, loss)
+            self.group.add_up(self.adapter.gradient, loss)
             self.advance(step, loss, rates)
             self.periodic()
         return True
@@ -4657,7 +5006,7 @@ class LoRATrainer:
 
         source = generator("timesteps", config.seed, step, micro_batch)
         end = config.max_timestep or len(self.alpha_bar)
-        timesteps = torch.randint(config.min_timestep, end, shape[:1], generator=source)[batch.part]  # on the CPU
+        timesteps = torch.randint(config.min_timestep, end, shape[:1], generator=source)[batch.part]
         latents = batch.mean + batch.std * draw("posterior", shape)
         noise = draw("noise", shape)
         if config.noise_offset:
@@ -4688,7 +5037,8 @@ class LoRATrainer:
         with self.lock:
             self.step_incomplete = True
             numbers = self.adapter.step(loss, step)
-            before, self.clock = self.clock, time.monotonic()  # Samples and saves are in, so the time left is honest.
+            # A lap includes the samples and saves before it, so eta_seconds counts them.
+            before, self.clock = self.clock, time.monotonic()
             self.laps.append(self.clock - before)
             self.state = self.state.with_step(self.laps[-1])
             self.pending.append((step, rates, numbers))
@@ -4734,12 +5084,11 @@ class LoRATrainer:
         fields |= {"loss": loss, "loss_avg": self.state.loss_avg, "grad_norm": norm, "epoch": self.plan.epoch(step)}
         fields |= {"learning_rate": rates["unet"], "learning_rates": rates, "steps_per_second": speed}
         fields |= {"eta_seconds": (total - step) / speed if speed else None, "vram_gb": gigabytes(peak)}
-        self.tell("progress", **fields)
+        self.emit_and_track("progress", **fields)
 
-    def tell(self, event_type: str, **fields: Any) -> None:
-        """Emit an event and pass it on to the trackers."""
+    def emit_and_track(self, event_type: str, **fields: Any) -> None:
         self.events.emit(event_type, **fields)
-        self.trackers.tell(event_type, fields)
+        self.trackers.log(event_type, fields)
 
     @main_only
     def periodic(self) -> None:
@@ -4751,11 +5100,11 @@ class LoRATrainer:
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
         is_end = bool(config.validation_steps) and step == self.plan.total_steps
-        if samples := is_end or is_due(step, config.validation_steps):
+        if sampled := is_end or is_due(step, config.validation_steps):
             self.report_finished_steps()
             self.validate(step)
             self.sample(step)
-        if (samples or self.last_save != before) and not self.stop.requested:  # After a stop, only the save counts.
+        if (sampled or self.last_save != before) and not self.stop.requested:  # After a stop, only the save counts.
             self.show()
 
     @main_only
@@ -4766,32 +5115,25 @@ class LoRATrainer:
 
     @main_only
     def validate(self, step: int) -> None:
-        """Report the held-out images' mean loss, at the same noise and timesteps every time."""
+        """Report the held-out images' mean loss, at the same noise and in the middle of each quarter of the schedule.
+
+        The timesteps are fixed, because the loss varies more between timesteps than between images.
+        """
         held_out = [index for index, example in enumerate(self.plan.dataset.examples) if example.role == "validation"]
         by_size = grouped(held_out, lambda index: self.plan.sizes[index]).values()
         batches = [batch for members in by_size for batch in chunks(members, self.config.batch_size)]
-        work = list(itertools.product(batches, range(self.VALIDATION_PARTS)))
+        start, end, parts = self.config.min_timestep, self.config.max_timestep or len(self.alpha_bar), 4
+        work = list(itertools.product(batches, range(parts)))
         losses: list[Tensor] = []
         with self.adapter.evaluating():
             for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
                 if self.stop.requested:
                     return
-                losses.append(self.validation_losses(batch, part))
+                held_out_batch, noise = self.data.validation_batch(batch, part)
+                timesteps = torch.full((len(batch),), start + (end - start) * (2 * part + 1) // (2 * parts))
+                losses.append(self.sample_losses(held_out_batch, held_out_batch.mean, noise, timesteps))
         if losses:
-            self.tell("validation", step=step, loss=float(torch.cat(losses).mean()))
-
-    def validation_losses(self, indices: Sequence[int], part: int) -> Tensor:
-        """Return the losses [B] of images in the middle of one part of the schedule; each image has its own noise.
-
-        The parts are fixed, because the loss varies more between timesteps than between images.
-        """
-        variants = [self.plan.variant(index) for index in indices]
-        batch = self.data.batch(variants, [item.example.caption for item in variants], [1.0] * len(variants))
-        sources = [generator("validation", self.config.seed, index, part) for index in indices]
-        noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
-        start, end = self.config.min_timestep, self.config.max_timestep or len(self.alpha_bar)
-        timestep = start + (end - start) * (2 * part + 1) // (2 * self.VALIDATION_PARTS)
-        return self.sample_losses(batch, batch.mean, noise.to(self.device), torch.full((len(variants),), timestep))
+            self.emit_and_track("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     @main_only
     def sample(self, step: int) -> None:
@@ -4808,7 +5150,9 @@ class LoRATrainer:
                         break
                     path = self.folder.samples / f"step_{step}_{index}.png"
                     write_file(path, png_bytes(image, {"prompt": prompt, "seed": str(seed), "step": str(step)}))
-                    self.tell("sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed)
+                    self.emit_and_track(
+                        "sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed
+                    )
         except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
             failure = as_trainer_error(error, "sampling")
             self.events.warning("sample_not_written", failure.message, failure.hint)
@@ -4834,26 +5178,17 @@ class LoRATrainer:
         """Write the state, then (with `lora`) the LoRA, and report them; older files are removed only after that."""
         with self.lock:
             self.report_finished_steps()
-            self.stop.save_requested &= not lora
-            step, adapter = self.state.step, self.adapter
-            state_path, lora_path = self.checkpoints.state_path(step), self.checkpoints.lora_path(step)
-            tensors = {"weights": adapter.weights}
-            tensors |= {} if adapter.average is None else {"average": adapter.average}
-            record = {
-                "run_id": self.run_id,
-                "identity": self.identity,
-                "environment": environment(self.plan, self.hardware),
-                "prediction_type": self.prediction_type,
-                "base": self.base,
-                "total_steps": self.plan.total_steps,
-                "state": dataclasses.asdict(self.state),
-                "scaler": adapter.scaler.state_dict(),
-                "optimizer": pack(adapter.optimizer.state_dict(), tensors),
-            }
-            write_file(state_path, encode_state(tensors, record))
+            if lora:
+                self.stop.save_requested = False
+            step, total = self.state.step, self.plan.total_steps
+            state_path, lora_path = (self.checkpoints.state_path(step), self.checkpoints.lora_path(step))
+            tensors, adapter = self.adapter.save()
+            facts = (self.run_id, self.identity, environment(self.plan, self.hardware), self.prediction_type, self.base)
+            record = RunRecord(*facts, total_steps=total, state=self.state, adapter=adapter)
+            write_file(state_path, encode_state(tensors, dataclasses.asdict(record)))
             self.saved = self.saved | {"step": step, "state_path": str(state_path)}
             if lora:
-                self.write_lora(lora_path)
+                self.write_lora(lora_path, self.adapter.named(self.adapter.result()), self.config)
                 self.saved = self.saved | {"path": str(lora_path)}
             self.events.emit("checkpoint", step=step, path=str(lora_path) if lora else None, state_path=str(state_path))
             self.checkpoints.prune(step)
@@ -4876,13 +5211,12 @@ class LoRATrainer:
             finally:
                 self.lock.release()
 
-    def lora_header(self, step: int) -> dict[str, str]:
-        prediction = getattr(self, "prediction_type", self.source.prediction_type)
-        return lora_header(self.config, self.source, prediction, self.plan.header_facts(step), step, self.run_id)
+    def lora_header(self, step: int, config: TrainingConfig) -> dict[str, str]:
+        return lora_header(config, self.source, self.prediction_type, self.plan.header_facts(step), step, self.run_id)
 
-    def write_lora(self, path: Path) -> None:
-        tensors = file_tensors(self.adapter.named(self.adapter.result()), self.config, self.source)
-        write_file(path, with_hashes(safetensors.torch.save(tensors, self.lora_header(self.state.step))))
+    def write_lora(self, path: Path, weights: Mapping[str, Tensor], config: TrainingConfig) -> None:
+        tensors = file_tensors(weights, config, self.source)
+        write_file(path, with_hashes(safetensors.torch.save(tensors, self.lora_header(self.state.step, config))))
 
     @main_only
     def finish(self) -> None:
@@ -4893,13 +5227,19 @@ class LoRATrainer:
         if not self.is_saved(lora=False):
             self.save(lora=False)
         draft = self.final_path.with_name(f".{self.final_path.name}.unchecked.train_lora.tmp")
-        self.write_lora(draft)
-        check_lora(draft, self.adapter.named(self.adapter.result()), self.config, self.source)
+        weights = self.adapter.named(self.adapter.result())
+        if self.config.dora_as_lora_rank:
+            config, plain, remains = closest_lora(self.layers, weights, self.config)
+            self.write_lora(self.as_lora_path, plain, config)
+            share = f"{remains:.1%} of the DoRA's change (the median of its layers)"
+            self.events.info(f"{self.as_lora_path.name}, a plain LoRA of rank {config.lora_rank}, lacks {share}.")
+        self.write_lora(draft, weights, self.config)
+        check_lora(draft, weights, self.config, self.source)
         with os_errors_as("output_not_writable"):
             replace_file(draft, self.final_path)
 
     def complete(self) -> None:
-        state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
+        state, path, seconds = (self.state, str(self.final_path), round(self.state.seconds, 3))
         self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
 
 
@@ -4947,7 +5287,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def validate(config: TrainingConfig, events: EventStream, group: Group, fresh: bool) -> None:
+def check_run(config: TrainingConfig, events: EventStream, group: Group, fresh: bool) -> None:
     """Check all that a run needs, also without torch, and what a start would go on from."""
     plan = plan_run(config, events, download=False, group=group)
     folder = Path(config.output_path)
@@ -4955,9 +5295,9 @@ def validate(config: TrainingConfig, events: EventStream, group: Group, fresh: b
     if point := find_resume_point(states, events.warning):
         same_base = True
         with contextlib.suppress(TrainerError):  # The weights of a Hub model may not be here.
-            same_base = point.record["base"] == weights_fingerprint(plan.source)
-        check_identity(plan.identity(), point.record["identity"], same_base, folder)
-        events.info(f"A start goes on from step {point.state.step} of {plan.total_steps}.")
+            same_base = point.record.base == weights_fingerprint(plan.source)
+        check_identity(plan.identity(), point.record.identity, same_base, folder)
+        events.info(f"A start goes on from step {point.record.state.step} of {plan.total_steps}.")
     events.emit("validated", **plan.report(), warnings=events.warnings)
 
 
@@ -4969,7 +5309,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
         message = f"must be auto, cuda or cpu: {group.size} processes train together, each on a GPU of its own"
         raise TrainerError("config_invalid", f"device {message}.", problems=[problem("device", message)])
     if options.validate_only:
-        return validate(config, events, group, options.fresh) if group.is_main else events.emit("validated")
+        return check_run(config, events, group, options.fresh) if group.is_main else events.emit("validated")
     folder = OutputFolder(Path(config.output_path))
     if group.is_main:
         stop.watch(folder.path)
@@ -4990,14 +5330,14 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code. Whatever happens, the last event says how it ended."""
     usage: TrainerError | None = None
-    group = Group()
+    group, options, address = Group(), argparse.Namespace(config=None, debug=False), None
     try:
-        options = parse_arguments(argv)  # --help and --version print and leave here.
+        options = parse_arguments(argv)  # The options --help and --version print and leave here.
         address = health_address(options.health_port)
         if options.config == "-" and group.size > 1:
             raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
     except TrainerError as error:
-        usage, options, address = error, argparse.Namespace(config=None, debug=False), None
+        usage = error
     if not options.debug:  # Libraries' advice is for people at a notebook; their failures are exceptions.
         names = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
         os.environ |= dict.fromkeys(names, "error") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -5021,7 +5361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         events.emit("error", **failure.fields(stop.saved()["step"]))
         if not group.is_main:
             print(f"train_lora.py, process {group.rank}: {failure.message} {failure.hint}", file=sys.stderr, flush=True)
-    events.close(timeout_s=stop.GRACE_S if stop.requested else None)
+    events.close(timeout_s=stop.LEAVE_S if stop.requested else None)
     code = 2 if usage else stop.exit_code()
     if group.size > 1:
         os._exit(code)  # An interpreter that shuts down could wait for processes that wait for it (NCCL).
