@@ -3876,18 +3876,48 @@ def test_more_of_anything_never_needs_less_memory(family: str, lora_type: str, c
 
 def test_a_sample_is_decoded_in_tiles_if_that_would_take_more_than_training() -> None:
     source = memory.make_source("sdxl")
-    room = trainer.vae_bytes(source, 1024**2, half=True, decoding=True)
-    assert [trainer.decode_side(source, 1024, size, half=True) for size in (room, room - 1)] == [1024, 384]
-    assert trainer.decode_side(source, 128, 0, half=True) == 128
+    options = {"half": True, "gpu": True, "decoding": True}
+    room = trainer.vae_bytes(source, 1024**2, **options)
+    pixels = [trainer.pixels_at_once(source, [1024**2], size, **options) for size in (room, room - 1)]
+    assert pixels == [1024**2, 256**2]
+    assert room > 2 * trainer.vae_bytes(source, 1024**2, **options | {"gpu": False}), "cuDNN's workspaces"
+
+
+def test_images_are_encoded_in_groups_or_one_by_one_or_in_tiles_as_memory_allows() -> None:
+    source, options = memory.make_source("sdxl"), {"half": True, "gpu": True, "decoding": False}
+    choices = trainer.encoding_choices(512, gpu=True)
+    assert (choices, trainer.encoding_choices(512, gpu=False)) == ([4 * 512**2, 512**2], [512**2, 512**2])
+    for pixels in (*choices, 256**2):
+        room = trainer.vae_bytes(source, pixels, **options)
+        assert trainer.pixels_at_once(source, choices, room, **options) == pixels
+
+
+def test_latents_made_in_tiles_are_nearly_those_of_the_whole_image(
+    tmp_path: Path, prepared: Prepare, monkeypatch: Patch
+) -> None:
+    whole = prepared("sd15", cache_dir=str(tmp_path))
+    monkeypatch.setattr(trainer, "pixels_at_once", lambda *_, **__: 256**2)
+    monkeypatch.setattr(trainer, "TILE_SIDE", 32)
+    monkeypatch.setattr(trainer.Plan, "resolution", 1024)
+    tiled = prepared("sd15", cache_dir=str(tmp_path))
+    mean, other = (cached_image(made, 3)["mean"].float() for made in (tiled, whole))
+    assert mean.shape == other.shape and not torch.equal(mean, other), "the cache keeps them apart"
 
 
 @pytest.mark.parametrize(
     ("wish", "need_gib", "free_gib", "expected"),
-    [("auto", 8, 7, True), ("auto", 6, 7, False), (True, 0, 7, True), (False, 8, 7, False), ("auto", 8, None, False)],
+    [
+        ("auto", 8, 7, True),
+        ("auto", 6, 7, False),
+        ("auto", 6.5, 7, True),
+        (True, 0, 7, True),
+        (False, 8, 7, False),
+        ("auto", 8, None, False),
+    ],
 )
-def test_checkpointing_is_on_if_a_run_would_not_fit(wish: Any, need_gib: int, free_gib: Any, expected: bool) -> None:
+def test_checkpointing_is_on_if_a_run_would_not_fit(wish: Any, need_gib: float, free_gib: Any, expected: bool) -> None:
     gpu = trainer.Hardware("cuda:0", "GPU", "", 8 * GIB, free_gib and free_gib * GIB)
-    assert trainer.choose_checkpointing(wish, need_gib * GIB, gpu)[0] is expected
+    assert trainer.choose_checkpointing(wish, int(need_gib * GIB), gpu)[0] is expected
 
 
 ADVICE: dict[str, Json] = {  # what the hint says, in its order, and a change of the keys that follows it
@@ -3952,6 +3982,85 @@ def test_a_micro_model_computes_on_one_thread_and_says_why(monkeypatch: Patch) -
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert trainer.limit_threads(1_500_000, "cpu") == ""
     set_threads.assert_called_once_with(1)
+
+
+def accelerator_error(text: str = "CUDA error: an illegal memory access was encountered") -> Exception:
+    """Return an error as torch raises it for CUDA; its class is in torch only since 2.8."""
+    error: Exception = type("AcceleratorError", (RuntimeError,), {})(text)
+    return error
+
+
+def test_a_failure_of_the_gpu_has_a_code_and_passes_through_samples(prepared: Prepare, monkeypatch: Patch) -> None:
+    failure = trainer.as_trainer_error(accelerator_error(), "training")
+    assert (failure.code, "illegal memory access" in failure.message) == ("device_failed", True)
+    assert trainer.as_trainer_error(accelerator_error("CUDA error: out of memory"), "").code == "out_of_memory"
+    for text in (
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "Unable to find a valid cuDNN algorithm",
+    ):
+        assert trainer.as_trainer_error(RuntimeError(text), "").code == "out_of_memory"
+    made = prepared("sd15")
+    monkeypatch.setattr(trainer.Sampler, "draw", mock.Mock(side_effect=accelerator_error()))
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        made.sample(1)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        trainer.compile_blocks(made.unet, mock.Mock(side_effect=accelerator_error()), made.events)
+
+
+@needs_torch
+def test_a_card_that_cannot_compute_is_named_before_the_run(
+    tmp_path: Path, images: Path, models: Path, monkeypatch: Patch
+) -> None:
+    config = small(images, models / "sd15", tmp_path / "out")
+    text = "CUDA error: no kernel image is available for execution on the device\nMore lines"
+    monkeypatch.setattr(torch.nn.functional, "conv2d", mock.Mock(side_effect=accelerator_error(text)))
+    for download in (False, True):
+        with pytest.raises(trainer.TrainerError, match=r"cannot compute with torch .+: CUDA error") as caught:
+            trainer.plan_run(load(tmp_path, config), Recorder(), download=download)
+        assert caught.value.code == "device_unavailable" and "\n" not in caught.value.message
+
+
+@needs_torch
+def test_a_library_that_ends_its_process_does_not_end_the_run_without_a_word(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    gpu = trainer.Hardware("cuda:0", "RTX", "")
+    config = parse(tmp_path, REQUIRED)
+    eight_bits = dataclasses.replace(config, optimizer="adamw8bit")
+    monkeypatch.setattr(trainer, "BITSANDBYTES_TRIAL", "import os; print('Error: no kernel', flush=True); os._exit(1)")
+    trainer.try_bitsandbytes(config, gpu, "float16")
+    trainer.try_bitsandbytes(eight_bits, dataclasses.replace(gpu, device="cpu"), "float16")
+    with pytest.raises(trainer.TrainerError, match="bitsandbytes does not work on RTX") as caught:
+        trainer.try_bitsandbytes(eight_bits, gpu, "float16")
+    assert caught.value.code == "device_unavailable"
+    monkeypatch.undo()
+    code = trainer.BITSANDBYTES_TRIAL.format(dtype="bfloat16", device="cpu").replace("torch.cuda.synchronize()", "")
+    if importlib.util.find_spec("bitsandbytes"):
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("wish", ["auto", False])
+def test_a_first_step_that_does_not_fit_turns_checkpointing_on_if_it_may(
+    prepared: Prepare, monkeypatch: Patch, wish: Any
+) -> None:
+    made, whole = (prepared("sd15", gradient_checkpointing=wish) for _ in range(2))
+    predict, calls = trainer.LoRATrainer.predict, itertools.count()
+
+    def out_of_memory_once(self: trainer.LoRATrainer, *arguments: Any) -> Any:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, *arguments)
+
+    assert whole.train()
+    monkeypatch.setattr(trainer.LoRATrainer, "predict", out_of_memory_once)
+    if not wish:
+        with pytest.raises(torch.OutOfMemoryError):
+            made.train()
+        return
+    assert made.train() and made.unet.is_gradient_checkpointing
+    assert warning_codes(made).count("checkpointing_turned_on") == 1
+    assert torch.equal(made.adapter.weights, whole.adapter.weights)
 
 
 # ======================================================================================

@@ -89,6 +89,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 import traceback
@@ -165,13 +166,18 @@ HINTS = {  # These apply where the place that fails knows no better remedy.
     "output_in_use": "Wait for the other run, stop it, or choose another output_path.",
     "resume_mismatch": "Put the settings back, choose another output_path, or start over with --fresh.",
     "checkpoint_corrupt": "Restore a state file from a backup, or start over with --fresh.",
+    "device_failed": "Start the same command again: it goes on from what is saved. If it happens again, look at the "
+    "driver, the card's heat and power; CUDA_LAUNCH_BLOCKING=1 names the kernel that failed.",
     "device_unavailable": 'Set device to "auto", or install a torch build that fits the GPU and its driver.',
     "internal": "Run again with --debug for a traceback.",
 }
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch raises a class of its own on CUDA, and a plain RuntimeError on the CPU, on MPS and from cuBLAS.
-MEMORY_SIGNS = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
+MEMORY_SIGNS = (
+    *("out of memory", "allocate memory", "not enough memory", "alloc_failed", "cublas_status_not_initialized"),
+    *("unable to find a valid cudnn", "unable to find an engine"),
+)
 
 
 @contextlib.contextmanager
@@ -191,6 +197,8 @@ def as_trainer_error(error: BaseException, phase: str) -> TrainerError:
     text = redact(f"{type(error).__name__}: {error}")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in MEMORY_SIGNS):
         return TrainerError("out_of_memory", f"Out of memory while {phase}: {text}")
+    if type(error).__name__ == "AcceleratorError":  # It is torch's; after it, every call to the GPU fails.
+        return TrainerError("device_failed", f"The GPU failed while {phase}: {text.partition(chr(10))[0]}")
     if isinstance(error, ImportError):
         name = (error.name or str(error)).partition(".")[0]
         return TrainerError("dependency_missing", f"The Python package '{name}' could not be imported: {error}")
@@ -281,6 +289,8 @@ def import_libraries() -> None:
     global accelerate, torch, diffusers, transformers, peft, safetensors, ImageDraw, ImageFont
     modules: Any = sys.modules
     modules.setdefault("kernels", None)  # With this package, bitsandbytes would run code from the Hub.
+    if not WINDOWS:  # Buckets of many sizes would leave gaps in CUDA's memory otherwise.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # The collector would scan all new modules again and again, which is a quarter of the time.
     try:
         import accelerate.tracking
@@ -406,6 +416,7 @@ class OptimizerKind:
     package: str | None = None
     adam: bool = True  # It uses adam_beta1, adam_beta2 and adam_epsilon.
     adapts: bool = False  # It finds its rate by itself, one for all groups.
+    elementwise: bool = True  # It treats each number by itself, whatever matrix the number is in.
     averages: bool = False  # Files and samples get an average of the weights that train.
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -415,7 +426,9 @@ FOR_DIFFUSION = {"use_bias_correction": True, "safeguard_warmup": True}  # Its a
 OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim", "AdamW", 8),
     "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2, "bitsandbytes"),
-    "adafactor": OptimizerKind("transformers.optimization", "Adafactor", 0, adam=False, fixed=FIXED_RATE),
+    "adafactor": OptimizerKind(
+        "transformers.optimization", "Adafactor", 0, adam=False, elementwise=False, fixed=FIXED_RATE
+    ),
     "prodigy": OptimizerKind("prodigyopt", "Prodigy", 16, "prodigyopt", adapts=True, fixed=FOR_DIFFUSION),
     "lion": OptimizerKind("lion_pytorch", "Lion", 4, "lion-pytorch", adam=False),
     "schedulefree_adamw": OptimizerKind("schedulefree", "AdamWScheduleFree", 8, "schedulefree", averages=True),
@@ -2994,13 +3007,9 @@ class Adapter:
         # With accumulation, the gradient of a later micro-batch is written here and then added.
         self.incoming = torch.zeros_like(self.weights) if config.gradient_accumulation_steps > 1 else self.gradient
         self.incoming_views = self.split(self.incoming)
-        self.trained = [torch.nn.Parameter(view) for view in self.split(self.weights)]
-        for weight, view in zip(self.trained, self.gradient_views, strict=True):
-            weight.grad = view
         self.rates = learning_rates(config)
-        parts = grouped(zip(self.names, self.trained, strict=True), lambda pair: pair[0].startswith("unet."))
-        rows = [(rate, parts[name == "unet"]) for name, rate in self.rates.items()]
-        groups = [{"params": [weight for _, weight in part], "lr": rate} for rate, part in rows]
+        self.trained = self.make_groups(OPTIMIZERS[config.optimizer].elementwise)
+        groups = [{"params": part, "lr": rate} for part, rate in zip(self.trained, self.rates.values(), strict=True)]
         self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # Its scale is made here: a process may have no sample.
@@ -3009,6 +3018,25 @@ class Adapter:
         self.module_dtype = dtype if config.lora_type == "lora" else torch.float32
         self.module_weights = self.weights.to(self.module_dtype)
         self.load_into_modules(self.module_weights)
+
+    def make_groups(self, whole: bool) -> list[list[torch.nn.Parameter]]:
+        """Return the parameters of the UNet and of the text encoders, with gradients: views of the vectors.
+
+        An optimizer that treats each number by itself gets one parameter (`whole`) for each group, and so launches
+        one kernel where it would launch one for each layer.
+        """
+        views = [*zip(self.names, self.split(self.weights), self.gradient_views, strict=True)]
+        groups, start = [], 0
+        for name in self.rates:  # The vectors hold the UNet's numbers before the text encoders'.
+            pairs = [(view, grad) for key, view, grad in views if key.startswith("unet.") == (name == "unet")]
+            end = start + sum(view.numel() for view, _ in pairs)
+            if whole:
+                pairs = [(self.weights[start:end], self.gradient[start:end])]
+            groups.append([torch.nn.Parameter(view) for view, _ in pairs])
+            for parameter, (_, gradient) in zip(groups[-1], pairs, strict=True):
+                parameter.grad = gradient
+            start = end
+        return groups
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector in the weights' shapes."""
@@ -3075,9 +3103,8 @@ class Adapter:
             return self.average
         if not OPTIMIZERS[self.config.optimizer].averages:
             return self.weights
-        states = [self.optimizer.state.get(weight, {}) for weight in self.trained]
-        pairs = zip(states, self.split(self.weights), strict=True)
-        z = torch.cat([state.get("z", view).flatten() for state, view in pairs])
+        trained = list(itertools.chain.from_iterable(self.trained))
+        z = torch.cat([self.optimizer.state.get(weight, {}).get("z", weight).flatten() for weight in trained])
         return torch.lerp(self.weights, z, 1 - 1 / self.config.adam_beta1)
 
     @contextlib.contextmanager
@@ -3553,7 +3580,8 @@ LIBRARIES = 500 * MIB  # This is what torch and diffusers themselves take of mai
 FRAGMENTS = 0.05  # Gaps between tensors take this share of their memory.
 NF4_BYTES = 1 / 2 + 1 / 64 + 1 / 4096  # So 64 weights share a byte, 256 of those bytes share 4 (QLoRA, section 3).
 DECODER = 0.6  # The share of the VAE's weights that decodes; the encoder is dropped before samples are drawn.
-DECODE_TILE = 384  # It is the side in pixels.
+TILE_SIDE = 256  # The VAE's tiles have this side in pixels.
+WITH_CUDNN = 2.8  # Its workspaces make tensors this much larger: InvokeAI and ComfyUI have measured up to this.
 
 
 @dataclass(frozen=True)
@@ -3600,6 +3628,8 @@ def choose_device(requested: str, local_rank: int = 0) -> Hardware:
     if backend == "cuda" and cuda and index < torch.cuda.device_count():
         torch.cuda.set_device(index)  # Support of bf16 and peak memory are those of the current device.
         free, total = torch.cuda.mem_get_info(index)
+        if WINDOWS:  # The driver would spill into main memory, which makes a run a hundred times slower.
+            torch.cuda.set_per_process_memory_fraction(free / total, index)
         free = min(total, free + CUDA_CONTEXT)  # The estimate counts the context, which now exists.
         name, why = torch.cuda.get_device_name(index), f"{requested}: torch can use this GPU"
         return Hardware(f"cuda:{index}", name, why, total, free)
@@ -3654,6 +3684,59 @@ def choose_dtype(requested: str, device: str) -> tuple[torch.dtype, str]:
                 return torch.bfloat16, "bf16 works on this Mac"
         return torch.float32, "bf16 does not work on this Mac"
     return torch.float32, "16-bit types are slow on the CPU"
+
+
+def open_device(config: TrainingConfig, local_rank: int) -> tuple[Hardware, torch.dtype]:
+    """Choose the device and the compute dtype, and let it compute. Raises `device_unavailable` where it cannot.
+
+    A card that is busy, or for which the torch build has no kernels, shows this only when it is used.
+    """
+    name, kernels = config.device, ""
+    try:
+        hardware = choose_device(config.device, local_rank)
+        dtype, _ = choose_dtype(config.mixed_precision, hardware.device)
+        name = hardware.name
+        if hardware.device.startswith("cuda"):
+            kernels = f", which has kernels for {', '.join(torch.cuda.get_arch_list())}"
+            name += " (sm_{}{})".format(*torch.cuda.get_device_capability(hardware.device))
+        ones = torch.ones((8, 8, 8, 8), device=hardware.device, dtype=dtype)
+        float((torch.nn.functional.conv2d(ones, ones) @ ones[:, :, :1, :1]).sum())  # This waits for the answer.
+    except RuntimeError as error:
+        if as_trainer_error(error, "").code == "out_of_memory":
+            raise
+        reason = str(error).partition("\n")[0]
+        message = f"{name} cannot compute with torch {torch.__version__}{kernels}: {reason}"
+        hint = "Close other programs that use it, or install a torch build for this card (README, Installation)."
+        raise TrainerError("device_unavailable", message, hint) from error
+    return hardware, dtype
+
+
+BITSANDBYTES_TRIAL = """
+import torch, bitsandbytes
+layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.{dtype}).to("{device}")
+weight = torch.nn.Parameter(torch.ones(8192, device="{device}"))
+optimizer = bitsandbytes.optim.AdamW8bit([weight])
+(layer(torch.ones(8, 64, device="{device}", dtype=torch.{dtype})).sum() + weight.sum()).backward()
+optimizer.step()
+torch.cuda.synchronize()
+"""
+
+
+def try_bitsandbytes(config: TrainingConfig, hardware: Hardware, dtype_name: str) -> None:
+    """Try what the config uses of bitsandbytes, in a child process: a failure in it ends the process without a word.
+
+    Raises `device_unavailable`.
+    """
+    is_used = config.quantize_base == "nf4" or OPTIMIZERS[config.optimizer].package == "bitsandbytes"
+    if not is_used or not hardware.device.startswith("cuda"):
+        return
+    code = BITSANDBYTES_TRIAL.format(dtype=dtype_name, device=hardware.device)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
+        message = f"bitsandbytes does not work on {hardware.name}: {last}"
+        hint = "pip install -U bitsandbytes, or do without it: another optimizer, quantize_base none."
+        raise TrainerError("device_unavailable", message, hint)
 
 
 def set_determinism(wanted: bool) -> None:
@@ -3731,26 +3814,30 @@ def activation_bytes(
     return int(max(start, end))
 
 
-def vae_bytes(source: ModelSource, pixels: int, *, half: bool, decoding: bool) -> int:
+def vae_bytes(source: ModelSource, pixels: int, *, half: bool, gpu: bool, decoding: bool) -> int:
     """Estimate what the VAE takes for images of so many pixels together, with its weights.
 
     Its peak is a resnet at full resolution: encoding holds five tensors as wide as the first level, decoding three
-    as wide as the second one.
+    as wide as the second one. On a GPU cuDNN's workspaces come on top.
     """
     widths = source.vae.get("block_out_channels", (128, 256))
     kept, share = (3 * widths[min(1, len(widths) - 1)], DECODER) if decoding else (5 * widths[0] + 3, 1)
     width = 2 if half and not source.vae.get("force_upcast") else 4
-    return int((kept * pixels + share * source.weight_counts["vae"]) * width)
+    return int((kept * pixels * (WITH_CUDNN if gpu else 1) + share * source.weight_counts["vae"]) * width)
 
 
 def draws_samples(config: TrainingConfig) -> bool:
     return bool(config.validation_steps or config.sample_at_start)
 
 
-def decode_side(source: ModelSource, resolution: int, room: int, *, half: bool) -> int:
-    """Return the side in pixels of the tiles in which samples are decoded: the whole image if it fits into `room`."""
-    fits = vae_bytes(source, resolution**2, half=half, decoding=True) <= room
-    return resolution if fits else min(resolution, DECODE_TILE)
+def pixels_at_once(source: ModelSource, choices: Sequence[int], room: int, **options: bool) -> int:
+    """Return the first choice of pixels with which the VAE takes no more than `room`; none fits: those of a tile."""
+    return next((pixels for pixels in choices if vae_bytes(source, pixels, **options) <= room), TILE_SIDE**2)
+
+
+def encoding_choices(resolution: int, gpu: bool) -> list[int]:
+    """List the pixels that the VAE may encode at once: on a GPU as many images as make a megapixel, or one image."""
+    return [max(1, 1024**2 // resolution**2) * resolution**2 if gpu else resolution**2, resolution**2]
 
 
 def estimate_vram(
@@ -3784,12 +3871,14 @@ def estimate_vram(
     resident = sum(terms.values())
     activations = activation_bytes(config, source, resolution, lora_weights, half=half, checkpointing=checkpointing)
     # Without gradients the UNet takes less than in training, so the peak of a sample is its decoding.
-    side = decode_side(source, resolution, activations, half=half)
-    sampling = vae_bytes(source, side**2, half=half, decoding=True) if draws_samples(config) else 0
+    options: JSON = {"half": half, "gpu": gpu}
+    pixels = pixels_at_once(source, [resolution**2], activations, decoding=True, **options)
+    sampling = vae_bytes(source, pixels, decoding=True, **options) if draws_samples(config) else 0
     finishing = 0 if gpu else lora_weights * 8  # The final file is written and read back in main memory.
-    # Images are encoded in groups on a GPU. Text encoders that train stay beside the VAE.
-    group = max(1, 1024**2 // resolution**2) if gpu else 1
-    images = vae_bytes(source, group * resolution**2, half=half, decoding=False)
+    choices = encoding_choices(resolution, gpu)
+    pixels = pixels_at_once(source, choices, resident + activations, decoding=False, **options)
+    images = vae_bytes(source, pixels, decoding=False, **options)
+    # Text encoders that train stay beside the VAE.
     caching = encoders + images if config.train_text_encoder else max(encoders, images)
     allocated = max(resident + max(activations, sampling, finishing), caching + terms["workspaces"])
     overhead = int(allocated * FRAGMENTS) + (CUDA_CONTEXT if gpu else LIBRARIES + cached)
@@ -3811,7 +3900,7 @@ def choose_checkpointing(requested: bool | str, plain_bytes: int, hardware: Hard
     if hardware is None or hardware.free_bytes is None:
         return (False, "its free memory is not known" if hardware else "the device is not known")
     need, free = gigabytes(plain_bytes), gigabytes(hardware.free_bytes)
-    if plain_bytes > hardware.free_bytes:
+    if plain_bytes * 1.1 > hardware.free_bytes:  # The estimate can be a tenth too low.
         return True, f"without it about {need} GB are needed and {free} GB are free"
     return False, f"about {need} GB are needed and {free} GB are free"
 
@@ -3864,9 +3953,17 @@ class Plan:
         return self.dtype_name != "float32"
 
     @property
-    def decode_side(self) -> int:
-        """The side in pixels of the tiles in which samples are decoded, so that this takes no more than a step."""
-        return decode_side(self.source, self.resolution, self.memory["activations"], half=self.half)
+    def decode_pixels(self) -> int:
+        """The pixels of a sample that are decoded at once, so that this takes no more than a step."""
+        options = {"half": self.half, "gpu": is_gpu(self.hardware), "decoding": True}
+        return pixels_at_once(self.source, [self.resolution**2], self.memory["activations"], **options)
+
+    @property
+    def encode_pixels(self) -> int:
+        """The pixels that are encoded at once, so that this takes no more than training does."""
+        options = {"half": self.half, "gpu": is_gpu(self.hardware), "decoding": False}
+        choices = encoding_choices(self.resolution, is_gpu(self.hardware))
+        return pixels_at_once(self.source, choices, self.memory["training"], **options)
 
     @property
     def batch_size(self) -> int:
@@ -4165,10 +4262,10 @@ def plan_run(
         message = f"torch and its companions are not all there ({error}): hardware and tokens were not checked."
         events.warning("torch_missing", message, "pip install -r requirements.txt")
     else:
-        hardware = choose_device(config.device, group.local_rank)
         set_determinism(config.deterministic)  # Its setting for cuBLAS is read once, at the first product.
-        dtype, _ = choose_dtype(config.mixed_precision, hardware.device)
+        hardware, dtype = open_device(config, group.local_rank)
         dtype_name = str(dtype).removeprefix("torch.")
+        try_bitsandbytes(config, hardware, dtype_name)
         half = dtype_name != "float32"
         if download or half != expects_half(config):  # Otherwise the same files would be read again.
             events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
@@ -4203,7 +4300,7 @@ def entry_keys(plan: Plan, device: str, dtype: str, vae_dtype: str) -> dict[str 
     base = weights_fingerprint(source) if plan.cache_folder else ""  # A cache in memory sees only one model.
     texts = () if config.train_text_encoder else (*plan.captions, *plan.prompts)
     for_texts = ["text", dtype, config.max_caption_tokens, config.clip_skip, source.shared_tokenizer]
-    for_images = ["image", vae_dtype, source.vae]
+    for_images = ["image", vae_dtype, source.vae, min(plan.encode_pixels, plan.resolution**2)]
     parts: dict[str | ImageVariant, Any] = {text: [*for_texts, text] for text in texts}
     parts |= {item: [*for_images, item.identity()] for item in plan.image_variants()}
     documents = {item: json.dumps([CACHE_FORMAT, device, base, decisive]) for item, decisive in parts.items()}
@@ -4303,21 +4400,25 @@ class EncodedDataset:
         plan, groups = self.plan, []
         unique = {self.keys[item]: item for item in plan.image_variants()}.values()
         for (width, height), variants in grouped(unique, lambda item: item.size).items():
-            groups += self.encoding_groups(variants, 1024**2 // (width * height))
+            groups += self.encoding_groups(variants, plan.encode_pixels // (width * height))
         missing = self.missing("images", groups)
         keeps_decoder = self.group.is_main and draws_samples(plan.config)
         if not (missing or keeps_decoder):
             return
         self.events.info("Loading the VAE.", phase="loading")
         vae = load_component(plan.source, "vae", self.vae_dtype, self.device)
+        self.limit_tiles(vae, plan.encode_pixels)
         self.fill("Encoding images.", missing, lambda images: encode_images(vae, images), ImageVariant.load)
         if keeps_decoder:
             vae.encoder = vae.quant_conv = None
-            if plan.decode_side < plan.resolution:
-                vae.enable_tiling()
-                vae.tile_sample_min_size = plan.decode_side
-                vae.tile_latent_min_size = plan.decode_side // plan.source.vae_factor
+            self.limit_tiles(vae, plan.decode_pixels)
             self.vae = vae.to("cpu")
+
+    def limit_tiles(self, vae: Any, pixels: int) -> None:
+        """Let the VAE work in tiles where less than an image is to be worked on at once."""
+        vae.use_tiling = pixels < self.plan.resolution**2
+        if vae.use_tiling:
+            vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_SIDE, TILE_SIDE // self.plan.source.vae_factor
 
     def encoding_groups(self, items: Sequence[T], most: int) -> list[list[T]]:
         """Cut items into groups to encode together: of one on the CPU, so that no result depends on its batch."""
@@ -4727,19 +4828,37 @@ def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStrea
     except Exception as error:  # A missing compiler, Triton or right to run code in /tmp: each has its own class.
         for block in unet.modules():
             block._compiled_call_impl = None
+        code = as_trainer_error(error, "compiling").code
+        if code == "device_failed":
+            raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         message = f"torch.compile does not work here, so nothing is compiled: {reason}"
-        hint = "Install a C++ compiler (on a GPU also Triton: pip install triton), or set compile to false."
+        triton = "triton-windows" if WINDOWS else "triton"
+        hint = f"Install a C++ compiler (on a GPU also Triton: pip install {triton}), or set compile to false."
+        if code == "out_of_memory":
+            hint = "Compiling needs memory too: set compile to false, or gradient_checkpointing to true."
         events.warning("compile_unavailable", message, hint)
     torch._dynamo.config.suppress_errors = True  # A block that fails for another size runs as it is.
 
 
-def environment(plan: Plan, hardware: Hardware) -> JSON:
+@contextlib.contextmanager
+def beside_the_next_step(updated: Any) -> Iterator[None]:
+    """Let copies from a CUDA device wait for this event only, and not for the kernels that are queued after it."""
+    if updated is None:
+        yield
+        return
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types here.
+    stream.wait_event(updated)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def environment(plan: Plan, hardware: Hardware, checkpointing: bool) -> JSON:
     """Return what else decides the last bits of a run."""
     versions = {"python": sys.version.split()[0], "pillow": importlib.metadata.version("pillow")}
     versions |= {library.__name__: str(library.__version__) for library in (torch, diffusers, peft)}
     machine = {"device": hardware.name, "threads": torch.get_num_threads(), "dtype": plan.dtype_name}
-    machine |= {"checkpointing": plan.checkpointing, "compile": plan.config.compile, "processes": plan.processes}
+    machine |= {"checkpointing": checkpointing, "compile": plan.config.compile, "processes": plan.processes}
     return versions | machine
 
 
@@ -4781,7 +4900,8 @@ class LoRATrainer:
         self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
         self.as_lora_path = self.folder.path / f"{self.config.output_name}_final_as_lora.safetensors"
         self.base = weights_fingerprint(self.source)
-        self.prediction_type = self.source.prediction_type
+        self.prediction_type, self.checkpointing = self.source.prediction_type, plan.checkpointing
+        self.updated: Any = None  # The event on a CUDA device at which the last step's weights were whole.
         self.state, self.saved = TrainState(), NOTHING_SAVED
         self.stop.saved = lambda: self.saved
         self.pending: list[tuple[int, dict[str, float], Tensor]] = []  # Steps whose loss has not been read yet.
@@ -4891,7 +5011,7 @@ class LoRATrainer:
             for key, value in initial_weights(parameters, config, self.source).items():
                 parameters[key].data.copy_(value)
         self.adapter = Adapter([*components.values()], parameters, config, self.dtype)
-        if self.plan.checkpointing:
+        if self.checkpointing:
             self.unet.enable_gradient_checkpointing()
         if config.compile:
             compile_blocks(self.unet, self.first_gradient, self.events)
@@ -4931,7 +5051,7 @@ class LoRATrainer:
         if record.base != self.base:
             message = "The base model's weights are not those that this run began with."
             self.events.warning("base_model_changed", message, "Put them back, or start over with --fresh.")
-        now = environment(self.plan, self.hardware)
+        now = environment(self.plan, self.hardware, self.checkpointing)
         if changed := [key for key, value in record.environment.items() if now[key] != value]:
             message = f"These differ from the last attempt: {', '.join(changed)}; results may differ in the last bits."
             self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
@@ -4956,7 +5076,7 @@ class LoRATrainer:
             rates = self.adapter.set_rates(
                 learning_rate_factor(config.lr_scheduler, step, total, config.lr_warmup_steps)
             )
-            loss = self.accumulate(step)
+            loss = self.accumulate_in_memory(step)
             if self.group.any(loss is None) or loss is None:
                 return False  # A stop was asked for: this step is abandoned, and the state before it is whole.
             self.group.add_up(self.adapter.gradient, loss)
@@ -4974,6 +5094,21 @@ class LoRATrainer:
         if step and is_due(step, config.validation_steps) and not last_sample.exists():
             self.validate(step)
             self.sample(step)
+
+    def accumulate_in_memory(self, step: int) -> Tensor | None:
+        """Accumulate; where the first step does not fit, turn gradient checkpointing on if it may choose, and retry."""
+        try:
+            return self.accumulate(step)
+        except (RuntimeError, MemoryError) as error:
+            is_memory = as_trainer_error(error, "training").code == "out_of_memory"
+            if not is_memory or self.laps or self.checkpointing or self.config.gradient_checkpointing != "auto":
+                raise
+        self.checkpointing = True
+        self.unet.enable_gradient_checkpointing()
+        release_memory()
+        message = "The first step did not fit into memory, so gradient checkpointing is on from here."
+        self.events.warning("checkpointing_turned_on", message, "Set gradient_checkpointing to true to begin with it.")
+        return self.accumulate(step)
 
     def accumulate(self, step: int) -> Tensor | None:
         """Run forward and backward over this process's part of the step's micro-batches.
@@ -5037,6 +5172,9 @@ class LoRATrainer:
         with self.lock:
             self.step_incomplete = True
             numbers = self.adapter.step(loss, step)
+            if self.device.type == "cuda":
+                self.updated = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here.
+                self.updated.record()
             # A lap includes the samples and saves before it, so eta_seconds counts them.
             before, self.clock = self.clock, time.monotonic()
             self.laps.append(self.clock - before)
@@ -5155,7 +5293,10 @@ class LoRATrainer:
                     )
         except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
             failure = as_trainer_error(error, "sampling")
+            if failure.code == "device_failed":
+                raise
             self.events.warning("sample_not_written", failure.message, failure.hint)
+        release_memory()
         self.events.info("Training.", phase="training")
 
     def save_or_warn(self, lora: bool = True) -> None:
@@ -5183,7 +5324,8 @@ class LoRATrainer:
             step, total = self.state.step, self.plan.total_steps
             state_path, lora_path = (self.checkpoints.state_path(step), self.checkpoints.lora_path(step))
             tensors, adapter = self.adapter.save()
-            facts = (self.run_id, self.identity, environment(self.plan, self.hardware), self.prediction_type, self.base)
+            place = environment(self.plan, self.hardware, self.checkpointing)
+            facts = (self.run_id, self.identity, place, self.prediction_type, self.base)
             record = RunRecord(*facts, total_steps=total, state=self.state, adapter=adapter)
             write_file(state_path, encode_state(tensors, dataclasses.asdict(record)))
             self.saved = self.saved | {"step": step, "state_path": str(state_path)}
@@ -5207,7 +5349,8 @@ class LoRATrainer:
         if self.group.is_main and self.lock.acquire(timeout=self.RESCUE_WAIT_S):
             try:
                 if not self.step_incomplete and self.state.step > self.saved["step"]:
-                    self.save(lora=False)
+                    with beside_the_next_step(self.updated):
+                        self.save(lora=False)
             finally:
                 self.lock.release()
 
