@@ -1097,10 +1097,9 @@ class Group:
         self._torch.distributed.all_reduce(votes, self._torch.distributed.ReduceOp.MAX)
         return bool(votes)
 
-    def add_up(self, *tensors: Tensor) -> None:
-        """Add tensors up over all processes, in place."""
-        for tensor in tensors if self.size > 1 else ():
-            self._torch.distributed.all_reduce(tensor)
+    def add_up(self, tensor: Tensor) -> None:
+        """Add a tensor up over all processes, in place."""
+        self._torch.distributed.all_reduce(tensor)
 
     def part(self, count: int) -> slice:
         """Return which of a batch's `count` samples belong to this process; of few it may get none."""
@@ -3002,7 +3001,8 @@ class Adapter:
         self.device = self.modules[0].device
         self.weights = torch.cat([weight.detach().float().flatten() for weight in self.modules])
         self.average = self.weights.clone() if config.ema_decay else None
-        self.gradient = torch.zeros_like(self.weights)
+        self.summed = torch.zeros(len(self.weights) + 1, device=self.device)  # The last number is for the loss.
+        self.gradient = self.summed[:-1]
         self.gradient_views = self.split(self.gradient)
         # With accumulation, the gradient of a later micro-batch is written here and then added.
         self.incoming = torch.zeros_like(self.weights) if config.gradient_accumulation_steps > 1 else self.gradient
@@ -3068,6 +3068,14 @@ class Adapter:
         torch._foreach_copy_(self.gradient_views if first else self.incoming_views, gradients)
         if not first:
             self.gradient += self.incoming
+
+    def add_up(self, loss: Tensor, group: Group) -> Tensor:
+        """Add gradient and loss up over all processes, in one message; return the loss."""
+        if group.size > 1:
+            self.summed[-1] = loss
+            group.add_up(self.summed)
+            loss = self.summed[-1].clone()
+        return loss
 
     def step(self, loss: Tensor, step: int) -> Tensor:
         """Clip and take the optimizer step, unless loss or gradient are not finite.
@@ -4266,6 +4274,9 @@ def plan_run(
         hardware, dtype = open_device(config, group.local_rank)
         dtype_name = str(dtype).removeprefix("torch.")
         try_bitsandbytes(config, hardware, dtype_name)
+        if dtype_name == "bfloat16" and choose_dtype("auto", hardware.device)[0] == torch.float16:
+            message = f"{hardware.name} has no bf16, so it is emulated: slow, and without the fused attention."
+            events.warning("bf16_emulated", message, 'Set mixed_precision to "fp16" or "auto".')
         half = dtype_name != "float32"
         if download or half != expects_half(config):  # Otherwise the same files would be read again.
             events.info("Locating the base model; what is missing is downloaded.", phase="downloading")
@@ -4821,6 +4832,8 @@ def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStrea
     torch._inductor.config.cpp.max_horizontal_fusion_size = 1
     try:
         before = gradient()
+        if unet.device.type == "cuda":  # On a CPU compiling the second class takes minutes and saves nothing.
+            unet._repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
         unet.compile_repeated_blocks(dynamic=True)
         error_share = float((gradient() - before).norm() / before.norm()) if before.any() else 0.0
         if not error_share < 0.05:
@@ -5012,7 +5025,7 @@ class LoRATrainer:
                 parameters[key].data.copy_(value)
         self.adapter = Adapter([*components.values()], parameters, config, self.dtype)
         if self.checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.enable_checkpointing()
         if config.compile:
             compile_blocks(self.unet, self.first_gradient, self.events)
         places = {
@@ -5022,6 +5035,12 @@ class LoRATrainer:
         }
         self.layers = {module: places[module] for module in (name.rpartition("/")[0] for name in parameters)}
         self.events.info(f"Training {len(self.layers)} modules with {self.adapter.weights.numel():,} weights.")
+
+    def enable_checkpointing(self) -> None:
+        """Compute again in the backward pass what memory does not hold; the generator matters for dropout only."""
+        self.checkpointing = True
+        options: JSON = {"use_reentrant": False, "preserve_rng_state": self.config.lora_dropout > 0}
+        self.unet.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, **options))
 
     def first_gradient(self) -> Tensor:
         self.accumulate(0)
@@ -5079,8 +5098,7 @@ class LoRATrainer:
             loss = self.accumulate_in_memory(step)
             if self.group.any(loss is None) or loss is None:
                 return False  # A stop was asked for: this step is abandoned, and the state before it is whole.
-            self.group.add_up(self.adapter.gradient, loss)
-            self.advance(step, loss, rates)
+            self.advance(step, self.adapter.add_up(loss, self.group), rates)
             self.periodic()
         return True
 
@@ -5103,8 +5121,7 @@ class LoRATrainer:
             is_memory = as_trainer_error(error, "training").code == "out_of_memory"
             if not is_memory or self.laps or self.checkpointing or self.config.gradient_checkpointing != "auto":
                 raise
-        self.checkpointing = True
-        self.unet.enable_gradient_checkpointing()
+        self.enable_checkpointing()
         release_memory()
         message = "The first step did not fit into memory, so gradient checkpointing is on from here."
         self.events.warning("checkpointing_turned_on", message, "Set gradient_checkpointing to true to begin with it.")
