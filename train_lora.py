@@ -2914,6 +2914,40 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
     return parameters
 
 
+def keep_dora_norm(layer: Any) -> None:
+    """Let a layer with a DoRA compute with the norm that `refresh_dora_norm` keeps, which changes once a step.
+
+    PEFT computes it in each forward pass, with a graph for a backward pass that does not use it: the norm counts as
+    a constant (Liu et al. 2024, section 4.3). With dropout, PEFT's own way stays.
+    """
+    dora, bias = layer.lora_magnitude_vector["default"], layer.get_base_layer().bias
+    peft_forward = dora.forward
+    if bias is not None and layer.get_base_layer().weight.dim() == 4:
+        bias = bias.view(1, -1, 1, 1)
+
+    def forward(x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_result: Any = None, **rest: Any) -> Tensor:
+        if base_result is None:
+            unchanged: Tensor = peft_forward(x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, **rest)
+            return unchanged
+        scale = dora.weight / dora.kept_norm
+        plain = base_result if bias is None else base_result - bias
+        changed: Tensor = (scale - 1) * plain + scale * lora_B(lora_A(x)) * scaling
+        return changed
+
+    dora.forward = forward
+
+
+def refresh_dora_norm(layer: Any) -> None:
+    """Compute the norm of each output of the changed weight, as PEFT does, in fp32."""
+    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    with torch.no_grad():
+        weight = peft.utils.integrations.dequantize_module_weight(layer.get_base_layer()).float()
+        change = (down.weight.flatten(1).T @ up.weight.flatten(1).T).T.reshape(weight.shape)
+        norm = (weight + scaling * change).flatten(1).norm(dim=1)
+        dora = layer.lora_magnitude_vector["default"]
+        dora.kept_norm = norm.view(dora.weight.shape)
+
+
 def adapter_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, torch.nn.Parameter]:
     """Return the adapter's parameters without values, on the meta device; no weight of the base model is read."""
     parameters: dict[str, torch.nn.Parameter] = {}
@@ -3017,6 +3051,11 @@ class Adapter:
         self.kernel_skips_bad_steps = self.optimizer.defaults.get("fused", False) and not self.scaler.is_enabled()
         self.module_dtype = dtype if config.lora_type == "lora" else torch.float32
         self.module_weights = self.weights.to(self.module_dtype)
+        layers = itertools.chain.from_iterable(component.modules() for component in components)
+        is_dora = config.lora_type == "dora"
+        self.dora_layers = [layer for layer in layers if is_dora and isinstance(layer, peft.tuners.lora.LoraLayer)]
+        for layer in self.dora_layers:
+            keep_dora_norm(layer)
         self.load_into_modules(self.module_weights)
 
     def make_groups(self, whole: bool) -> list[list[torch.nn.Parameter]]:
@@ -3049,11 +3088,15 @@ class Adapter:
     def load_into_modules(self, vector: Tensor) -> None:
         for module, view in zip(self.modules, self.split(vector), strict=True):
             module.data = view
+        for layer in self.dora_layers:
+            refresh_dora_norm(layer)
 
     def refresh_modules(self) -> None:
-        """Bring the modules' weights up to date, where they are a copy."""
+        """Bring up to date what the modules compute with beside the weights: a copy, or norms."""
         if self.module_weights is not self.weights:
             self.module_weights.copy_(self.weights)
+        for layer in self.dora_layers:
+            refresh_dora_norm(layer)
 
     def set_rates(self, factor: float) -> dict[str, float]:
         """Set this step's learning rates; return them, with prodigy's own factor d."""
@@ -4832,7 +4875,7 @@ def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStrea
     torch._inductor.config.cpp.max_horizontal_fusion_size = 1
     try:
         before = gradient()
-        if unet.device.type == "cuda":  # On a CPU compiling the second class takes minutes and saves nothing.
+        if unet.device.type == "cuda":  # On a CPU, compiling the second class takes minutes.
             unet._repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
         unet.compile_repeated_blocks(dynamic=True)
         error_share = float((gradient() - before).norm() / before.norm()) if before.any() else 0.0
