@@ -466,7 +466,7 @@ def test_the_file_its_classes_and_its_functions_have_a_size_that_one_can_read() 
         return sorted(((node.end_lineno or 0) - node.lineno + 1, node.name) for node in nodes)
 
     functions = lengths(ast.FunctionDef)
-    assert len(SOURCE.splitlines()) <= 5550
+    assert len(SOURCE.splitlines()) <= 5580
     assert [(lines, name) for lines, name in lengths(ast.ClassDef) if lines > 500] == []
     assert [(lines, name) for lines, name in functions if lines > 60] == []
     assert functions[len(functions) // 2][0] <= 12
@@ -5797,6 +5797,250 @@ def test_the_hooks_before_a_commit_are_checks_of_ci() -> None:
     ci = (ROOT / ".ci/run").read_text("utf-8")
     assert len(hooks) == 3
     assert [hook for hook in hooks if f".venv/bin/{hook}" not in ci] == []
+
+
+# ======================================================================================
+# a simulated GPU: .ci/fakecuda
+# ======================================================================================
+
+sys.path.append(str(ROOT / ".ci/fakecuda"))
+fakecuda: Any = importlib.import_module("fakecuda")
+
+# The body of a process that has imported everything and sees the simulated card. For each line of its input it runs
+# code in a copy of itself, which saves seconds. A Copy cannot do so: its torch has looked for CUDA already.
+SIMULATED_GPU = """
+import itertools, json, signal
+sys.path.append(".ci/fakecuda")
+import fakecuda
+fakecuda.install()
+import torch
+t.import_checkers()
+t.import_libraries()
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+t.gc.freeze()
+for line in sys.stdin:
+    code, sys.argv[1:], environment, files = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    signal.alarm(600)
+    os.environ.update(environment)
+    for descriptor, path in enumerate(files, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    fakecuda.use_environment()
+    exec(code)
+    sys.exit()
+"""
+
+
+class SimulatedGpu:
+    def __init__(self, folder: Path) -> None:
+        self.files = [str(folder / name) for name in ("stdout", "stderr")]
+        options: Json = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE) | {"stderr": subprocess.DEVNULL}
+        start = [sys.executable, "-c", PROLOGUE + SIMULATED_GPU]
+        self.process: Any = subprocess.Popen(start, cwd=ROOT, text=True, **options)
+
+    def execute(self, code: str, *arguments: str, **environment: str) -> Any:
+        """Run `code`; return (exit code, stdout, stderr)."""
+        print(json.dumps([code, arguments, environment, self.files]), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline()), *(Path(path).read_bytes() for path in self.files)
+
+    def train(self, tiny: TinyRuns, code: str = "", card: Mapping[str, str] | None = None, **changes: Any) -> Run:
+        """Run the script on a tiny model, after `code` has replaced some of its parts."""
+        config = write_config(tiny.folder, **tiny.config(**changes))
+        untried = "t.BITSANDBYTES_TRIAL = ''\n"  # Its child process would not have the card.
+        return Run(*self.execute(untried + code + EPILOGUE, "--config", str(config), **card or {}))
+
+
+@pytest.fixture(scope="session")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedGpu]:
+    built, reason = fakecuda.build()
+    if not built:
+        pytest.skip(f"the simulated GPU cannot be had: {reason}")
+    simulated = SimulatedGpu(tmp_path_factory.mktemp("gpu"))
+    yield simulated
+    simulated.process.communicate()  # Its input ends, and so does it.
+
+
+ACTS_AS_A_GPU = """
+def error_of(action, kind=RuntimeError):
+    try: action()
+    except kind as error: return str(error)
+cpu, weight = torch.ones(1000), torch.ones(1000, device="cuda:1", requires_grad=True)
+(weight * cpu.to("cuda:1")).sum().backward()
+assert str(weight.grad.device) == "cuda:1"
+assert all("on the same device" in error_of(lambda: weight + other) for other in (cpu, cpu.to("cuda:0")))
+def counted(action):
+    before = fakecuda.counts()
+    kept = action()
+    return [fakecuda.counts()[name] - before[name] for name in
+            ("kernels", "waits", "pinned_copies", "unpinned_copies", "allocated")]
+gpu, pinned = cpu.cuda(), cpu.pin_memory()
+assert counted(lambda: gpu * 2) == [1, 0, 0, 0, 4000]
+assert counted(lambda: gpu[3:].view(-1)) == [0, 0, 0, 0, 0]
+assert counted(lambda: pinned.to("cuda", non_blocking=True)) == [0, 0, 1, 0, 4000]
+assert counted(lambda: cpu.to("cuda", non_blocking=True)) == [0, 0, 0, 1, 4000]
+assert counted(lambda: pinned.to("cuda")) == [0, 1, 1, 0, 4000]
+assert counted(lambda: gpu.cpu()) == [0, 1, 0, 1, 0]
+assert counted(lambda: gpu[0].item()) == [0, 1, 0, 0, 0]
+assert counted(lambda: gpu[gpu > 2]) == [3, 1, 0, 0, 0]  # It compares, looks for places, and takes them.
+assert counted(lambda: gpu.index_put_([torch.tensor([3])], gpu[0])) == [1, 1, 0, 1, 0]
+assert counted(lambda: torch._foreach_add([gpu, gpu], 1)) == [1, 0, 0, 0, 8000]
+assert counted(torch.cuda.synchronize) == [0, 1, 0, 0, 0]
+torch.cuda.reset_peak_memory_stats()
+used = torch.cuda.memory_allocated()
+gpu * 2 + 1
+assert (torch.cuda.max_memory_allocated() - used, torch.cuda.mem_get_info()[0] + used) == (8000, 12 * 2**30)
+fakecuda.arm(allocation_fails=2)
+assert [error_of(lambda: gpu * 2, torch.OutOfMemoryError) is None for _ in range(3)] == [True, False, True]
+fakecuda.arm(kernel_breaks=1)
+gpu += 1
+calls = (lambda: gpu + 1, gpu.cpu, cpu.pin_memory, torch.cuda.synchronize, torch.cuda.mem_get_info)
+assert all("illegal memory access" in error_of(call, torch.AcceleratorError) for call in calls)
+"""
+
+
+def test_the_simulated_gpu_mixes_no_devices_counts_and_fails_as_a_gpu_does(gpu: SimulatedGpu) -> None:
+    assert gpu.execute(ACTS_AS_A_GPU) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "difference"),
+    [
+        ("sd15", {"mixed_precision": "no"}, 0.001),
+        ("sd15", {"mixed_precision": "bf16", "validation_steps": 2, "validation_split": 0.2}, 0.3),
+        ("sd15", {"mixed_precision": "fp16"}, 0.15),
+        ("sd15", {"mixed_precision": "bf16", "lora_type": "dora"}, 0.3),
+        ("sdxl", {"mixed_precision": "bf16", "train_text_encoder": True, "device": "cuda:1"}, 0.4),
+        pytest.param("sd15", {"mixed_precision": "bf16", "quantize_base": "nf4"}, 0.6, marks=needs("bitsandbytes")),
+    ],
+)
+def test_a_run_on_a_gpu_ends_close_to_the_same_run_on_the_cpu(
+    tiny: TinyRuns, gpu: SimulatedGpu, kind: str, changes: Json, difference: float
+) -> None:
+    result = gpu.train(tiny, kind=kind, steps=3, **changes)
+    assert (result.code, result.last["type"]) == (0, "complete"), result.stderr
+    assert f"Device: {changes.get('device', 'cuda:0')}, NVIDIA GeForce RTX 3060 (" in str(result.of("info"))
+    assert result.of("progress")[-1]["vram_gb"] is not None
+    made = tiny.train(kind=kind, output="cpu", steps=3, **changes | {"device": "cpu", "quantize_base": "none"})
+    there, here = tensors_of(tiny.output / "lora_final.safetensors"), tensors_of(made.final_path)
+    up = [key for key in here if "lora_up" in key]  # These began at 0.
+    one, other = (torch.cat([file[key].flatten() for key in up]) for file in (there, here))
+    assert (one - other).norm() < difference * other.norm()
+
+
+# Code that does something first in the {call}-th call of one of the script's functions.
+AT_CALL = """
+owner, _, name = "{place}".rpartition(".")
+owner = getattr(t, owner) if owner else t
+function, calls = getattr(owner, name), itertools.count(1)
+def changed(*arguments, **options):
+    call = next(calls)
+    if call == {call}: {action}
+    return function(*arguments, **options)
+setattr(owner, name, changed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("sd15", ACCUMULATED | {"gradient_checkpointing": True, "lora_dropout": 0.3, "mixed_precision": "bf16"}),
+        ("sdxl", {"train_text_encoder": True, "mixed_precision": "fp16", "lora_dropout": 0.1}),
+    ],
+)
+def test_a_stopped_run_on_a_gpu_ends_in_equal_bits(tiny: TinyRuns, gpu: SimulatedGpu, kind: str, changes: Json) -> None:
+    stop = AT_CALL.format(place="LoRATrainer.periodic", call=1, action="arguments[0].stop.signal = 15")
+    stopped = gpu.train(tiny, stop, kind=kind, steps=3, **changes)
+    assert (stopped.last["type"], stopped.last["step"]) == ("interrupted", 1)
+    resumed, whole = (gpu.train(tiny, kind=kind, output=name, steps=3, **changes) for name in ("out", "whole"))
+    assert [result.last["type"] for result in (resumed, whole)] == ["complete"] * 2
+    for name in ("lora_final", "checkpoints/state_step_3"):
+        assert_same_tensors(tiny.output / f"{name}.safetensors", tiny.folder / f"whole/{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "package", "waits"),
+    [
+        ({"mixed_precision": "bf16"}, "torch", 0),
+        ({"mixed_precision": "fp16", "lora_type": "dora", "masked_loss": True, "snr_gamma": 5}, "torch", 0),
+        (ACCUMULATED | {"train_text_encoder": True, "lora_dropout": 0.1, "noise_offset": 0.1}, "torch", 0),
+        ({"quantize_base": "nf4", "gradient_checkpointing": True}, "bitsandbytes", 0),
+        ({"optimizer": "adafactor"}, "transformers", 1),
+        ({"optimizer": "lion"}, "lion_pytorch", 1),
+        ({"optimizer": "schedulefree_adamw"}, "schedulefree", 1),
+        ({"optimizer": "prodigy"}, "prodigyopt", 3),  # It reads two numbers of each group,
+        ({"optimizer": "adamw8bit"}, "bitsandbytes", 2),  # and bitsandbytes synchronizes after each.
+    ],
+)
+def test_a_step_waits_for_the_gpu_no_more_often_than_its_optimizer_must(
+    tiny: TinyRuns, gpu: SimulatedGpu, changes: Json, package: str, waits: int
+) -> None:
+    pytest.importorskip(package)
+    action = "arguments[0].events.info(json.dumps(fakecuda.counts()))"
+    after_each_step = AT_CALL.format(place="LoRATrainer.periodic", call="call", action=action)
+    result = gpu.train(tiny, after_each_step, **changes | {"steps": 4, "log_steps": 100})
+    assert result.code == 0, result.stderr
+    counts = [json.loads(event["message"]) for event in result.of("info") if event["message"].startswith("{")]
+    for before, after in itertools.pairwise(counts[:3]):  # The first step makes state, and the last one reports.
+        step = {name: after[name] - before[name] for name in after}
+        assert step["waits"] == waits
+        assert (step["unpinned_copies"], step["pinned_copies"] > 0) == (0, True)
+
+
+MEMORY, BREAK = "allocation_fails", "kernel_breaks"
+AVERAGED: Json = {"optimizer": "schedulefree_adamw"}  # Its average is computed on the device for each save.
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "fault", "changes", "ending"),  # The ending is the error's code and phase, its step, warnings.
+    [
+        ("load_component", 1, MEMORY, {}, ("out_of_memory", "loading", None)),
+        ("EncodedDataset.fill", 2, MEMORY, {}, ("out_of_memory", "caching", None)),
+        ("LoRATrainer.loss", 4, MEMORY, {}, ("out_of_memory", "training", 3)),
+        ("Adapter.backward", 4, MEMORY, {}, ("out_of_memory", "training", 3)),
+        ("Adapter.step", 4, MEMORY, {}, ("out_of_memory", "training", 3)),
+        ("decode_latents", 1, MEMORY, {}, ("", "", 4, "sample_not_written")),
+        ("Sampler", 1, MEMORY, {}, ("", "", 4, "sample_not_written")),
+        ("LoRATrainer.save", 1, MEMORY, AVERAGED, ("", "", 4, "save_failed")),
+        ("LoRATrainer.finish", 1, MEMORY, AVERAGED, ("out_of_memory", "saving", 4)),
+        ("compile_blocks", 1, MEMORY, {"compile": True}, ("", "", 4, "compile_unavailable")),
+        ("EncodedDataset.fill", 2, BREAK, {}, ("device_failed", "caching", None)),
+        ("LoRATrainer.loss", 4, BREAK, {}, ("device_failed", "training", 2)),
+        ("decode_latents", 1, BREAK, {}, ("device_failed", "sampling", 2)),
+        ("compile_blocks", 1, BREAK, {"compile": True}, ("device_failed", "compiling", None)),
+    ],
+)
+def test_a_fault_of_the_gpu_has_its_code_and_leaves_what_was_saved(
+    tiny: TinyRuns, gpu: SimulatedGpu, place: str, call: int, fault: str, changes: Json, ending: tuple[Any, ...]
+) -> None:
+    pytest.importorskip("schedulefree" if changes == AVERAGED else "torch")
+    (code, phase, step), warnings = ending[:3], [*ending[3:]]
+    keys: Json = {"steps": 4, "checkpoint_steps": 2, "validation_steps": 2, "prediction_type": "v_prediction"}
+    arm = AT_CALL.format(place=place, call=call, action=f"fakecuda.arm({fault}=1)")
+    result = gpu.train(tiny, arm, **keys | changes)
+    last = result.last
+    assert (last["type"], last.get("code", ""), last["step"]) == ("error" if code else "complete", code, step)
+    assert [event["code"] for event in result.of("warning") if not event["code"].startswith("prediction")] == warnings
+    assert not code or f" while {phase}" in last["message"]
+    states = [number for number, path in trainer.numbered(tiny.checkpoints, "state_step") if trainer.decode_state(path)]
+    assert max(states, default=None) == step
+
+
+@pytest.mark.parametrize(
+    ("card", "code", "words"),
+    [
+        ({"FIRST_CALL_FAILS": "out of memory"}, "out_of_memory", "while importing"),
+        ({"GIB": "0.0005"}, "out_of_memory", "estimated at"),
+        ({"FIRST_CALL_FAILS": "CUDA-capable device(s) is/are busy"}, "device_unavailable", "busy"),
+        ({"SM": "6.1", "NAME": "GTX 1080"}, "device_unavailable", "GTX 1080.*sm_61.*sm_75"),
+    ],
+)
+def test_an_unusable_card_is_refused(tiny: TinyRuns, gpu: SimulatedGpu, card: Json, code: str, words: str) -> None:
+    last = gpu.train(tiny, card={f"FAKECUDA_{name}": value for name, value in card.items()}).last
+    assert (last["type"], last["code"], last["step"]) == ("error", code, None)
+    assert re.search(words, last["message"] + last["hint"], re.DOTALL)
 
 
 # ======================================================================================

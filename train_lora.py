@@ -3029,7 +3029,7 @@ class Adapter:
         config: TrainingConfig,
         dtype: torch.dtype,
     ) -> None:
-        self.components, self.config = components, config
+        self.components, self.config, self.step_incomplete = components, config, False
         self.names, self.modules = list(parameters), list(parameters.values())
         self.shapes = [weight.shape for weight in self.modules]
         self.device = self.modules[0].device
@@ -3131,8 +3131,9 @@ class Adapter:
             self.gradient *= (limit / (norm + 1e-6)).clamp(max=1)
         numbers = torch.stack([loss, norm])
         is_good = numbers.isfinite().all()
+        self.step_incomplete = True  # From here to the end of this method the weights are not whole.
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # This waits for the GPU.
+            self.scaler.step(self.optimizer)  # Only an optimizer without a fused kernel waits for the GPU here.
             self.scaler.update()
         elif self.kernel_skips_bad_steps:
             self.optimizer.found_inf = (~is_good).float()
@@ -3143,6 +3144,7 @@ class Adapter:
         if self.average is not None and self.config.ema_decay:
             share = 1 - ema_decay_at(self.config.ema_decay, step)
             self.average.lerp_(self.weights, share * is_good)  # A bad step's share is 0.
+        self.step_incomplete = False
         return numbers
 
     def result(self) -> Tensor:
@@ -4963,7 +4965,6 @@ class LoRATrainer:
         self.pending: list[tuple[int, dict[str, float], Tensor]] = []  # Steps whose loss has not been read yet.
         self.laps: collections.deque[float] = collections.deque(maxlen=50)
         self.lock = threading.RLock()  # It is held while weights and counters change or are being saved.
-        self.step_incomplete = False  # An optimizer step failed half-way.
         self.failed_saves = 0  # It counts those in a row.
         self.trackers = Trackers(self.events.warning)
         self.report: Report | None = None
@@ -5230,7 +5231,6 @@ class LoRATrainer:
     def advance(self, step: int, loss: Tensor, rates: dict[str, float]) -> None:
         """Take the optimizer step and count it; report when that is due."""
         with self.lock:
-            self.step_incomplete = True
             numbers = self.adapter.step(loss, step)
             if self.device.type == "cuda":
                 self.updated = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here.
@@ -5240,7 +5240,6 @@ class LoRATrainer:
             self.laps.append(self.clock - before)
             self.state = self.state.with_step(self.laps[-1])
             self.pending.append((step, rates, numbers))
-            self.step_incomplete = False
         if is_due(self.state.step, self.config.log_steps) or self.state.step == self.plan.total_steps:
             self.report_finished_steps()
 
@@ -5323,6 +5322,7 @@ class LoRATrainer:
         start, end, parts = self.config.min_timestep, self.config.max_timestep or len(self.alpha_bar), 4
         work = list(itertools.product(batches, range(parts)))
         losses: list[Tensor] = []
+        self.events.phase = "validating" if work else self.events.phase
         with self.adapter.evaluating():
             for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
                 if self.stop.requested:
@@ -5338,8 +5338,9 @@ class LoRATrainer:
         """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
         config, title = self.config, f"Sampling at step {step}."
         parts = (self.data.vae, self.device, self.predict, self.data.conditions)
-        sampler = Sampler(config, self.source, self.prediction_type, *parts)
+        self.events.phase = "sampling"
         try:
+            sampler = Sampler(config, self.source, self.prediction_type, *parts)
             with self.adapter.evaluating():
                 for index, prompt in enumerate(config.sample_prompts):
                     seed = config.sample_seed + index
@@ -5365,7 +5366,7 @@ class LoRATrainer:
         self.failed_saves += 1
         try:
             self.save(lora)
-        except (TrainerError, MemoryError) as error:
+        except (TrainerError, MemoryError, RuntimeError) as error:
             failure = as_trainer_error(error, "saving")
             if self.failed_saves > 1 or failure.code not in ("disk_full", "output_not_writable", "out_of_memory"):
                 raise
@@ -5408,7 +5409,7 @@ class LoRATrainer:
         """
         if self.group.is_main and self.lock.acquire(timeout=self.RESCUE_WAIT_S):
             try:
-                if not self.step_incomplete and self.state.step > self.saved["step"]:
+                if not self.adapter.step_incomplete and self.state.step > self.saved["step"]:
                     with beside_the_next_step(self.updated):
                         self.save(lora=False)
             finally:
