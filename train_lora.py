@@ -3030,6 +3030,7 @@ class Adapter:
         dtype: torch.dtype,
     ) -> None:
         self.components, self.config, self.step_incomplete = components, config, False
+        self.updated: Any = None  # The event on a CUDA device at which the last step's weights were whole.
         self.names, self.modules = list(parameters), list(parameters.values())
         self.shapes = [weight.shape for weight in self.modules]
         self.device = self.modules[0].device
@@ -3144,6 +3145,9 @@ class Adapter:
         if self.average is not None and self.config.ema_decay:
             share = 1 - ema_decay_at(self.config.ema_decay, step)
             self.average.lerp_(self.weights, share * is_good)  # A bad step's share is 0.
+        if self.device.type == "cuda":
+            self.updated = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here.
+            self.updated.record()
         self.step_incomplete = False
         return numbers
 
@@ -4568,11 +4572,21 @@ class EncodedDataset:
             part=part,
         )
 
-    def validation_batch(self, indices: Sequence[int], part: int) -> tuple[Batch, Tensor]:
-        """Put held-out images together, each with a noise of its own [B, C, h, w] for this part of the schedule."""
+    def held_out_work(self, timesteps: int) -> list[tuple[list[int], int]]:
+        """List (indices of held-out images, timestep): each image in the middle of each quarter of the schedule."""
+        plan, config = self.plan, self.plan.config
+        held_out = [index for index, example in enumerate(plan.dataset.examples) if example.role == "validation"]
+        by_size = grouped(held_out, lambda index: plan.sizes[index]).values()
+        batches = [batch for members in by_size for batch in chunks(members, config.batch_size)]
+        start, end = config.min_timestep, config.max_timestep or timesteps
+        middles = [start + (end - start) * eighth // 8 for eighth in (1, 3, 5, 7)]
+        return list(itertools.product(batches, middles))
+
+    def held_out_batch(self, indices: Sequence[int], timestep: int) -> tuple[Batch, Tensor]:
+        """Put held-out images together, each with a noise [B, C, h, w] of its own for this timestep."""
         variants = [self.plan.variant(index) for index in indices]
         batch = self.batch(variants, [item.example.caption for item in variants], [1.0] * len(variants))
-        sources = [generator("validation", self.plan.config.seed, index, part) for index in indices]
+        sources = [generator("validation", self.plan.config.seed, index, timestep) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         return batch, noise.to(self.device)
 
@@ -4920,6 +4934,22 @@ def environment(plan: Plan, hardware: Hardware, checkpointing: bool) -> JSON:
     return versions | machine
 
 
+def resume_warnings(
+    record: RunRecord, base: str, environment: JSON, config: TrainingConfig
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) for what is not as it was when the state was saved."""
+    if record.base != base:
+        message = "The base model's weights are not those that this run began with."
+        yield "base_model_changed", message, "Put them back, or start over with --fresh."
+    if changed := [key for key, value in record.environment.items() if environment[key] != value]:
+        message = f"These differ from the last attempt: {', '.join(changed)}; results may differ in the last bits."
+        yield "resume_not_exact", message, "Go back to the earlier ones for an exact resume."
+    if record.total_steps != config.steps and config.lr_scheduler != "constant":
+        message = f"The run was planned for {record.total_steps} steps and now has {config.steps}: the rate jumps."
+        hint = f"{config.lr_scheduler} is computed over the new length from here on; constant would not jump."
+        yield "schedule_stretched", message, hint
+
+
 def with_sizes(error: Exception, phase: str, plan: Plan) -> TrainerError:
     """Return a failure with its code; out of memory names the sizes of the run and what to change."""
     failure, config = as_trainer_error(error, phase), plan.config
@@ -4959,7 +4989,6 @@ class LoRATrainer:
         self.as_lora_path = self.folder.path / f"{self.config.output_name}_final_as_lora.safetensors"
         self.base = weights_fingerprint(self.source)
         self.prediction_type, self.checkpointing = self.source.prediction_type, plan.checkpointing
-        self.updated: Any = None  # The event on a CUDA device at which the last step's weights were whole.
         self.state, self.saved = TrainState(), NOTHING_SAVED
         self.stop.saved = lambda: self.saved
         self.pending: list[tuple[int, dict[str, float], Tensor]] = []  # Steps whose loss has not been read yet.
@@ -5107,22 +5136,14 @@ class LoRATrainer:
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
-        record, total = point.record, self.plan.total_steps
+        record = point.record
         self.events.info(f"Resuming at step {record.state.step} from {point.path.name}.", phase="resuming")
         self.adapter.restore(point.tensors, record.adapter)
         self.state = record.state
-        if record.base != self.base:
-            message = "The base model's weights are not those that this run began with."
-            self.events.warning("base_model_changed", message, "Put them back, or start over with --fresh.")
         now = environment(self.plan, self.hardware, self.checkpointing)
-        if changed := [key for key, value in record.environment.items() if now[key] != value]:
-            message = f"These differ from the last attempt: {', '.join(changed)}; results may differ in the last bits."
-            self.events.warning("resume_not_exact", message, "Go back to the earlier ones for an exact resume.")
-        if record.total_steps != total and self.config.lr_scheduler != "constant":
-            message = f"The run was planned for {record.total_steps} steps and now has {total}: the rate jumps."
-            hint = f"{self.config.lr_scheduler} is computed over the new length from here on; constant would not jump."
-            self.events.warning("schedule_stretched", message, hint)
-        self.events.info(f"Going on from step {self.state.step} of {total}.")
+        for warning in resume_warnings(record, self.base, now, self.config):
+            self.events.warning(*warning)
+        self.events.info(f"Going on from step {self.state.step} of {self.plan.total_steps}.")
 
     def train(self) -> bool:
         """Run the loop to the last step (True) or to a stop request (False)."""
@@ -5232,9 +5253,6 @@ class LoRATrainer:
         """Take the optimizer step and count it; report when that is due."""
         with self.lock:
             numbers = self.adapter.step(loss, step)
-            if self.device.type == "cuda":
-                self.updated = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here.
-                self.updated.record()
             # A lap includes the samples and saves before it, so eta_seconds counts them.
             before, self.clock = self.clock, time.monotonic()
             self.laps.append(self.clock - before)
@@ -5316,22 +5334,17 @@ class LoRATrainer:
 
         The timesteps are fixed, because the loss varies more between timesteps than between images.
         """
-        held_out = [index for index, example in enumerate(self.plan.dataset.examples) if example.role == "validation"]
-        by_size = grouped(held_out, lambda index: self.plan.sizes[index]).values()
-        batches = [batch for members in by_size for batch in chunks(members, self.config.batch_size)]
-        start, end, parts = self.config.min_timestep, self.config.max_timestep or len(self.alpha_bar), 4
-        work = list(itertools.product(batches, range(parts)))
+        if not (work := self.data.held_out_work(len(self.alpha_bar))):
+            return
+        self.events.phase = "validating"
         losses: list[Tensor] = []
-        self.events.phase = "validating" if work else self.events.phase
         with self.adapter.evaluating():
-            for batch, part in self.events.track("Validating.", work, len(work), phase="validating") if work else ():
+            for indices, timestep in self.events.track("Validating.", work, len(work)):
                 if self.stop.requested:
                     return
-                held_out_batch, noise = self.data.validation_batch(batch, part)
-                timesteps = torch.full((len(batch),), start + (end - start) * (2 * part + 1) // (2 * parts))
-                losses.append(self.sample_losses(held_out_batch, held_out_batch.mean, noise, timesteps))
-        if losses:
-            self.emit_and_track("validation", step=step, loss=float(torch.cat(losses).mean()))
+                batch, noise = self.data.held_out_batch(indices, timestep)
+                losses.append(self.sample_losses(batch, batch.mean, noise, torch.full((len(indices),), timestep)))
+        self.emit_and_track("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     @main_only
     def sample(self, step: int) -> None:
@@ -5410,7 +5423,7 @@ class LoRATrainer:
         if self.group.is_main and self.lock.acquire(timeout=self.RESCUE_WAIT_S):
             try:
                 if not self.adapter.step_incomplete and self.state.step > self.saved["step"]:
-                    with beside_the_next_step(self.updated):
+                    with beside_the_next_step(self.adapter.updated):
                         self.save(lora=False)
             finally:
                 self.lock.release()
