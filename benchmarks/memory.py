@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,26 +51,20 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
-        self.live = self.peak = 0
-        self.known: dict[int, Any] = {}
+        self.live: dict[int, int] = {}  # the bytes of each storage
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]:
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+                self.peak = max(self.peak, self.total())
         return made
 
-    def add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = weakref.ref(storage, lambda _: self.remove(key, size))
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def remove(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.live -= size
+    def total(self) -> int:
+        return sum(self.live.values())
 
 
 @contextlib.contextmanager
@@ -157,7 +151,7 @@ class Setting:
         output_of, autocasts = (unet_output, text_output)[component != "unet"], self.half and config.lora_type != "lora"
         with cuda_autocast(), FakeTensorMode(allow_non_fake_inputs=True), Storages() as seen:
             give_storages(module)
-            start = seen.live
+            start = seen.total()
             with torch.autocast("cpu", dtype, enabled=autocasts):
                 output = output_of(module, config, self.resolution // 8, dtype).float()
             loss = functional.mse_loss(output, torch.randn(output.shape))
@@ -251,11 +245,6 @@ CARDS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {  # GB: settings for 
 }
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
@@ -273,20 +262,28 @@ def counted_table() -> str:
         return [*row_name(row), gib(count), gib(estimate), f"{round(100 * (estimate / count - 1)):+}%"]
 
     head = ["family", "resolution", "batch", "adapter", "precision", "checkpointing", "counted", "estimated", "off"]
-    return table(head, map(cells, COUNTED))
+    return models.table(head, map(cells, COUNTED))
 
 
-def fits_table() -> str:
-    def cell(needed: int) -> str:
-        card = next((f"**{card}**" for card in CARDS if needed <= card * GIB), "more")
-        return f"{needed / GIB:.1f} → {card}"
-
+def fits_settings() -> list[list[Setting]]:
+    """Return the rows of the table of what fits, with a setting for each of MODES."""
     rows = []
     for (family, resolution), batch, (rank, targets) in itertools.product(SIZES, (1, 4), ADAPTERS):
         keys: dict[str, Any] = {"batch_size": batch, "lora_rank": rank, "lora_targets": targets}
-        totals = (setting(family, resolution, **keys, **mode).estimate()["total"] for mode in MODES.values())
-        rows.append([family, str(resolution), str(batch), f"{rank}, {targets}", *map(cell, totals)])
-    return table(["family", "resolution", "batch", "rank, targets", *MODES], rows)
+        rows.append([setting(family, resolution, **keys, **mode) for mode in MODES.values()])
+    return rows
+
+
+def fits_table() -> str:
+    def cells(row: Sequence[Setting]) -> Iterator[str]:
+        config = row[0].config()
+        yield from (row[0].family, str(config.resolution), str(config.batch_size))
+        yield f"{config.lora_rank}, {config.lora_targets}"
+        for needed in (mode.estimate()["total"] for mode in row):
+            card = next((f"**{card}**" for card in CARDS if needed <= card * GIB), "more")
+            yield f"{needed / GIB:.1f} → {card}"
+
+    return models.table(["family", "resolution", "batch", "rank, targets", *MODES], map(cells, fits_settings()))
 
 
 def cards_table() -> str:
@@ -300,22 +297,15 @@ def cards_table() -> str:
         [f"{card} GB", cell(card, "sd15", 512, small), cell(card, "sdxl", 1024, large)]
         for card, (small, large) in CARDS.items()
     )
-    return table(["card", "SD 1.5 at 512", "SDXL at 1024"], rows)
-
-
-def write_tables() -> None:
-    text = DOCUMENT.read_text("utf-8")
-    for name, make in {"cards": cards_table, "fits": fits_table, "counted": counted_table}.items():
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        text = f"{before}<!-- {name} -->\n{make()}\n{rest[rest.index(f'<!-- end of {name} -->') :]}"
-    DOCUMENT.write_text(text, "utf-8")
+    return models.table(["card", "SD 1.5 at 512", "SDXL at 1024"], rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("constants", "tables"))
     if parser.parse_args().command == "tables":
-        write_tables()
+        for name, make in {"cards": cards_table, "fits": fits_table, "counted": counted_table}.items():
+            models.put_table(DOCUMENT, name, make())
     else:
         for line in constants():
             print(line, flush=True)

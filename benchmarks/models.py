@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,25 @@ Tensors = dict[str, Any]
 
 KINDS = ("sd15", "sd21", "sd21v", "sdxl")  # SD 2.x exists with both predictions: sd21v predicts v
 
-# --- pictures and configs ---------------------------------------------------------------------------------------------
+# --- pictures, configs and tables -------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document), "utf-8")
+
+
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def put_table(page: Path, name: str, text: str) -> None:
+    """Replace what a page has between its marks of this name, if it has them."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, _, rest = page.read_text("utf-8").partition(begin)
+    if end in rest:
+        page.write_text(before + begin + text + rest[rest.index(end) :], "utf-8")
 
 
 def draw_image(path: Path, size: tuple[int, int], shade: int = 0) -> None:

@@ -25,11 +25,9 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +38,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
 from make_base import ALL_SHAPES, BACKGROUNDS, COLOURS, CONCEPT, draw, random_picture, to_signal  # noqa: E402
+from models import JSON, table  # noqa: E402
+from speed import run_script  # noqa: E402
 
 Array = np.ndarray[Any, Any]
-JSON = dict[str, Any]
 MASK_SIZE = 48
 NEW_PROMPTS = {"a red zorb": CONCEPT, "a blue zorb": CONCEPT}  # prompt -> the shape that it names
 OLD_PROMPTS = {"a red circle": "circle", "a blue square": "square"}
@@ -84,15 +83,11 @@ def templates() -> dict[str, Array]:
     return {shape: normalised(find_figure(np.asarray(picture))) for shape, picture in pictures.items()}
 
 
-def overlap(one: Array, other: Array) -> float:
-    union = int((one | other).sum())
-    return int((one & other).sum()) / union if union else 0.0
-
-
 def measure(pictures: Sequence[Array], shape: str) -> dict[str, float]:
     """Return the mean closeness to the named shape, and the share of samples to which no other shape is closer."""
     figures = [normalised(find_figure(picture)) for picture in pictures]
-    scores = [{name: overlap(figure, mask) for name, mask in templates().items()} for figure in figures]
+    masks = templates().items()
+    scores = [{name: float((one & mask).sum() / (one | mask).sum()) for name, mask in masks} for one in figures]
     is_right = [score[shape] > 0 and max(score, key=score.__getitem__) == shape for score in scores]
     closeness = statistics.mean(score[shape] for score in scores)
     return {"closeness": round(closeness, 4), "share": round(sum(is_right) / len(is_right), 4)}
@@ -101,48 +96,55 @@ def measure(pictures: Sequence[Array], shape: str) -> dict[str, float]:
 # --- one LoRA ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How samples are drawn; sample number i always starts from the noise of seed + i."""
-
-    samples: int
-    steps: int
-    batch_size: int = 16
-    guidance_scale: float = 4.0
-    seed: int = 1000
-
-
-def load_pipeline() -> Any:
+def load_pipeline(lora: Path | None = None) -> Any:
+    """Load the demo's base model, with a LoRA if one is given."""
     owner: Any = diffusers.StableDiffusionPipeline
     pipeline = owner.from_pretrained(ROOT / "demo/base", dtype=torch.float32)
     scheduler: Any = diffusers.DDIMScheduler
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
+    tensors = load_file(lora) if lora else {}
+    if any(".lokr_" in key for key in tensors):
+        merge_lokr(pipeline.unet, tensors)
+    elif lora:
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     return pipeline
 
 
-def sample(pipeline: Any, prompt: str, sampling: Sampling) -> list[Array]:
-    pictures: list[Array] = []
-    for start in range(0, sampling.samples, sampling.batch_size):
-        seeds = range(sampling.seed + start, sampling.seed + min(start + sampling.batch_size, sampling.samples))
-        output = pipeline(
-            [prompt] * len(seeds),
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
+def merge_lokr(unet: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Add scale * kron(w1, w2) to each module's weight (LyCORIS' keys; the scale is alpha / rank, 1 without a rank)."""
+    modules = {"lora_unet_" + name.replace(".", "_"): module for name, module in unet.named_modules()}
+    for stem in {key.partition(".")[0] for key in tensors}:
+        part = {key.partition(".")[2]: value.float() for key, value in tensors.items() if key.startswith(f"{stem}.")}
+        ranks = [part[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in part]
+        w1, w2 = (
+            part[name] if name in part else part[f"{name}_a"] @ part[f"{name}_b"].flatten(1)
+            for name in ("lokr_w1", "lokr_w2")
         )
-        pictures += list((output.images * 255).round().astype(np.uint8))
+        weight = modules[stem].weight.data
+        product = torch.kron(w1[(...,) + (None,) * (w2.ndim - 2)], w2).reshape(weight.shape)
+        weight += product * (float(part["alpha"]) / ranks[0] if ranks else 1.0)
+
+
+def sample(pipeline: Any, prompts: Iterable[str], samples: int, steps: int) -> dict[str, list[Array]]:
+    """Draw samples of each prompt; sample number i always starts from the same noise."""
+    pictures = {}
+    for prompt in prompts:
+        generators = [torch.Generator().manual_seed(1000 + number) for number in range(samples)]
+        options = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "np"}
+        images = pipeline([prompt] * samples, generator=generators, **options).images
+        pictures[prompt] = list((images * 255).round().astype(np.uint8))
     return pictures
 
 
-def measure_lora(lora: Path, sampling: Sampling) -> JSON:
-    pipeline, named = load_pipeline(), NEW_PROMPTS | OLD_PROMPTS
-    before = {prompt: measure(sample(pipeline, prompt, sampling), shape) for prompt, shape in named.items()}
-    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-    after = {prompt: measure(sample(pipeline, prompt, sampling), shape) for prompt, shape in named.items()}
-    prompts = {prompt: {"before": before[prompt], "after": after[prompt]} for prompt in named}
-    return {"samples": sampling.samples, "steps": sampling.steps, "prompts": prompts}
+def measure_lora(lora: Path, samples: int, steps: int) -> JSON:
+    named = NEW_PROMPTS | OLD_PROMPTS
+    before, after = (sample(load_pipeline(file), named, samples, steps) for file in (None, lora))
+    prompts = {
+        prompt: {"before": measure(before[prompt], shape), "after": measure(after[prompt], shape)}
+        for prompt, shape in named.items()
+    }
+    return {"samples": samples, "steps": steps, "prompts": prompts}
 
 
 # --- rows: training with changed settings -----------------------------------------------------------------------------
@@ -151,7 +153,7 @@ MEASURED_STEPS = (50, 100, 200)
 RANK = 8  # the demo's
 RATE = 2e-3  # twice the demo's, because steps and batch are half of its
 COMMON: JSON = {"steps": MEASURED_STEPS[-1], "checkpoint_steps": 50, "batch_size": 2, "learning_rate": RATE}
-QUIET: JSON = {"validation_steps": 0, "sample_at_start": False, "autosave_minutes": 0, "log_steps": 25}
+COMMON |= {"validation_steps": 0, "sample_at_start": False, "autosave_minutes": 0, "log_steps": 25}
 ROWS: dict[str, JSON] = {
     "base": {},
     "snr_gamma=5": {"snr_gamma": 5.0},
@@ -181,111 +183,77 @@ ROWS: dict[str, JSON] = {
 }
 UNTRAINED = "untrained"
 ROW_PROMPTS = {"a red zorb": CONCEPT, "orange zorb on a white background": CONCEPT}  # no picture shows an orange one
-ROW_SAMPLING = Sampling(samples=10, steps=6, batch_size=10)
+ROW_SAMPLING = (10, 6)  # samples per prompt, and the sampler's steps
 HELD_OUT_PICTURES = 12
 HELD_OUT_TIMESTEPS = (125, 375, 625, 875)
 ENOUGH = 0.6  # the closeness whose step the table has
 
 
-class Judge:
-    """The demo's base model, its own samples of old prompts, and held-out pictures."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        self.pipeline = load_pipeline()
-        models = (self.pipeline.unet, self.pipeline.text_encoder)
-        self.untrained = [(m, {name: value.clone() for name, value in m.state_dict().items()}) for m in models]
-        self.before = {prompt: sample(self.pipeline, prompt, ROW_SAMPLING) for prompt in OLD_PROMPTS}
-        rng = random.Random(99)  # make_base.py drew the training pictures with another seed.
-        pairs = itertools.islice(zip(itertools.cycle(COLOURS), itertools.cycle(BACKGROUNDS)), HELD_OUT_PICTURES)
-        records = [(CONCEPT, *pair) for pair in pairs]
-        self.captions = [f"a {colour} {shape} on a {background} background" for shape, colour, background in records]
-        pictures = np.stack([np.asarray(random_picture(record, rng)) for record in records])
-        with torch.no_grad():
-            encoded = self.pipeline.vae.encode(to_signal(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
-            self.latents = encoded.latent_dist.mean * self.pipeline.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        context, _ = self.pipeline.encode_prompt(self.captions, "cpu", 1, False)
-        generator = torch.Generator().manual_seed(99)
-        losses = []
-        for timestep in HELD_OUT_TIMESTEPS:
-            noise = torch.randn(self.latents.shape, generator=generator)
-            timesteps = torch.full((len(noise),), timestep)
-            noisy = self.pipeline.scheduler.add_noise(self.latents, noise, timesteps)
-            losses.append(float((self.pipeline.unet(noisy, timesteps, context).sample - noise).square().mean()))
-        return statistics.mean(losses)
-
-    def apply(self, lora: Path) -> None:
-        """Merge the LoRA into the models' weights, so that samples cost no more than the base model's."""
-        for model, weights in self.untrained:
-            model.load_state_dict(weights)
-        tensors = load_file(lora)
-        if any(".lokr_" in key for key in tensors):
-            return merge_lokr(self.pipeline.unet, tensors)
-        self.pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-        self.pipeline.fuse_lora()
-        return self.pipeline.unload_lora_weights()  # type: ignore[no-any-return]  # The weights keep what was fused.
-
-    def results(self, *, last: bool) -> JSON:
-        """Measure the models as they are; the old prompts only after the last step, because samples cost the most."""
-        new = [measure(sample(self.pipeline, prompt, ROW_SAMPLING), shape) for prompt, shape in ROW_PROMPTS.items()]
-        result: JSON = {key: statistics.mean(one[key] for one in new) for key in ("closeness", "share")}
-        result["held_out_loss"] = self.held_out_loss()
-        if last:
-            old = {prompt: sample(self.pipeline, prompt, ROW_SAMPLING) for prompt in OLD_PROMPTS}
-            scores = [measure(old[prompt], shape)["closeness"] for prompt, shape in OLD_PROMPTS.items()]
-            moved = [np.abs(np.subtract(old[p], self.before[p], dtype=float)).mean() for p in OLD_PROMPTS]
-            result |= {"old_closeness": statistics.mean(scores), "old_change": float(np.mean(moved)) / 255}
-        return result
+@functools.cache
+def old_samples() -> dict[str, list[Array]]:
+    """Return what the base model draws for the old prompts."""
+    return sample(load_pipeline(), OLD_PROMPTS, *ROW_SAMPLING)
 
 
-def merge_lokr(unet: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Add scale * kron(w1, w2) to each module's weight (LyCORIS' keys; the scale is alpha / rank, 1 without a rank)."""
-    modules = {"lora_unet_" + name.replace(".", "_"): module for name, module in unet.named_modules()}
-    for stem in {key.partition(".")[0] for key in tensors}:
-        part = {key.partition(".")[2]: value.float() for key, value in tensors.items() if key.startswith(f"{stem}.")}
-        ranks = [part[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in part]
-        w1, w2 = (
-            part[name] if name in part else part[f"{name}_a"] @ part[f"{name}_b"].flatten(1)
-            for name in ("lokr_w1", "lokr_w2")
-        )
-        weight = modules[stem].weight.data
-        product = torch.kron(w1[(...,) + (None,) * (w2.ndim - 2)], w2).reshape(weight.shape)
-        weight += product * (float(part["alpha"]) / ranks[0] if ranks else 1.0)
+@functools.cache
+def held_out() -> tuple[list[str], torch.Tensor]:
+    """Return captions and latents of pictures that no row trains with."""
+    rng = random.Random(99)  # make_base.py drew the training pictures with another seed.
+    pairs = itertools.islice(zip(itertools.cycle(COLOURS), itertools.cycle(BACKGROUNDS)), HELD_OUT_PICTURES)
+    records = [(CONCEPT, *pair) for pair in pairs]
+    pictures = np.stack([np.asarray(random_picture(record, rng)) for record in records])
+    vae = load_pipeline().vae
+    with torch.no_grad():
+        latents = vae.encode(to_signal(torch.from_numpy(pictures).permute(0, 3, 1, 2))).latent_dist.mean
+    captions = [f"a {colour} {shape} on a {background} background" for shape, colour, background in records]
+    return captions, latents * vae.config.scaling_factor
 
 
-def train(row: str, seed: int, folder: Path) -> float:
-    """Run the trainer to its end, and return the seconds per step where it was fastest."""
-    keys = COMMON | QUIET | ROWS[row] | {"seed": seed, "output_path": str(folder)}
-    command = [sys.executable, str(ROOT / "train_lora.py"), "--config", str(ROOT / "demo/config.json"), "--fresh"]
-    command += [word for key, value in keys.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    if done.returncode:
-        raise RuntimeError(events[-1]["message"] if events else f"exit code {done.returncode}")
-    return 1 / float(max(event["steps_per_second"] or 0 for event in events if event["type"] == "progress"))
+@torch.no_grad()
+def held_out_loss(pipeline: Any) -> float:
+    captions, latents = held_out()
+    context, _ = pipeline.encode_prompt(captions, "cpu", 1, False)
+    generator = torch.Generator().manual_seed(99)
+    losses = []
+    for timestep in HELD_OUT_TIMESTEPS:
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.full((len(noise),), timestep)
+        noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
+        losses.append(float((pipeline.unet(noisy, timesteps, context).sample - noise).square().mean()))
+    return statistics.mean(losses)
 
 
-def measure_row(judge: Judge, row: str, seed: int) -> JSON:
+def measure_model(lora: Path | None) -> JSON:
+    """Measure the base model with or without a LoRA."""
+    pipeline, named = load_pipeline(lora), ROW_PROMPTS | OLD_PROMPTS
+    drawn = sample(pipeline, named, *ROW_SAMPLING)
+    scores = {prompt: measure(drawn[prompt], shape) for prompt, shape in named.items()}
+    moved = [np.abs(np.subtract(drawn[old], old_samples()[old], dtype=float)).mean() for old in OLD_PROMPTS]
+    return {
+        "closeness": statistics.mean(scores[prompt]["closeness"] for prompt in ROW_PROMPTS),
+        "share": statistics.mean(scores[prompt]["share"] for prompt in ROW_PROMPTS),
+        "old_closeness": statistics.mean(scores[prompt]["closeness"] for prompt in OLD_PROMPTS),
+        "old_change": float(np.mean(moved)) / 255,
+        "held_out_loss": held_out_loss(pipeline),
+    }
+
+
+def measure_row(row: str, seed: int) -> JSON:
     """Train one row with one seed, and measure the LoRA files that it leaves."""
-    by_step = {}
     with tempfile.TemporaryDirectory() as folder:
-        seconds = train(row, seed, Path(folder))
-        for step in MEASURED_STEPS:
-            judge.apply(Path(folder, f"checkpoints/lora_step_{step}.safetensors"))
-            by_step[str(step)] = judge.results(last=step == MEASURED_STEPS[-1])
-    return {"row": row, "seed": seed, "by_step": by_step, "seconds_per_step": seconds}
+        keys = COMMON | ROWS[row] | {"seed": seed, "output_path": folder}
+        words = [word for key, value in keys.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        events, _ = run_script(ROOT / "demo/config.json", "--fresh", *words)
+        files = {step: Path(folder, f"checkpoints/lora_step_{step}.safetensors") for step in MEASURED_STEPS}
+        by_step = {str(step): measure_model(file) for step, file in files.items()}
+    fastest = max(event["steps_per_second"] or 0 for event in events if event["type"] == "progress")
+    return {"row": row, "seed": seed, "by_step": by_step, "seconds_per_step": 1 / fastest}
 
 
 def measure_rows(rows: Sequence[str], seeds: int) -> Iterator[JSON]:
     """Measure the untrained model, then seed by seed, so that an interrupted comparison leaves a whole table."""
-    judge = Judge()
-    yield {"row": UNTRAINED, "by_step": dict.fromkeys(map(str, MEASURED_STEPS), judge.results(last=True))}
-    for seed, row in itertools.product(range(seeds), rows):
-        yield measure_row(judge, row, seed)
+    yield {"row": UNTRAINED, "by_step": dict.fromkeys(map(str, MEASURED_STEPS), measure_model(None))}
+    yield from (measure_row(row, seed) for seed, row in itertools.product(range(seeds), rows))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -327,13 +295,11 @@ def table_row(results: Sequence[JSON], before: float) -> dict[str, str]:
     }
 
 
-def table(results: Sequence[JSON]) -> str:
+def quality_table(results: Sequence[JSON]) -> str:
     by_row = {row: [result for result in results if result["row"] == row] for row in (UNTRAINED, *ROWS)}
     before = by_row[UNTRAINED][0]["by_step"][str(MEASURED_STEPS[0])]["closeness"]
     rows = {row: table_row(results, before) for row, results in by_row.items() if results}
-    lines = [["row", *rows[UNTRAINED]], ["---"] * (1 + len(rows[UNTRAINED]))]
-    lines += [[row, *cells.values()] for row, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(["row", *rows[UNTRAINED]], ([row, *cells.values()] for row, cells in rows.items()))
 
 
 def main() -> None:
@@ -349,10 +315,12 @@ def main() -> None:
     commands.add_parser("table", help="print the results as a table").add_argument("file", type=Path)
     options = parser.parse_args()
     if options.command == "lora":
-        print(json.dumps(measure_lora(options.file, Sampling(options.samples, options.steps))))
+        print(json.dumps(measure_lora(options.file, options.samples, options.steps)))
     elif options.command == "table":
-        print(table([json.loads(line) for line in options.file.read_text("utf-8").splitlines()]))
+        print(quality_table([json.loads(line) for line in options.file.read_text("utf-8").splitlines()]))
     else:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # The runs inherit it.
         for result in measure_rows(options.rows, options.seeds):
             print(json.dumps(result), flush=True)
 
