@@ -136,7 +136,8 @@ def complete(cuda: Any, error_class: Any, random: Any) -> None:
         return card().total_memory - get_number("allocated"), card().total_memory
 
     cuda._lazy_init, cuda.is_available, cuda.synchronize = lambda: None, lambda: True, synchronize
-    cuda.device_count, cuda.current_device, cuda.set_device = lambda: 2, library.get_gpu, set_device
+    # dynamo wants functions that can be hashed, which those of ctypes cannot.
+    cuda.device_count, cuda.current_device, cuda.set_device = lambda: 2, lambda: int(library.get_gpu()), set_device
     cuda._exchange_device = cuda._maybe_exchange_device = set_device  # They return the device before.
     cuda.get_device_properties, cuda.get_device_name = card, lambda device=None: card().name
     cuda.get_device_capability = lambda device=None: (card().major, card().minor)
