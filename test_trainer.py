@@ -466,7 +466,7 @@ def test_the_file_its_classes_and_its_functions_have_a_size_that_one_can_read() 
         return sorted(((node.end_lineno or 0) - node.lineno + 1, node.name) for node in nodes)
 
     functions = lengths(ast.FunctionDef)
-    assert len(SOURCE.splitlines()) <= 5620
+    assert len(SOURCE.splitlines()) <= 5640
     assert [(lines, name) for lines, name in lengths(ast.ClassDef) if lines > 500] == []
     assert [(lines, name) for lines, name in functions if lines > 60] == []
     assert functions[len(functions) // 2][0] <= 12
@@ -3581,8 +3581,8 @@ def test_a_dora_is_written_as_the_plain_lora_that_is_closest(prepared: Prepare) 
     made.finish()
     weights = made.adapter.named(made.adapter.result())
     wide = dataclasses.replace(made.config, dora_as_lora_rank=100)
-    (_, one, remains), (_, other, _) = (trainer.closest_lora(made.layers, weights, wide) for _ in range(2))
-    assert {tensor.shape[0] for key, tensor in one.items() if key.endswith("lora_A")} == {100} and remains < 1e-3
+    (_, one, lacking), (_, other, _) = (trainer.closest_lora(made.layers, weights, wide) for _ in range(2))
+    assert {tensor.shape[0] for key, tensor in one.items() if key.endswith("lora_A")} == {100} and lacking < 1e-3
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert made.is_finished(3)
     made.config = wide

@@ -62,6 +62,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  # This must be said before an imp
     sys.exit(f"train_lora.py needs Python 3.10 or later; this is {sys.version.split()[0]}.")
 
 import argparse
+import atexit
 import codecs
 import collections
 import contextlib
@@ -284,11 +285,16 @@ def import_checkers() -> None:
     from safetensors import safe_open
 
 
-def import_libraries() -> None:
-    """Import everything that takes seconds. The signal handlers are in before this is called."""
+def import_libraries(unused: Iterable[str] = ()) -> None:
+    """Import everything that takes seconds. The signal handlers are in before this is called.
+
+    PEFT imports bitsandbytes where it finds it, which takes a second; `unused` packages count as not installed.
+    """
     global accelerate, torch, diffusers, transformers, peft, safetensors, ImageDraw, ImageFont
     modules: Any = sys.modules
-    modules.setdefault("kernels", None)  # With this package, bitsandbytes would run code from the Hub.
+    for name in ("kernels", *unused):  # With the package kernels, bitsandbytes would run code from the Hub.
+        modules.setdefault(name, None)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # With huge pages a CPU reads weights a twelfth faster.
     if not WINDOWS:  # Buckets of many sizes would leave gaps in CUDA's memory otherwise.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # The collector would scan all new modules again and again, which is a quarter of the time.
@@ -301,6 +307,8 @@ def import_libraries() -> None:
         import transformers
         from PIL import ImageDraw, ImageFont
     finally:
+        gc.freeze()  # A later collection would take half a second for the libraries' objects, which stay anyway.
+        atexit.register(gc.unfreeze)  # Triton's bindings would report them as leaks.
         gc.enable()
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -594,6 +602,12 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         spec = importlib.util.find_spec(package.replace("-", "_"))
         if spec is None or spec.origin is None:  # A folder of that name beside the script is no package.
             yield problem(key, f"needs the package {package}: pip install {package}")
+
+
+def unused_packages(config: TrainingConfig) -> list[str]:
+    """Return bitsandbytes where the run does not need it."""
+    is_used = config.quantize_base != "none" or OPTIMIZERS[config.optimizer].package == "bitsandbytes"
+    return [] if is_used else ["bitsandbytes"]
 
 
 USED_WITH = {
@@ -3795,8 +3809,7 @@ def try_bitsandbytes(config: TrainingConfig, hardware: Hardware, dtype_name: str
 
     Raises `device_unavailable`.
     """
-    is_used = config.quantize_base == "nf4" or OPTIMIZERS[config.optimizer].package == "bitsandbytes"
-    if not is_used or not hardware.device.startswith("cuda"):
+    if unused_packages(config) or not hardware.device.startswith("cuda"):
         return
     code = BITSANDBYTES_TRIAL.format(dtype=dtype_name, device=hardware.device)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -4328,7 +4341,7 @@ def plan_run(
     events.info("Importing torch and diffusers.", phase="importing")
     hardware, dtype_name, tokens = (None, "float16" if expects_half(config) else "float32", None)
     try:
-        import_libraries()
+        import_libraries(unused_packages(config))
     except ImportError as error:
         if download:
             raise
@@ -5555,7 +5568,7 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
 
     plan = group.share(lambda: plan_run(config, events, claim, download=True, group=group))
     if not group.is_main:
-        import_libraries()
+        import_libraries(unused_packages(config))
         set_determinism(config.deterministic)
         limit_threads(plan.source.weight_counts["unet"], plan.hardware.device if plan.hardware else "")
     return LoRATrainer(plan, events, stop, folder, group, options.fresh).run()
