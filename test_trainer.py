@@ -794,11 +794,11 @@ END = "s.emit('complete', step=1, final_path='/out/a', total_time=1, loss=None);
 NOISY_IMPORT = """
 import ctypes, logging, subprocess, warnings
 load = t.import_libraries
-def noisy():
+def noisy(unused):
     print("python print"); os.write(1, b"raw write\\n"); subprocess.run(["echo", "a child process"])
     ctypes.CDLL(None).puts(b"C puts"); ctypes.CDLL(None).fflush(None)
     warnings.warn("careful"); logging.getLogger("a library").warning("logged")
-    load()
+    load(unused)
 t.import_libraries = noisy
 """
 
@@ -5094,7 +5094,7 @@ def test_validation_works_without_torch_and_says_so_and_training_does_not(tmp_pa
 def test_an_internal_error_is_one_event_and_a_traceback_only_with_debug(tmp_path: Path, images: Path) -> None:
     config = write_config(tmp_path, **small(images, hollow_model(tmp_path / "model"), tmp_path / "out"))
     for options in ((), ("--debug",)):
-        result = finish(patched("t.import_libraries = lambda: {}['bug']", "--config", config, *options))
+        result = finish(patched("t.import_libraries = lambda _: {}['bug']", "--config", config, *options))
         assert (result.code, result.last["code"]) == (1, "internal")
         assert ("Traceback" in result.stderr) == bool(options)
 
