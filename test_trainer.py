@@ -4459,7 +4459,7 @@ def check_damage(tiny: TinyRuns, step: int) -> int:
 
 
 def test_a_flipped_bit_or_a_cut_falls_back_to_the_older_state(tiny: TinyRuns) -> None:
-    assert check_damage(tiny, step=997) > 200
+    assert check_damage(tiny, step=499) > 500
 
 
 def killed(work: Callable[[], Any], after_s: float = math.inf, profile: Any = None) -> bool:

@@ -142,7 +142,7 @@ class TrainerError(Exception):
 
     def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
         super().__init__(message)
-        self.code, self.message, self.hint, self.problems = (code, message, hint or HINTS[code], list(problems))
+        self.code, self.message, self.hint, self.problems = code, message, hint or HINTS[code], list(problems)
 
     def fields(self, step: int) -> JSON:
         """Return the `error` event's fields, which are the attributes and the step that is saved (0 for none)."""
@@ -576,7 +576,7 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
 def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
-    lokr, first, end = (values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"])
+    lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
@@ -630,7 +630,7 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     unused |= dict.fromkeys(["text_encoder_learning_rate"] if row.adapts else [], name)
     for key, reason in unused.items():
         if getattr(config, key) != defaults[key]["default"]:
-            yield ("setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs.")
+            yield "setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs."
     if config.steps and config.epochs:
         message = f"Both steps ({config.steps}) and epochs are given; steps wins."
         yield "steps_over_epochs", message, "Remove one of the two."
@@ -638,9 +638,9 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
         message = f"learning_rate {rate:g} scales down the rate that {name} finds."
         yield "prodigy_rate_low", message, "Leave learning_rate out."
     if rate > 2e-2 and not row.adapts:
-        yield ("learning_rate_high", f"learning_rate {rate:g} is far above what LoRAs train at.", "Try 1e-4.")
+        yield "learning_rate_high", f"learning_rate {rate:g} is far above what LoRAs train at.", "Try 1e-4."
     if row.averages and schedule != "constant":
-        yield ("schedule_not_needed", f"{name} needs no decay, and {schedule} works against it.", "Use constant.")
+        yield "schedule_not_needed", f"{name} needs no decay, and {schedule} works against it.", "Use constant."
     if row.adapts and schedule == "cosine_with_restarts":
         yield "schedule_not_needed", f"{schedule} restarts {name}.", "Use cosine."
 
@@ -665,11 +665,8 @@ EVENT_TEXTS = {
 def event_text(kind: str, fields: JSON) -> str:
     """Return an event in words, for people; '' for one that a person does not need."""
     if kind == "validated":
-        data, memory, free = (
-            fields["dataset"],
-            fields["memory"]["total_gb"],
-            (fields["hardware"] or {}).get("free_gb"),
-        )
+        data, memory = fields["dataset"], fields["memory"]["total_gb"]
+        free = (fields["hardware"] or {}).get("free_gb")
         fits = "" if free is None else f" of the {free} GB that are free{'' if memory <= free else ': TOO MUCH'}"
         return f"{fields['model']['title']}, {counted(data['images'], 'image')}, {memory} GB{fits}."
     if kind == "error":
@@ -1018,9 +1015,8 @@ class StopWatcher:
 
     def leave(self) -> NoReturn:
         """Save what can be saved, emit the last event, and end the process."""
-        last_resort = threading.Timer(
-            self.LEAVE_S, os._exit, (128 + (self.signal or 0),)
-        )  # A disk that hangs may hold locks.
+        # A disk that hangs may hold locks.
+        last_resort = threading.Timer(self.LEAVE_S, os._exit, (128 + (self.signal or 0),))
         last_resort.daemon = True
         last_resort.start()
         if self._rescue:
@@ -1075,7 +1071,7 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self.rank, self.local_rank = (int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)))
+        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
         self.size, self.is_main = int(os.environ.get("WORLD_SIZE", 1)), self.rank == 0
 
     def join(self, events: EventStream) -> None:
@@ -1087,7 +1083,7 @@ class Group:
 
         self._torch: Any = torch
         nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-        backend, patience = ("cpu:gloo,cuda:nccl" if nccl else "gloo", datetime.timedelta(days=1))
+        backend, patience = "cpu:gloo,cuda:nccl" if nccl else "gloo", datetime.timedelta(days=1)
         try:  # The others wait while the main process draws samples, hence the patience.
             torch.distributed.init_process_group(backend, timeout=patience)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -1159,7 +1155,7 @@ def health_address(option: str | None) -> tuple[str, int] | None:
 
 def health_report(events: EventStream, stop: StopWatcher) -> JSON:
     """Return what GET /status answers; null is what is not known yet."""
-    progress, saved, idle_s = (events.progress, stop.saved(), max(time.monotonic() - events.beat_at, 0.0))
+    progress, saved, idle_s = events.progress, stop.saved(), max(time.monotonic() - events.beat_at, 0.0)
     status = "ended" if events.ended else "stalled" if idle_s > STALLED_S else "ok"
     report = {"status": status, "phase": events.phase, "step": progress.get("step", saved["step"])}
     report |= {"idle_seconds": round(idle_s, 3), "stalled_after_seconds": STALLED_S}
@@ -1178,13 +1174,13 @@ class HealthHandler(http.server.BaseHTTPRequestHandler):
     report: Callable[[], JSON]
 
     def do_GET(self) -> None:
-        report, page, host = (self.report(), self.path.partition("?")[0], self.headers.get("Host", "127.0.0.1"))
+        report, page, host = self.report(), self.path.partition("?")[0], self.headers.get("Host", "127.0.0.1")
         local = self.client_address[0].removeprefix("::ffff:") in ("127.0.0.1", "::1")
         # A web page could point a name of its own at this machine, and read what is answered under that name.
         if local and not re.fullmatch(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", host, re.IGNORECASE):
-            status, body = (403, {"error": "The header Host must be localhost or an IP address."})
+            status, body = 403, {"error": "The header Host must be localhost or an IP address."}
         elif page == "/health":
-            status, body = (503 if report["status"] == "stalled" else 200, {key: report[key] for key in VITALS})
+            status, body = 503 if report["status"] == "stalled" else 200, {key: report[key] for key in VITALS}
         else:
             status, body = (200, report) if page == "/status" else (404, {"error": "There are /health and /status."})
         data = json.dumps(body).encode()
@@ -1227,7 +1223,7 @@ class OutputFolder:
     """One run's folder: who may write there (a lock), and how (whole files only)."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints, self.samples = (path, path / "checkpoints", path / "samples")
+        self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
         self.lock: Any = None
 
     @os_errors_as("output_not_writable")
@@ -1508,7 +1504,7 @@ def original_names(unet: Mapping[str, Any]) -> dict[str, str]:
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for side, original, first, count in (("down", "input_blocks", 1, layers), ("up", "output_blocks", 0, layers + 1)):
         for level, block in enumerate(unet[f"{side}_block_types"]):
-            attends, number = (block.startswith("CrossAttn"), first + level * (layers + 1))
+            attends, number = block.startswith("CrossAttn"), first + level * (layers + 1)
             for layer in range(count):
                 resnets[f"{side}_blocks.{level}.resnets.{layer}"] = f"{original}.{number + layer}.0"
                 if attends:
@@ -1839,7 +1835,7 @@ def with_vae(source: ModelSource, vae_path: str | None) -> ModelSource:
             raise TrainerError("model_not_found", f"{source.name} has no VAE.")
         path, vae = Path(vae_path), source.family.vae
         if path.is_dir():
-            files, vae = (open_component(path, "", (), None, False), read_json(path / "config.json"))
+            files, vae = open_component(path, "", (), None, False), read_json(path / "config.json")
         else:
             shapes = weight_shapes(path)
             files = ComponentFiles(path, below(VAE_PREFIX, shapes) or shapes, single_file=True)
@@ -1956,7 +1952,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return image
     import numpy
 
-    values, white = (numpy.asarray(image).astype("float32"), 1.0 if image.mode == "F" else 65535.0)
+    values, white = numpy.asarray(image).astype("float32"), 1.0 if image.mode == "F" else 65535.0
     if not 0 <= values.min() <= values.max() <= white:
         raise ValueError(f"its values are not between 0 and {white:g}, so nobody knows what is white")
     scaled = Image.fromarray((values / white * 255).round().astype("uint8"))
@@ -2122,7 +2118,7 @@ class ImageVariant:
             message = f"{example.name} can no longer be read as it was checked: {error}."
             raise TrainerError("dataset_unreadable", message, "Leave the images alone during a run.") from error
         if self.mirrored:
-            image, mask = (ImageOps.mirror(image), ImageOps.mirror(mask) if mask else None)
+            image, mask = ImageOps.mirror(image), ImageOps.mirror(mask) if mask else None
         picture, (left, top) = fit_image(to_rgb(image), self.size)
         mask = fit_image(mask, self.size)[0] if mask else None
         return PreparedImage(example.name, picture, mask, (example.height, example.width, top, left, *self.size[::-1]))
@@ -2400,7 +2396,7 @@ def draw_augmentation(config: TrainingConfig, micro_batch: int, position: int) -
     """Draw (mirrored, without its caption) for one image of a batch: a pure function of its place in the run."""
     draw = random.Random(draw_key("augmentation", config.seed, micro_batch, position))
     mirrored, dropped = draw.random() < 0.5, draw.random() < config.caption_dropout
-    return (mirrored and config.random_flip, dropped)  # Both are always drawn, so neither setting changes the other.
+    return mirrored and config.random_flip, dropped  # Both are always drawn, so neither setting changes the other.
 
 
 def duplicates(dataset: Dataset) -> list[list[str]]:
@@ -2412,7 +2408,7 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
 def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) for what cannot be used, and for what is usable but hardly meant."""
     for (code, message), issues in grouped(dataset.issues, lambda issue: (issue.code, issue.message)).items():
-        yield (code, f"{listing([issue.path for issue in issues])} {message}.", DATASET_HINTS[code])
+        yield code, f"{listing([issue.path for issue in issues])} {message}.", DATASET_HINTS[code]
     examples = dataset.examples
     faults = [f"{e.name} ({e.profile_fault})" for e in examples if e.profile_fault]
     bare = [e.name for e in examples if e.caption_source == "trigger words"]
@@ -2468,7 +2464,7 @@ def noise_schedule(scheduler: Mapping[str, Any]) -> Tensor:
     Raises `model_unsupported` for another beta_schedule.
     """
     count = int(scheduler.get("num_train_timesteps", 1000))
-    start, end = (float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02)))
+    start, end = float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02))
     schedule = scheduler.get("beta_schedule", "linear")
     if scheduler.get("trained_betas") is not None:
         betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
@@ -2570,7 +2566,7 @@ def component_class(source: ModelSource, name: str) -> Any:
 
 def empty_component(source: ModelSource, name: str) -> Any:
     """Build a component from its config, with weights on the meta device."""
-    files, row, owner = (source.components[name], source.family.encoder(name), component_class(source, name))
+    files, row, owner = source.components[name], source.family.encoder(name), component_class(source, name)
     with accelerate.init_empty_weights():
         if not row:
             return owner.from_config(vars(source)[name])
@@ -2617,7 +2613,7 @@ def fill_from_files(
     for path in [files.path / file for file in files.files] or [files.path]:
         tensors |= safetensors.torch.load_file(path)  # The file is mapped: what is not used is not read.
     named = {saved_name(key): value for key, value in diffusers_names(module, row, tensors).items()}
-    weights, shapes = (dict(module.named_parameters()), {key: value.shape for key, value in named.items()})
+    weights, shapes = dict(module.named_parameters()), {key: value.shape for key, value in named.items()}
     if odd := [key for key, weight in weights.items() if shapes.get(saved_name(key)) != weight.shape]:
         message = f"{files.path.name} is not built as its family is; missing or of another shape: {listing(odd)}."
         raise TrainerError("model_unsupported", message, ADVICE)
@@ -2715,10 +2711,10 @@ def token_warnings(report: JSON) -> Iterator[tuple[str, str, str]]:
         if texts:
             short = listing([text[:60] for text in texts])
             message = f"{counted(len(texts), what)} of more than {report['limit']} tokens: {short}."
-            yield (code, message, f"{more} what matters first; the model does not see the rest.")
+            yield code, message, f"{more} what matters first; the model does not see the rest."
     if common := report["common_trigger_words"]:
         message = f"The model knows these trigger words as common words: {', '.join(common)}."
-        yield ("trigger_words_common", message, "It would not confuse an invented word with something that it knows.")
+        yield "trigger_words_common", message, "It would not confuse an invented word with something that it knows."
 
 
 @dataclass(frozen=True)
@@ -2824,7 +2820,7 @@ def encode_images(vae: Any, images: Sequence[PreparedImage]) -> list[CachedImage
     with torch.no_grad():
         latents = vae.encode((pixels.float() / 127.5 - 1).to(vae.device, vae.dtype)).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    means, stds = (((latents.mean.float() - shift) * scale).half(), (latents.std.float() * scale).half())
+    means, stds = ((latents.mean.float() - shift) * scale).half(), (latents.std.float() * scale).half()
     check_finite(f"VAE, for {listing([image.name for image in images])}", vae.dtype, means, stds)
     factor = pixels.shape[-1] // means.shape[-1]  # A latent pixel's mask is the mean of the pixels under it.
     masks = [pixel_tensor(image.mask.reduce(factor))[None] if image.mask else None for image in images]
@@ -3424,8 +3420,8 @@ def lora_header(
     `config` is resolved; `dataset` holds the ss_* keys that describe the images. The hashes are still zeros (see
     `with_hashes`). Nothing private is in it: no path, no token.
     """
-    family, side, row, rates = (source.family, config.resolution, OPTIMIZERS[config.optimizer], learning_rates(config))
-    words, is_lora = (f"{config.caption_separator} ".join(config.trigger_words), config.lora_type == "lora")
+    family, side, row, rates = source.family, config.resolution, OPTIMIZERS[config.optimizer], learning_rates(config)
+    words, is_lora = f"{config.caption_separator} ".join(config.trigger_words), config.lora_type == "lora"
     modelspec: JSON = {"sai_model_spec": "1.0.1", "implementation": "diffusers", "date": utc_now("seconds")}
     modelspec |= {"title": config.output_name, "hash_sha256": f"0x{NO_HASH}", "trigger_phrase": words}
     modelspec |= {"architecture": family.architecture[prediction], "resolution": f"{side}x{side}"}
@@ -3747,8 +3743,8 @@ def hardware_warnings(hardware: Hardware | None, requested: str) -> Iterator[tup
     if hardware is None or hardware.device != "cpu" or requested == "cpu":
         return
     if reason := unusable_gpu():
-        yield ("gpu_unusable", f"There is a GPU, but {reason}.", "Install a torch build that fits the GPU and driver.")
-    yield ("training_on_cpu", "Training runs on the CPU, slow for full-size models.", "Use a machine with a GPU.")
+        yield "gpu_unusable", f"There is a GPU, but {reason}.", "Install a torch build that fits the GPU and driver."
+    yield "training_on_cpu", "Training runs on the CPU, slow for full-size models.", "Use a machine with a GPU."
 
 
 def choose_dtype(requested: str, device: str) -> tuple[torch.dtype, str]:
@@ -3979,7 +3975,7 @@ def choose_checkpointing(requested: bool | str, plain_bytes: int, hardware: Hard
     if isinstance(requested, bool):
         return requested, f"gradient_checkpointing {str(requested).lower()}"
     if hardware is None or hardware.free_bytes is None:
-        return (False, "its free memory is not known" if hardware else "the device is not known")
+        return False, "its free memory is not known" if hardware else "the device is not known"
     need, free = gigabytes(plain_bytes), gigabytes(hardware.free_bytes)
     if plain_bytes * 1.1 > hardware.free_bytes:  # The estimate can be a tenth too low.
         return True, f"without it about {need} GB are needed and {free} GB are free"
@@ -4150,7 +4146,7 @@ def choose_cache(config: TrainingConfig, needed: int) -> tuple[Path | None, str]
     if free is None or needed <= free / 2:
         return None, f"memory, it takes about {gigabytes(needed)} GB"
     folder = Path(config.output_path, "cache")
-    return (folder, f"{folder}, because {gigabytes(needed)} GB are more than half of the free memory")
+    return folder, f"{folder}, because {gigabytes(needed)} GB are more than half of the free memory"
 
 
 def check_settings(config: TrainingConfig, source: ModelSource, device: str | None) -> None:
@@ -4271,14 +4267,14 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "memory_short", f"{message}are free.", "Close other programs."
     if config.lora_type == "dora":
         message = "ComfyUI and Forge apply a DoRA about 14 % off, A1111 and InvokeAI much worse (docs/output.md)."
-        yield ("dora_support", message, "Set dora_as_lora_rank for a plain LoRA beside it, or lora_type to lora.")
+        yield "dora_support", message, "Set dora_as_lora_rank for a plain LoRA beside it, or lora_type to lora."
     yield from dataset_warnings(config, plan.dataset, plan.resolution)
     if plan.tokens:
         yield from token_warnings(plan.tokens)
     scheduler = source.scheduler.get("prediction_type") or source.prediction_type
     if source.prediction_type != scheduler:
         message = f"prediction_type is {source.prediction_type}, but the model's scheduler says {scheduler}."
-        yield ("prediction_type_suspect", message, "If samples are noise, the scheduler is right: set it to auto.")
+        yield "prediction_type_suspect", message, "If samples are noise, the scheduler is right: set it to auto."
 
 
 @os_errors_as("output_not_writable")
@@ -4339,7 +4335,7 @@ def plan_run(
     dataset, source = check_inputs(config, events)
     claim()
     events.info("Importing torch and diffusers.", phase="importing")
-    hardware, dtype_name, tokens = (None, "float16" if expects_half(config) else "float32", None)
+    hardware, dtype_name, tokens = None, "float16" if expects_half(config) else "float32", None
     try:
         import_libraries(unused_packages(config))
     except ImportError as error:
@@ -4792,7 +4788,7 @@ def read_history(path: Path, last_step: int) -> list[JSON]:
         if event["type"] == "start" or event.get("phase") == "resuming":
             is_new = event["type"] == "start"
         elif event.get("phase") == "training" and is_new:
-            history, is_new = ([], False)  # An attempt that has not resumed begins another run.
+            history, is_new = [], False  # An attempt that has not resumed begins another run.
         elif event["type"] in ("progress", "validation", "sample") and event["step"] <= last_step:
             while history and history[-1]["step"] > event["step"]:
                 history.pop()  # A step that comes again replaces all that followed it.
@@ -4803,7 +4799,7 @@ def read_history(path: Path, last_step: int) -> list[JSON]:
 def draw_grid(samples: Samples) -> Image.Image:
     """Draw samples as one picture: a row per prompt, a column per step."""
     side, gap, font = 256, 32, ImageFont.load_default(16)
-    cell, steps = (side + gap, sorted({step for files in samples.values() for step in files}))
+    cell, steps = side + gap, sorted({step for files in samples.values() for step in files})
     sheet = Image.new("RGB", (gap + cell * max(2, len(steps)), gap + (cell + gap) * len(samples)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, ((number, prompt), files) in enumerate(samples.items()):
@@ -5010,9 +5006,9 @@ class LoRATrainer:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self.config, self.source, self.identity = (plan.config, plan.source, plan.identity())
+        self.config, self.source, self.identity = plan.config, plan.source, plan.identity()
         self.hardware = choose_device(self.config.device, self.group.local_rank)
-        self.device, self.dtype = (torch.device(self.hardware.device), getattr(torch, plan.dtype_name))
+        self.device, self.dtype = torch.device(self.hardware.device), getattr(torch, plan.dtype_name)
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.config.output_name, self.config.checkpoint_limit)
         self.final_path = self.folder.path / f"{self.config.output_name}_final.safetensors"
         self.as_lora_path = self.folder.path / f"{self.config.output_name}_final_as_lora.safetensors"
@@ -5152,7 +5148,7 @@ class LoRATrainer:
     @main_only
     def prepare_output(self) -> None:
         """Write config.json, open the trackers, and warn when the files to come may not fit."""
-        config, folder, steps_left = (self.config, self.folder.path, self.plan.total_steps - self.state.step)
+        config, folder, steps_left = self.config, self.folder.path, self.plan.total_steps - self.state.step
         document = {"version": VERSION, "run_id": self.run_id, "config": dataclasses.asdict(config)}
         write_file(folder / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
         if config.report_to:
@@ -5425,7 +5421,7 @@ class LoRATrainer:
             if lora:
                 self.stop.save_requested = False
             step, total = self.state.step, self.plan.total_steps
-            state_path, lora_path = (self.checkpoints.state_path(step), self.checkpoints.lora_path(step))
+            state_path, lora_path = self.checkpoints.state_path(step), self.checkpoints.lora_path(step)
             tensors, adapter = self.adapter.save()
             place = environment(self.plan, self.hardware, self.checkpointing)
             facts = (self.run_id, self.identity, place, self.prediction_type, self.base)
@@ -5485,7 +5481,7 @@ class LoRATrainer:
             replace_file(draft, self.final_path)
 
     def complete(self) -> None:
-        state, path, seconds = (self.state, str(self.final_path), round(self.state.seconds, 3))
+        state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
         self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
 
 
