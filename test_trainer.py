@@ -3117,24 +3117,85 @@ def test_an_adapter_starts_as_the_identity_and_depends_on_the_seed_only(tmp_path
 
 @pytest.mark.parametrize(
     ("adapter_type", "dtype", "in_modules"),
-    [("lora", "float32", "float32"), ("lora", "bfloat16", "bfloat16"), ("dora", "bfloat16", "float32")],
+    [("lora", "float32", "float32"), ("lora", "bfloat16", "bfloat16"), ("lokr", "bfloat16", "float32")],
 )
 def test_modules_see_views_of_the_flat_vectors(tmp_path: Path, adapter_type: str, dtype: str, in_modules: str) -> None:
-    layers, adapter = make_adapter(tmp_path, dtype, lora_type=adapter_type, ema_decay=0.9, lora_dropout=0.5)
+    dropout: Json = {} if adapter_type == "lokr" else {"lora_dropout": 0.5}
+    layers, adapter = make_adapter(tmp_path, dtype, lora_type=adapter_type, ema_decay=0.9, **dropout)
     inputs, average = torch.ones(2, 64, dtype=getattr(torch, dtype)), adapter.average
     assert average is not None and adapter.weights.dtype == adapter.gradient.dtype == average.dtype == torch.float32
     for vector, value in ((adapter.weights, 0.25), (adapter.gradient, 0.75), (average, 0.5)):
         vector.fill_(value)
-    adapter.refresh_modules()
+    adapter.fill(adapter.module_weights, adapter.weights)
     (group,) = adapter.optimizer.param_groups
     assert all(bool((weight == 0.25).all() and (weight.grad == 0.75).all()) for weight in group["params"])
-    of_modules = [weight for name, weight in layers.named_parameters() if "lora_" in name]
+    of_modules = [weight for name, weight in layers.named_parameters() if "lora_" in name or "lokr_" in name]
     assert torch.equal(flat(of_modules), adapter.weights.to(getattr(torch, in_modules)))
     autocast = trainer.autocast(adapter.config, getattr(torch, dtype), adapter.device)
     with pytest.raises(KeyError), adapter.evaluating(), autocast:
         assert bool((flat(of_modules) == 0.5).all()) and torch.equal(layers(inputs), layers(inputs)), "no dropout"
         raise KeyError
     assert bool((flat(of_modules) == 0.25).all()) and layers[0].training
+
+
+def dora_pair(
+    tmp_path: Path, dtype: torch.dtype, dropout: float = 0
+) -> tuple[torch.nn.Module, torch.nn.Module, trainer.Adapter]:
+    """Return two equal networks with a moved DoRA, one with PEFT's own forward pass, and the adapter of the other."""
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        layers = (torch.nn.Conv2d(4, 8, 3), torch.nn.Flatten(2), torch.nn.Linear(36, 16), torch.nn.Linear(16, 6, False))
+        networks.append(torch.nn.Sequential(*layers).requires_grad_(False))
+    keys: Json = {"lora_type": "dora", "lora_alpha": 6, "lora_rank": 4, "lora_dropout": dropout}
+    config = load(tmp_path, small(tmp_path, tmp_path, tmp_path / "out", **keys))
+    theirs, ours = (trainer.add_adapter("unet", network, config, r"[023]") for network in networks)
+    for key, weight in theirs.items():
+        noise = torch.rand(weight.shape, generator=trainer.generator(key)) / 5
+        for parameter in (weight, ours[key]):
+            parameter.data += noise
+    return networks[0], networks[1], trainer.Adapter([networks[1].to(dtype)], ours, config, dtype)
+
+
+DORA_INPUTS = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)) if "torch" in sys.modules else None
+
+
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_a_dora_computes_as_pefts_own_does(tmp_path: Path, dropout: float) -> None:
+    theirs, ours, adapter = dora_pair(tmp_path, torch.float32, dropout)
+
+    def loss(network: Any) -> torch.Tensor:
+        torch.manual_seed(2)
+        return cast(torch.Tensor, network(DORA_INPUTS).square().mean())
+
+    for _ in range(2):  # The second time is after a step, for which the norms are computed anew.
+        expected = loss(theirs)
+        torch.testing.assert_close(loss(ours), expected, atol=0, rtol=1e-5)
+        weights = [weight for name, weight in sorted(theirs.named_parameters()) if "lora_" in name]
+        adapter.backward(loss(ours), first=True)
+        torch.testing.assert_close(adapter.gradient, flat(torch.autograd.grad(expected, weights)), atol=1e-6, rtol=1e-3)
+        adapter.set_rates(10.0)
+        adapter.step(torch.zeros(()), 0)
+        for weight, view in zip(weights, adapter.split(adapter.weights), strict=True):
+            weight.data = view.clone()
+    with adapter.evaluating():
+        torch.testing.assert_close(loss(ours), loss(theirs.eval()), atol=0, rtol=1e-5)
+
+
+def test_a_dora_in_16_bits_keeps_small_changes_of_its_magnitudes(tmp_path: Path) -> None:
+    _, ours, adapter = dora_pair(tmp_path, torch.bfloat16)
+    _, exact_ours, exact = dora_pair(tmp_path, torch.float32)
+    inputs: Any = DORA_INPUTS
+    adapter.backward(ours(inputs.bfloat16()).float().square().mean(), first=True)
+    exact.backward(exact_ours(inputs).square().mean(), first=True)
+    for name, value in exact.named(exact.gradient).items():
+        assert (adapter.named(adapter.gradient)[name] - value).norm() < 0.03 * value.norm(), name
+    with torch.no_grad():
+        before = ours(inputs.bfloat16()).float()
+        weights = adapter.named(adapter.weights)["unet.3/lora_magnitude_vector"]
+        weights *= 1.001  # bf16 knows no number between 1 and 1.0078.
+        adapter.fill(adapter.module_weights, adapter.weights)
+        assert float((ours(inputs.bfloat16()).float() / before).mean()) == pytest.approx(1.001, abs=2e-4)
 
 
 ADAM: Json = {"betas": (0.8, 0.95), "eps": 1e-6}
@@ -6004,6 +6065,42 @@ def test_a_step_waits_for_the_gpu_no_more_often_than_its_optimizer_must(
         step = {name: after[name] - before[name] for name in after}
         assert step["waits"] == waits
         assert (step["unpinned_copies"], step["pinned_copies"] > 0) == (0, True)
+
+
+@pytest.fixture(scope="module")
+def narrow_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an SD 1.5 whose UNet has all of its blocks, each a fifth as wide."""
+    configs, full = tiny_config("sd15"), full_size_config("sd15")["unet"]
+    narrow: Json = {"block_out_channels": [width // 5 for width in full["block_out_channels"]]}
+    configs["unet"] = full | narrow | {"cross_attention_dim": 32, "sample_size": 32}
+    return Path(build_model(tmp_path_factory.mktemp("narrow"), "sd15", configs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True, "optimizer": "adamw", "lora_rank": 16},
+        {"mixed_precision": "no", "ema_decay": 0.9, "lora_targets": "attention"},
+        {"lora_type": "dora"},
+    ],
+)
+def test_the_peak_of_a_run_is_what_the_estimate_says(
+    tiny: TinyRuns, gpu: SimulatedGpu, narrow_sd15: Path, changes: Json
+) -> None:
+    action = "arguments[0].events.info(json.dumps([fakecuda.counts()['peak'], dict(arguments[0].plan.memory)]))"
+    after_the_step = AT_CALL.format(place="LoRATrainer.periodic", call=2, action=action)
+    keys: Json = {
+        "base_model": str(narrow_sd15),
+        "resolution": 256,
+        "mixed_precision": "bf16",
+        "steps": 2,
+        "batch_size": 4,
+    }
+    result = gpu.train(tiny, after_the_step, **keys | changes)
+    assert result.code == 0, result.stderr
+    (text,) = [event["message"] for event in result.of("info") if event["message"].startswith("[")]
+    peak, memory = json.loads(text)
+    assert peak == pytest.approx(memory["training"] - memory["workspaces"], rel=0.1)  # This card has no workspaces.
 
 
 MEMORY, BREAK = "allocation_fails", "kernel_breaks"

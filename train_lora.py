@@ -101,6 +101,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -2898,6 +2899,12 @@ ADAPTER_WEIGHT = re.compile(r"(?P<module>.+)\.(?P<part>lo(?:ra|kr)_\w+)\.default
 START_AT_ZERO = ("lora_B", "lokr_w2", "lokr_w2_b")
 
 
+def frozen_weight(layer: Any) -> Tensor:
+    """Return a layer's frozen weight [outputs, inputs], also where it is quantized; a kernel's pixels are inputs."""
+    weight: Tensor = peft.utils.integrations.dequantize_module_weight(layer.get_base_layer())
+    return weight.flatten(1)
+
+
 def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str) -> dict[str, torch.nn.Parameter]:
     """Put an adapter on a frozen component; return its fp32 parameters by names like unet.mid_block.….to_q/lora_A.
 
@@ -2921,9 +2928,8 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
         if weight.is_meta:
             continue
         if match["part"] == "lora_magnitude_vector":  # PEFT rounds its own to the compute dtype.
-            layer = component.get_submodule(match["module"]).get_base_layer()
-            frozen = peft.utils.integrations.dequantize_module_weight(layer)
-            values = frozen.float().flatten(1).norm(dim=1).reshape(weight.shape)
+            layer = component.get_submodule(match["module"])
+            values = frozen_weight(layer).float().norm(dim=1).reshape(weight.shape)
         else:
             purpose = f"lora {key.removeprefix('unet.').removesuffix('/lora_A')}"
             values = torch.rand(weight.shape, generator=generator(purpose, config.seed)) * 2 - 1
@@ -2932,38 +2938,35 @@ def add_adapter(part: str, component: Any, config: TrainingConfig, pattern: str)
     return parameters
 
 
-def keep_dora_norm(layer: Any) -> None:
-    """Let a layer with a DoRA compute with the norm that `refresh_dora_norm` keeps, which changes once a step.
+def dora_forward(layer: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    """Return m/||W + sBA|| (Wx + sBAx) + bias (Liu et al. 2024, equation 5) in few kernels; `result` is Wx + bias.
 
-    PEFT computes it in each forward pass, with a graph for a backward pass that does not use it: the norm counts as
-    a constant (Liu et al. 2024, section 4.3). With dropout, PEFT's own way stays.
+    In place of the magnitude m the layer holds m/||W + sBA|| - 1, which is small and so keeps its digits in 16 bits.
+    The norm counts as a constant (section 4.3), so it changes once a step; PEFT computes it in each forward pass.
+    Dropout is PEFT's: it acts on the input of the change only.
     """
-    dora, bias = layer.lora_magnitude_vector["default"], layer.get_base_layer().bias
-    peft_forward = dora.forward
-    if bias is not None and layer.get_base_layer().weight.dim() == 4:
-        bias = bias.view(1, -1, 1, 1)
-
-    def forward(x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_result: Any = None, **rest: Any) -> Tensor:
-        if base_result is None:
-            unchanged: Tensor = peft_forward(x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, **rest)
-            return unchanged
-        scale = dora.weight / dora.kept_norm
-        plain = base_result if bias is None else base_result - bias
-        changed: Tensor = (scale - 1) * plain + scale * lora_B(lora_A(x)) * scaling
-        return changed
-
-    dora.forward = forward
+    down, up, change = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
+    base, dropped = layer.get_base_layer(), layer.lora_dropout["default"](x)
+    frozen, bias = result if dropped is x else base(dropped), base.bias
+    if bias is not None:
+        bias = bias.view(1, -1, 1, 1) if result.dim() == 4 else bias
+        frozen = frozen - bias
+    moved = torch.add(frozen, up(down(dropped)), alpha=layer.scaling["default"])
+    moved = torch.addcmul(moved, moved, change.weight)
+    if dropped is not x:
+        return moved + (result - frozen)
+    return moved if bias is None else moved + bias
 
 
-def refresh_dora_norm(layer: Any) -> None:
-    """Compute the norm of each output of the changed weight, as PEFT does, in fp32."""
-    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
-    with torch.no_grad():
-        weight = peft.utils.integrations.dequantize_module_weight(layer.get_base_layer()).float()
-        change = (down.weight.flatten(1).T @ up.weight.flatten(1).T).T.reshape(weight.shape)
-        norm = (weight + scaling * change).flatten(1).norm(dim=1)
-        dora = layer.lora_magnitude_vector["default"]
-        dora.kept_norm = norm.view(dora.weight.shape)
+def dora_growth(layer: Any, down: Tensor, up: Tensor) -> Tensor:
+    """Return ||W + sBA||² - ||W||² of each output of a layer, from fp32 factors and without a copy of W in fp32.
+
+    This is the sum over the rank of B * (2s WA' + s² B(AA')).
+    """
+    up, down, scaling = up.flatten(1), down.flatten(1), layer.scaling["default"]
+    cross = frozen_weight(layer) @ layer.lora_A["default"].weight.data.flatten(1).T
+    inner = torch.addmm(cross.float(), up, down @ down.T, beta=2 * scaling, alpha=scaling**2)
+    return (up * inner).sum(1)
 
 
 def adapter_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, torch.nn.Parameter]:
@@ -3028,16 +3031,16 @@ def unpack(document: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def autocast(config: TrainingConfig, dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Return the context for adapters that stay fp32; a plain LoRA computes in the compute dtype without it."""
-    return torch.autocast(device.type, dtype, enabled=config.lora_type != "lora" and dtype != torch.float32)
+    """Return the context for LoKr, whose factors stay fp32; the others compute in the compute dtype without it."""
+    return torch.autocast(device.type, dtype, enabled=config.lora_type == "lokr" and dtype != torch.float32)
 
 
 class Adapter:
     """Everything that trains: the weights as one fp32 vector, its gradient, its average, optimizer and loss scaler.
 
-    The PEFT modules compute with views of `module_weights`. For a plain LoRA this is the vector in the compute
-    dtype (the vector itself in fp32), so no forward pass casts anything. DoRA and LoKr compute norms and products
-    of their weights, for which 16 bits are too few: theirs stay fp32, under autocast.
+    The PEFT modules compute with views of `module_weights`. For a LoRA this is the vector in the compute dtype (the
+    vector itself in fp32), so no forward pass casts anything. LoKr computes products of its weights, for which 16 bits
+    are too few: they stay fp32, under autocast.
     """
 
     def __init__(
@@ -3068,14 +3071,12 @@ class Adapter:
         self.scaler.scale(torch.zeros((), device=self.device))  # Its scale is made here: a process may have no sample.
         # AdamW's fused kernel skips a bad step by itself, from a flag on the device, so that nobody waits for it.
         self.kernel_skips_bad_steps = self.optimizer.defaults.get("fused", False) and not self.scaler.is_enabled()
-        self.module_dtype = dtype if config.lora_type == "lora" else torch.float32
-        self.module_weights = self.weights.to(self.module_dtype)
-        layers = itertools.chain.from_iterable(component.modules() for component in components)
-        is_dora = config.lora_type == "dora"
-        self.dora_layers = [layer for layer in layers if is_dora and isinstance(layer, peft.tuners.lora.LoraLayer)]
-        for layer in self.dora_layers:
-            keep_dora_norm(layer)
-        self.load_into_modules(self.module_weights)
+        self.is_dora = config.lora_type == "dora"
+        if self.is_dora:
+            self.find_dora_layers()
+        self.module_dtype = torch.float32 if config.lora_type == "lokr" else dtype
+        self.module_weights = self.for_modules(self.weights)
+        self.load_into_modules(self.module_weights, self.weights)
 
     def make_groups(self, whole: bool) -> list[list[torch.nn.Parameter]]:
         """Return the parameters of the UNet and of the text encoders, with gradients: views of the vectors.
@@ -3104,18 +3105,44 @@ class Adapter:
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.names, self.split(vector), strict=True))
 
-    def load_into_modules(self, vector: Tensor) -> None:
+    def find_dora_layers(self) -> None:
+        """Let the layers with a DoRA compute by `dora_forward`, and note the square of each frozen norm."""
+        self.is_magnitude = torch.zeros_like(self.weights, dtype=torch.uint8)
+        self.norms = torch.ones_like(self.weights)  # They stay 1 where there is no magnitude, as do their squares.
+        self.frozen_squares = torch.ones_like(self.weights)
+        marks, squares = self.split(self.is_magnitude), self.split(self.frozen_squares)
+        places = {id(module): place for place, module in enumerate(self.modules)}
+        self.dora_layers = []
+        for layer in itertools.chain.from_iterable(component.modules() for component in self.components):
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                layer.lora_variant["default"] = SimpleNamespace(forward=dora_forward)
+                parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+                down, up, magnitude = (places[id(part["default"].weight)] for part in parts)
+                self.dora_layers.append((layer, down, up, magnitude))
+                marks[magnitude].fill_(1)
+                squares[magnitude].view(-1).copy_(frozen_weight(layer).float().square().sum(1))
+
+    def for_modules(self, weights: Tensor) -> Tensor:
+        """Return a vector in the modules' dtype: the weights themselves where the modules compute with these."""
+        return weights.to(self.module_dtype, copy=self.is_dora)
+
+    def load_into_modules(self, vector: Tensor, weights: Tensor) -> None:
+        """Let the modules compute with this vector, and fill it from the weights."""
         for module, view in zip(self.modules, self.split(vector), strict=True):
             module.data = view
-        for layer in self.dora_layers:
-            refresh_dora_norm(layer)
+        self.fill(vector, weights)
 
-    def refresh_modules(self) -> None:
-        """Bring up to date what the modules compute with beside the weights: a copy, or norms."""
-        if self.module_weights is not self.weights:
-            self.module_weights.copy_(self.weights)
-        for layer in self.dora_layers:
-            refresh_dora_norm(layer)
+    def fill(self, vector: Tensor, weights: Tensor) -> None:
+        """Bring up to date what the modules compute with: see `dora_forward` for a DoRA's magnitudes."""
+        if vector is not weights:
+            vector.copy_(weights)
+        if self.is_dora:
+            growth = torch.zeros_like(weights)
+            factors, growths = self.split(weights), self.split(growth)
+            for layer, down, up, magnitude in self.dora_layers:
+                growths[magnitude].view(-1).copy_(dora_growth(layer, factors[down], factors[up]))
+            self.norms = (self.frozen_squares + growth).sqrt()
+            vector.copy_(weights / self.norms - self.is_magnitude)
 
     def set_rates(self, factor: float) -> dict[str, float]:
         """Set this step's learning rates; return them, with prodigy's own factor d."""
@@ -3128,6 +3155,8 @@ class Adapter:
         """Run the backward pass; the gradients, in fp32, replace the step's so far, or are added to them."""
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.modules, materialize_grads=True)
         torch._foreach_copy_(self.gradient_views if first else self.incoming_views, gradients)
+        if self.is_dora:  # These are gradients of m/norm - 1.
+            (self.gradient if first else self.incoming).div_(self.norms)
         if not first:
             self.gradient += self.incoming
 
@@ -3159,7 +3188,7 @@ class Adapter:
             self.optimizer.step()
         elif bool(is_good):  # This waits for the GPU, once a step.
             self.optimizer.step()
-        self.refresh_modules()
+        self.fill(self.module_weights, self.weights)
         if self.average is not None and self.config.ema_decay:
             share = 1 - ema_decay_at(self.config.ema_decay, step)
             self.average.lerp_(self.weights, share * is_good)  # A bad step's share is 0.
@@ -3185,14 +3214,15 @@ class Adapter:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Let the modules compute with the result; afterwards they have the weights that train again."""
-        self.load_into_modules(self.result().to(self.module_dtype))
+        result = self.result()
+        self.load_into_modules(self.for_modules(result), result)
         for component in self.components:
             component.eval()  # Dropout is off.
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.load_into_modules(self.module_weights)
+            self.load_into_modules(self.module_weights, self.weights)
             for component in self.components:
                 component.train()
 
@@ -3213,7 +3243,7 @@ class Adapter:
         self.optimizer.load_state_dict(optimizer)
         if document["scaler"]:  # It is empty where the run had no loss scaler until now.
             self.scaler.load_state_dict(document["scaler"])
-        self.refresh_modules()
+        self.fill(self.module_weights, self.weights)
 
 
 # ======================================================================================
@@ -3356,7 +3386,7 @@ def closest_lora(
     for module, layer in layers.items():
         names = ("lora_A", "lora_B", "lora_magnitude_vector")
         down, up, magnitude = (weights[f"{module}/{name}"].float() for name in names)
-        frozen = peft.utils.integrations.dequantize_module_weight(layer.get_base_layer()).float().flatten(1)
+        frozen = frozen_weight(layer).float()
         moved = frozen + adapter_scale(config) * up.flatten(1) @ down.flatten(1)
         change = magnitude.view(-1, 1) / moved.norm(dim=1, keepdim=True) * moved - frozen
         seed_global(draw_key("closest lora", module), change.device)
@@ -3851,8 +3881,8 @@ def release_memory() -> None:
 # What a step takes beside the weights, in numbers of the compute dtype. The families' rows have it for each latent
 # pixel of an image, for each token of a text (if the text encoders train), and for the last block of backward.
 KEPT_PER_RANK = (60, 10)  # This is added for each of lora_rank (without checkpointing, with checkpointing).
-# Each pair is (attention, wider targets), first in fp32, then in 16 bits, which DoRA and LoKr reach by autocast.
-KEPT_FACTOR = {"lora": ((1.0, 1.0), (1.0, 1.0)), "dora": ((1.5, 2.05), (1.85, 2.75)), "lokr": ((1.0, 1.1), (1.65, 2.0))}
+# Each pair is (attention, wider targets), first in fp32, then in 16 bits, which LoKr reaches by autocast.
+KEPT_FACTOR = {"lora": ((1.0, 1.0), (1.0, 1.0)), "dora": ((1.25, 1.55), (1.25, 1.55)), "lokr": ((1.0, 1.1), (1.65, 2.0))}
 FULL_WIDTH = 320  # The first level of every full-size UNet has so many channels.
 
 
@@ -3887,7 +3917,7 @@ def activation_bytes(
         changed = source.weight_counts["unet"] if targets == "all" else matrix_weights(source)
         start += changed * width * (0.1 if checkpointing else 1)
     else:
-        end += lora_weights * (width if config.lora_type == "lora" else 4)
+        end += lora_weights * width
     return int(max(start, end))
 
 
@@ -3935,11 +3965,12 @@ def estimate_vram(
     """
     width, counts = 2 if half else 4, source.weight_counts
     encoders = sum(counts[row.folder] for row in source.family.text_encoders) * width
-    copied = half and config.lora_type == "lora"  # The modules compute with a copy of the fp32 weights.
+    # The modules compute with a copy of the fp32 weights; a DoRA keeps two norms, and marks where its magnitudes are.
+    copies = {"lora": width * half, "dora": width + 9, "lokr": 0}
     summed = 2 if config.gradient_accumulation_steps > 1 else 1
     terms = {
         "weights": unet_bytes(config, source, width) + encoders * config.train_text_encoder,
-        "lora": lora_weights * (4 + width * copied),
+        "lora": lora_weights * (4 + copies[config.lora_type]),
         "gradients": lora_weights * 4 * summed,
         "optimizer": lora_weights * OPTIMIZERS[config.optimizer].state_bytes,
         "ema": lora_weights * 4 * (config.ema_decay is not None),

@@ -94,7 +94,10 @@ def adapted(name: str, config: trainer.TrainingConfig, sizes: Mapping[str, Any],
     with torch.device("meta"), mock.patch.object(trainer, "generator", lambda *_: None):
         component = models.build_component(name, sizes).to(dtype).requires_grad_(False)
         for weight in trainer.add_adapter(name, component, config, pattern).values():
-            weight.data = weight.data.to(dtype if config.lora_type == "lora" else torch.float32)
+            weight.data = weight.data.to(torch.float32 if config.lora_type == "lokr" else dtype)
+        for layer in component.modules():
+            if config.lora_type == "dora" and isinstance(layer, trainer.peft.tuners.lora.LoraLayer):
+                layer.lora_variant["default"] = trainer.SimpleNamespace(forward=trainer.dora_forward)
     # In training mode LoKr's layers draw numbers that change nothing.
     return component.train(config.lora_type != "lokr")
 
@@ -148,7 +151,10 @@ class Setting:
         module = adapted(component, config, models.full_size_config(self.family)[component], dtype)
         if self.checkpointing:
             module.enable_gradient_checkpointing()
-        output_of, autocasts = (unet_output, text_output)[component != "unet"], self.half and config.lora_type != "lora"
+        output_of, autocasts = (
+            (unet_output, text_output)[component != "unet"],
+            self.half and config.lora_type == "lokr",
+        )
         with cuda_autocast(), FakeTensorMode(allow_non_fake_inputs=True), Storages() as seen:
             give_storages(module)
             start = seen.total()
