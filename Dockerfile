@@ -35,6 +35,7 @@ ENV HOME=/tmp \
     LORA_HEALTH_PORT=8080
 
 COPY train_lora.py config_schema.json example_config.json LICENSE /app/
+COPY docs/events.schema.json /app/docs/
 COPY demo /app/demo
 RUN chmod -R a+rX /app
 

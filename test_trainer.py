@@ -5260,6 +5260,7 @@ def test_every_warning_code_has_one_entry() -> None:
     codes = {*trainer.DATASET_HINTS, *itertools.chain.from_iterable(map(codes_in, ast.walk(tree)))}
     dataset = first_column("docs/datasets.md", "## Warnings")
     assert sorted([*first_column("docs/events.md", "## Warning codes"), *dataset]) == sorted(codes)
+    assert EVENT_SCHEMA["definitions"]["warning"]["properties"]["code"]["examples"] == sorted(codes)
     assert set(trainer.DATASET_HINTS) <= {*dataset}
 
 

@@ -29,7 +29,7 @@ bottom; each section uses only what stands above it:
     errors and helpers       TrainerError: what a user can fix; small pure functions; the late imports
     config                   config_schema.json -> TrainingConfig
     events and terminal      EventStream: guarded stdout; Terminal: what people read on stderr
-    stopping                 StopWatcher: signals, the files `stop` and `save`
+    stopping and requests    StopWatcher: signals, the files `stop` and `save`; Requests: what the parent asks for
     processes                Group: the processes that train together
     health                   GET /health and GET /status, for a monitor
     output folder            one run per folder; every file whole or not at all
@@ -138,12 +138,16 @@ class TrainerError(Exception):
     """A failure that a user can fix; `main` turns it into the one `error` event.
 
     `code` is the stable contract (docs/troubleshooting.md); "Raises" in a docstring names the codes.
-    `problems` lists every single finding as {"path": where, "message": what is wrong and what is allowed}.
+    `problems` lists every single finding as {"path": where, "message": what is wrong and what is allowed}. `retry` says
+    whether the same command may succeed later ("same"), after a change ("change"), or "never".
     """
 
-    def __init__(self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = ()) -> None:
+    def __init__(
+        self, code: str, message: str, hint: str = "", problems: Sequence[Mapping[str, str]] = (), retry: str = ""
+    ) -> None:
         super().__init__(message)
         self.code, self.message, self.hint, self.problems = code, message, hint or HINTS[code], list(problems)
+        self.retry = retry or RETRY.get(code, "change")
 
     def fields(self, step: int) -> JSON:
         """Return the `error` event's fields, which are the attributes and the step that is saved (0 for none)."""
@@ -173,6 +177,7 @@ HINTS = {  # These apply where the place that fails knows no better remedy.
     "device_unavailable": 'Set device to "auto", or install a torch build that fits the GPU and its driver.',
     "internal": "Run again with --debug for a traceback.",
 }
+RETRY = {"output_in_use": "same", "device_failed": "same", "internal": "never"}  # The other codes need a change.
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch raises a class of its own on CUDA, and a plain RuntimeError on the CPU, on MPS and from cuBLAS.
@@ -341,6 +346,7 @@ class TrainingConfig:
     tokenizer_path: str | None
     init_lora_path: str | None
     output_name: str
+    label: str | None
     prediction_type: str
     zero_terminal_snr: bool | str
     clip_skip: int
@@ -484,8 +490,26 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     # These are the values that null stands for, where the config alone decides it.
     nulls = {"learning_rate": rate, "lora_alpha": float(values["lora_rank"]), "sample_prompts": [prompt]}
     values |= {key: value for key, value in nulls.items() if values[key] is None}
-    frozen: JSON = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return TrainingConfig(**frozen)
+    return TrainingConfig(**frozen(values))
+
+
+def with_settings(config: TrainingConfig, values: JSON) -> TrainingConfig:
+    """Return the config with other values of keys that may change during a run. Raises `config_invalid`."""
+    settable = {key: load_schema()["definitions"][key] for key in keys_marked("x-settable")}
+    wrong = f"cannot be set during a run; these can: {', '.join(settable)}"
+    problems = [problem(key, wrong) for key in values if key not in settable]
+    values = {key: resolve_value(value, settable[key], Path()) for key, value in values.items() if key in settable}
+    # Null has a meaning for these only when a config is read.
+    problems += [problem(key, "must not be null") for key in ("steps", "sample_prompts") if values.get(key, 0) is None]
+    if problems := [*problems, *check_values(values, {key: settable[key] for key in values})]:
+        message = "; ".join(f"{item['path']}: {item['message']}" for item in problems)
+        raise TrainerError("config_invalid", message, problems=problems)
+    return dataclasses.replace(config, **frozen(values))
+
+
+def frozen(values: JSON) -> JSON:
+    """Return a config's values with tuples for lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def keys_marked(mark: str) -> list[str]:
@@ -658,6 +682,7 @@ EVENT_TEXTS = {
     "validation": "Held-out loss at step {step}: {loss}",
     "sample": "Sample: {image_path} ({prompt})",
     "checkpoint": "Saved: {state_path}",
+    "response": "Request {id} ({request}) is {state}. {message}",
     "interrupted": "{message}",
     "complete": "Step {step} after {total_time:.0f} s: {final_path}",
 }
@@ -805,6 +830,7 @@ class EventStream:
 
     QUEUE_LIMIT = 1000  # Lines that wait before progress events are dropped.
     REPEAT_S = 0.5  # Repeats of a phase's info event come at most once in this time.
+    HEARTBEAT_S = 10.0  # After so long without an event, one says that the process lives.
 
     def __init__(self, plain: bool = False, muted: bool = False) -> None:
         if open_missing_descriptors() and not muted:
@@ -818,25 +844,33 @@ class EventStream:
         self.ended = ""  # The type of the last event, once it was emitted.
         self.reader_is_gone = False
         self.progress: JSON = {}  # The newest progress event's fields.
-        self.beat_at = STARTED  # The last sign of progress.
+        self.beat_at = self._emitted_at = STARTED  # The last sign of progress, and the last event.
+        self.before_last: Callable[[], None] = lambda: None  # It may emit what must precede the last event.
         self._seq = self._dropped = 0
         self._last_info = ("", 0.0)
         self._early: list[bytes] = []  # Lines that were emitted before events.jsonl was opened.
         self._log: Callable[[bytes], None] = self._early.append
         self._queue: queue.Queue[bytes] = queue.Queue()
         self._spoken: queue.Queue[tuple[str, JSON]] = queue.Queue()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def start(self, on_lost: Callable[[], None], config: str | None) -> None:
         """Emit the first event; `on_lost` is called once when stdout cannot be written to any more."""
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
+        threading.Thread(target=self._show_life, name="heartbeat", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, interrupted, error)."""
         self.beat()
-        with self._lock:
+        with self.lock:
+            if event_type in LAST_TYPES and not self.ended:
+                self.before_last()
+            self._emit(event_type, fields)
+
+    def _emit(self, event_type: str, fields: JSON) -> None:
+        with self.lock:
             if self.ended:
                 return
             self.ended = event_type if event_type in LAST_TYPES else ""
@@ -846,6 +880,7 @@ class EventStream:
                 fields["dropped"] = self._dropped
             event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
             self._seq += 1
+            self._emitted_at = time.monotonic()
             line, is_progress = event.line(), event_type == "progress"
             log_error: OSError | None = None
             try:
@@ -858,14 +893,23 @@ class EventStream:
                 self._dropped += 1
             else:
                 self._queue.put(line)
-            if not is_progress or self._spoken.qsize() < 100:  # Perhaps nobody reads stderr.
+            # Perhaps nobody reads stderr; and people see from the bar whether the process lives.
+            if "idle_seconds" not in fields and (not is_progress or self._spoken.qsize() < 100):
                 self._spoken.put((event_type, json_safe(fields)))
             if log_error:
                 message = f"events.jsonl cannot be written to any more: {log_error.strerror}."
                 self.warning("log_not_written", message, "stdout still has every event.")
 
+    def _show_life(self) -> None:
+        """Emit a heartbeat where a phase or a step takes long without an event."""
+        while not self.ended:
+            time.sleep(0.5)
+            if time.monotonic() - self._emitted_at >= self.HEARTBEAT_S:
+                idle_s = round(time.monotonic() - self.beat_at, 3)
+                self._emit("info", {"message": f"Still {self.phase}.", "idle_seconds": idle_s})
+
     def beat(self) -> None:
-        """Note that the work makes progress; every event and every item of `track` does this too."""
+        """Note that the work makes progress; every event but a heartbeat, and every item of `track`, does this too."""
         self.beat_at = time.monotonic()
 
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
@@ -891,7 +935,7 @@ class EventStream:
             self.info(message, phase, current=done, total=total)
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
-        with self._lock:
+        with self.lock:
             self.warnings.append({"code": code, "message": message, "hint": hint})
             self.emit("warning", code=code, message=message, hint=hint)
 
@@ -899,7 +943,7 @@ class EventStream:
         """Append every event to events.jsonl, those that were emitted so far first."""
         if self._muted:
             return
-        with self._lock:
+        with self.lock:
             file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             if end := os.lseek(file, 0, os.SEEK_END):
                 os.lseek(file, end - 1, os.SEEK_SET)
@@ -935,7 +979,7 @@ class EventStream:
 
 
 # ======================================================================================
-# stopping
+# stopping and requests
 # ======================================================================================
 
 NOTHING_SAVED: JSON = {"step": 0, "path": None, "state_path": None}
@@ -1020,6 +1064,8 @@ class StopWatcher:
         last_resort = threading.Timer(self.LEAVE_S, os._exit, (128 + (self.signal or 0),))
         last_resort.daemon = True
         last_resort.start()
+        if self._leave_at == math.inf:
+            self.announce()
         if self._rescue:
             with contextlib.suppress(Exception):  # A full disk, say: the files that were saved before stay good.
                 self._rescue()
@@ -1038,6 +1084,10 @@ class StopWatcher:
         if self._rescue is None or is_second:
             self.leave()
         self._leave_at = min(self._leave_at, time.monotonic() + self.PATIENCE_S)
+        threading.Thread(target=self.announce, daemon=True).start()  # Here it could wait for a disk that hangs.
+
+    def announce(self) -> None:
+        self._events.emit("info", message="A stop was asked for.", phase="stopping")
 
     def _listen(self) -> None:
         while time.monotonic() < self._leave_at:
@@ -1057,6 +1107,115 @@ class StopWatcher:
             except OSError:
                 del self._files[file]  # It cannot be removed, so this is the only time that it counts.
             self.handle(number)
+
+
+class Request(NamedTuple):
+    """What the parent asks for; its id is the parent's."""
+
+    id: str | int
+    kind: str
+    values: JSON  # These are config keys; a sample's prompts are here too.
+
+
+def request_id(document: Any) -> str | int | None:
+    key = document.get("id") if isinstance(document, dict) else None
+    return key if type(key) in (str, int) and len(str(key)) <= 200 else None
+
+
+REQUESTS = {"sample": "prompts", "save": None, "set": "values", "stop": None}  # Each with the field that it may have.
+
+
+class Requests:
+    """The parent's requests, one JSON object per line of stdin; each is answered at once, and when it is done.
+
+    A thread reads them. `stop` is served by it, the others by the trainer between two steps.
+    """
+
+    LINE_LIMIT = 1 << 18
+
+    def __init__(self, events: EventStream, stop: StopWatcher) -> None:
+        self._events, self._stop = events, stop
+        self._waiting: list[Request] = []
+        self.config: Any = None  # The run's TrainingConfig, once it is read.
+
+    def listen(self, config: TrainingConfig) -> None:
+        self.config, self._events.before_last = config, self._refuse_the_rest
+        threading.Thread(target=self._listen, name="requests", daemon=True).start()
+
+    def next(self) -> Request | None:
+        """Return the oldest request that the trainer can serve; it waits until it is answered."""
+        return next((request for request in [*self._waiting] if request.kind != "stop"), None)
+
+    def answer(self, request: Request, state: str, message: str, paths: Sequence[str] = ()) -> None:
+        with self._events.lock:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            self._respond(request.id, request.kind, state, message, paths)
+
+    def receive(self, line: bytes) -> None:
+        """Accept or refuse the request in a line."""
+        document: Any = None
+        try:
+            if len(line) > self.LINE_LIMIT:
+                raise TrainerError("config_invalid", f"The line is longer than {self.LINE_LIMIT:,} bytes.")
+            document = parse_json(line, "The request")
+            request = self._parse(document)
+        except TrainerError as error:
+            self._respond(request_id(document), None, "refused", error.message)
+            return
+        with self._events.lock:  # So no answer precedes this one.
+            self._respond(request.id, request.kind, "accepted", "It is next.")
+            self._waiting.append(request)
+        if request.kind == "stop":
+            self._stop.request(int(signal.SIGTERM))
+
+    def _parse(self, document: Any) -> Request:
+        """Raise `config_invalid` for anything but a request that can be served."""
+        fields = dict(document) if isinstance(document, dict) else {}
+        key, kind = request_id(document), fields.pop("request", None)
+        if key is None or not isinstance(kind, str) or kind not in REQUESTS:
+            needs = f"an id (an integer or a short string) and a request ({', '.join(REQUESTS)})"
+            raise TrainerError("config_invalid", f"A request is a JSON object with {needs}.")
+        fields.pop("id")
+        field = REQUESTS[kind]
+        values = fields.pop(field, {} if kind == "set" else None) if field else None
+        if fields or (kind == "set" and not (isinstance(values, dict) and values)):
+            takes = (
+                f"a field {field}{'' if kind == 'sample' else ', an object with config keys'}" if field else "no field"
+            )
+            raise TrainerError("config_invalid", f"{kind} takes {takes} besides id and request.")
+        values = {"sample_prompts": values} if kind == "sample" and values is not None else values or {}
+        with_settings(self.config, values)
+        return Request(key, kind, values)
+
+    def _listen(self) -> None:
+        rest = b""
+        while True:
+            try:
+                data = os.read(0, 1 << 16)
+            except BlockingIOError:  # A parent such as Node can give us a non-blocking pipe.
+                time.sleep(0.1)
+                continue
+            except OSError:
+                data = b""
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self.receive(line.rstrip(b"\r"))
+            if not data:  # The end of stdin means nothing, but a last line needs no line break.
+                return self.receive(rest) if rest else None
+            rest = rest[: self.LINE_LIMIT + 1]
+
+    def _refuse_the_rest(self) -> None:
+        saved = self._stop.saved()
+        files = [saved[key] for key in ("path", "state_path") if saved[key]]
+        for request in [*self._waiting]:
+            if request.kind == "stop":
+                self.answer(request, "done", "The run has stopped.", files)
+            else:
+                self.answer(request, "refused", "The run ended before it could be served.")
+
+    def _respond(self, key: Any, kind: str | None, state: str, message: str, paths: Sequence[str] = ()) -> None:
+        self._events.emit("response", id=key, request=kind, state=state, message=message, paths=list(paths))
 
 
 # ======================================================================================
@@ -1122,13 +1281,12 @@ class Group:
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
-def main_only(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+def main_only(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R | None]:
     """Let a method of an object with a `group` do its work in the main process, and nothing in the others."""
 
     @functools.wraps(method)
-    def guarded(self: Any, /, *args: P.args, **options: P.kwargs) -> None:
-        if self.group.is_main:
-            method(self, *args, **options)
+    def guarded(self: Any, /, *args: P.args, **options: P.kwargs) -> R | None:
+        return method(self, *args, **options) if self.group.is_main else None
 
     return guarded
 
@@ -1270,6 +1428,11 @@ def write_file(path: Path, data: bytes) -> None:
         remove(temporary)
         error.filename = error.filename or str(path)
         raise
+
+
+def fingerprint(data: bytes) -> JSON:
+    """Return what a parent can check a file by."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -1781,7 +1944,7 @@ def hub_failure(repo: str, error: Exception) -> TrainerError:
     reason, hint = next(row for pattern, row in HUB_REFUSALS.items() if re.search(pattern, text))
     hint = f'It has moved: use "{MOVED[repo]}".' if repo in MOVED else hint.format(repo)
     message = f"The Hub did not deliver {repo!r}{did_you_mean(repo, SHORT_NAMES)}: {reason or text}."
-    return TrainerError("model_not_found", message, hint)
+    return TrainerError("model_not_found", message, hint, retry="" if reason else "same")
 
 
 def event_bar(events: EventStream, message: str) -> Any:
@@ -2958,6 +3121,10 @@ def dora_forward(layer: Any, active_adapter: str, x: Tensor, result: Tensor, **_
     return moved if bias is None else moved + bias
 
 
+def use_own_dora(layer: Any) -> None:
+    layer.lora_variant["default"] = SimpleNamespace(forward=dora_forward)
+
+
 def dora_growth(layer: Any, down: Tensor, up: Tensor) -> Tensor:
     """Return ||W + sBA||² - ||W||² of each output of a layer, from fp32 factors and without a copy of W in fp32.
 
@@ -3115,7 +3282,7 @@ class Adapter:
         self.dora_layers = []
         for layer in itertools.chain.from_iterable(component.modules() for component in self.components):
             if isinstance(layer, peft.tuners.lora.LoraLayer):
-                layer.lora_variant["default"] = SimpleNamespace(forward=dora_forward)
+                use_own_dora(layer)
                 parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
                 down, up, magnitude = (places[id(part["default"].weight)] for part in parts)
                 self.dora_layers.append((layer, down, up, magnitude))
@@ -3882,7 +4049,7 @@ def release_memory() -> None:
 # pixel of an image, for each token of a text (if the text encoders train), and for the last block of backward.
 KEPT_PER_RANK = (60, 10)  # This is added for each of lora_rank (without checkpointing, with checkpointing).
 # Each pair is (attention, wider targets), first in fp32, then in 16 bits, which LoKr reaches by autocast.
-KEPT_FACTOR = {"lora": ((1.0, 1.0), (1.0, 1.0)), "dora": ((1.25, 1.55), (1.25, 1.55)), "lokr": ((1.0, 1.1), (1.65, 2.0))}
+KEPT_FACTOR = {"lora": ((1.0, 1.0), (1.0, 1.0)), "dora": ((1.25, 1.55),) * 2, "lokr": ((1.0, 1.1), (1.65, 2.0))}
 FULL_WIDTH = 320  # The first level of every full-size UNet has so many channels.
 
 
@@ -4477,7 +4644,7 @@ class Batch:
 class EncodedDataset:
     """A run's texts and images as tensors: encoded once, then the encoders are released.
 
-    Text encoders that train are kept as `encoder`, and the VAE's decoder as `vae` where samples are drawn.
+    Text encoders that train are kept as `encoder`, and the VAE's decoder as `vae` where samples are planned.
     """
 
     def __init__(self, plan: Plan, device: torch.device, group: Group, events: EventStream) -> None:
@@ -4526,9 +4693,19 @@ class EncodedDataset:
         self.limit_tiles(vae, plan.encode_pixels)
         self.fill("Encoding images.", missing, lambda images: encode_images(vae, images), ImageVariant.load)
         if keeps_decoder:
-            vae.encoder = vae.quant_conv = None
-            self.limit_tiles(vae, plan.decode_pixels)
-            self.vae = vae.to("cpu")
+            self.keep_decoder(vae)
+
+    def keep_decoder(self, vae: Any) -> Any:
+        vae.encoder = vae.quant_conv = None
+        self.limit_tiles(vae, self.plan.decode_pixels)
+        self.vae = vae.to("cpu")
+        return vae
+
+    def decoder(self) -> Any:
+        """Return the VAE's decoder, which waits in main memory; it is loaded for a sample that nobody planned."""
+        return self.vae or self.keep_decoder(
+            load_component(self.plan.source, "vae", self.vae_dtype, torch.device("cpu"))
+        )
 
     def limit_tiles(self, vae: Any, pixels: int) -> None:
         """Let the VAE work in tiles where less than an image is to be worked on at once."""
@@ -4574,6 +4751,18 @@ class EncodedDataset:
             for item, entry in zip(group, encode(inputs), strict=True):
                 if self.cache.get(self.keys[item]) is None:
                     self.cache.put(self.keys[item], entry)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that came with a request, which loads the text encoders once more."""
+        new = [text for text in dict.fromkeys(prompts) if text not in self.keys and not self.encoder]
+        if new:
+            plan = dataclasses.replace(self.plan, captions=(), prompts=new)
+            self.keys |= entry_keys(plan, self.device.type, str(self.dtype), str(self.vae_dtype))
+            encoder = PromptEncoder(plan.config, plan.source, self.dtype, self.device)
+            with torch.no_grad():
+                self.fill(
+                    "Encoding prompts.", [[text] for text in new], lambda texts: encoder.encode(texts, torch.half)
+                )
 
     def image(self, variant: ImageVariant) -> CachedImage:
         return CachedImage(**self.cache[self.keys[variant]])
@@ -4926,12 +5115,13 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def read_run_id(config_path: Path) -> str | None:
-    """Return the id of the run that a folder's config.json belongs to; None where it cannot be read."""
+def read_attempt(config_path: Path) -> tuple[str, int]:
+    """Return (run id, number of the attempt) from a folder's config.json; ("", 0) where it cannot be read."""
     try:
-        return str(json.loads(config_path.read_text("utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        document = json.loads(config_path.read_text("utf-8"))
+        return str(document["run_id"]), int(document.get("attempt", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", 0
 
 
 def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStream) -> None:
@@ -5031,6 +5221,7 @@ class LoRATrainer:
     folder: OutputFolder
     group: Group = dataclasses.field(default_factory=Group)
     fresh: bool = False
+    requests: Requests | None = None
 
     MOST_BAD_STEPS = 5  # One more in a row ends the run.
     RESCUE_WAIT_S = 3.0  # A save or an optimizer step under way may take this long.
@@ -5081,6 +5272,7 @@ class LoRATrainer:
     def setup(self) -> bool:
         """Encode the dataset, load the UNet, make the adapter, resume. True: the run is finished already."""
         point = self.group.share(self.find_point)
+        self.introduce(point)
         if point and not self.source.prediction_known:
             self.prediction_type = point.record.prediction_type  # It was measured at the start.
         if point and self.group.share(lambda: self.is_finished(point.record.state.step)):
@@ -5109,14 +5301,21 @@ class LoRATrainer:
             remove(self.folder.path / "config.json")
             self.checkpoints.set_aside()
         point = find_resume_point(self.checkpoints.states(), self.events.warning)
-        known = read_run_id(self.folder.path / "config.json")
+        known, attempt = read_attempt(self.folder.path / "config.json")
         self.run_id = point.record.run_id if point else known or uuid.uuid4().hex
+        self.attempt = attempt + 1 if known == self.run_id else 1
         if point:
             step, same_base = point.record.state.step, point.record.base == self.base
             check_identity(self.identity, point.record.identity, same_base, self.folder.path)
             newest = next((str(path) for number, path in self.checkpoints.loras() if number <= step), None)
             self.saved = {"step": step, "path": newest, "state_path": str(point.path)}
         return point
+
+    @main_only
+    def introduce(self, point: ResumePoint | None) -> None:
+        facts: JSON = {"run_id": self.run_id, "attempt": self.attempt, "label": self.config.label}
+        resumed_from = point.record.state.step if point else None
+        self.events.emit("run", **facts, resumed_from=resumed_from, total_steps=self.plan.total_steps)
 
     def is_finished(self, step: int) -> bool:
         """Tell whether the final LoRA is on disk and whole, of this run and step, and as the config wants it now."""
@@ -5180,8 +5379,7 @@ class LoRATrainer:
     def prepare_output(self) -> None:
         """Write config.json, open the trackers, and warn when the files to come may not fit."""
         config, folder, steps_left = self.config, self.folder.path, self.plan.total_steps - self.state.step
-        document = {"version": VERSION, "run_id": self.run_id, "config": dataclasses.asdict(config)}
-        write_file(folder / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
+        self.write_config(config)
         if config.report_to:
             self.events.info(f"Opening {' and '.join(config.report_to)}.", phase="tracking")
             self.trackers.open(config.report_to, folder, self.run_id, config, self.state.step)
@@ -5190,6 +5388,14 @@ class LoRATrainer:
         if needed > (free := shutil.disk_usage(folder).free):
             message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
             self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
+
+    def sample_path(self, step: int, index: int) -> Path:
+        return self.folder.samples / f"step_{step}_{index}.png"
+
+    def write_config(self, config: TrainingConfig) -> None:
+        document = {"version": VERSION, "run_id": self.run_id, "attempt": self.attempt}
+        document["config"] = dataclasses.asdict(config)
+        write_file(self.folder.path / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
@@ -5207,13 +5413,13 @@ class LoRATrainer:
         self.events.info("Training.", phase="training")
         if self.config.sample_at_start and self.state.step == 0:
             self.validate(0)
-            self.sample(0)
+            self.sample(0, self.config.sample_prompts)
         self.stop.arm(self.rescue)
         self.catch_up()
         self.show()
         self.last_save = self.clock = time.monotonic()
-        config, total = self.config, self.plan.total_steps
-        while (step := self.state.step) < total:
+        config = self.config
+        while (step := self.state.step) < (total := self.total_steps()):
             rates = self.adapter.set_rates(
                 learning_rate_factor(config.lr_scheduler, step, total, config.lr_warmup_steps)
             )
@@ -5224,16 +5430,20 @@ class LoRATrainer:
             self.periodic()
         return True
 
+    def total_steps(self) -> int:
+        """Return the run's length, which a request may have changed in the main process."""
+        return self.group.share(lambda: self.plan.total_steps) if self.requests else self.plan.total_steps
+
     @main_only
     def catch_up(self) -> None:
         """Make what was due at the step that the run resumes from, where a kill came before it was on disk."""
         config, step = self.config, self.state.step
         if step and is_due(step, config.checkpoint_steps) and not self.is_saved():
             self.save_or_warn()
-        last_sample = self.folder.samples / f"step_{step}_{len(config.sample_prompts) - 1}.png"
+        last_sample = self.sample_path(step, len(config.sample_prompts) - 1)
         if step and self.plan.samples_are_due(step) and not last_sample.exists():
             self.validate(step)
-            self.sample(step)
+            self.sample(step, config.sample_prompts)
 
     def accumulate_in_memory(self, step: int) -> Tensor | None:
         """Accumulate; where the first step does not fit, turn gradient checkpointing on if it may choose, and retry."""
@@ -5364,7 +5574,7 @@ class LoRATrainer:
 
     @main_only
     def periodic(self) -> None:
-        """Do what is due after a step: save, then sample."""
+        """Do what is due after a step: save, then sample, then what was asked for."""
         config, step = self.config, self.state.step
         minutes, before = (time.monotonic() - self.last_save) / 60, self.last_save
         if self.stop.save_requested or is_due(step, config.checkpoint_steps):
@@ -5374,9 +5584,22 @@ class LoRATrainer:
         if sampled := self.plan.samples_are_due(step):
             self.report_finished_steps()
             self.validate(step)
-            self.sample(step)
-        if (sampled or self.last_save != before) and not self.stop.requested:  # After a stop, only the save counts.
+            self.sample(step, config.sample_prompts)
+        served = bool(self.requests and serve_requests(self, self.requests))
+        has_news = sampled or served or self.last_save != before
+        if has_news and not self.stop.requested:  # After a stop, only the save counts.
             self.show()
+
+    def change_settings(self, values: JSON) -> None:
+        """Go on with other settings, once they are in config.json. Raises `config_invalid`, and as write_file does."""
+        config = with_settings(self.config, values)
+        if int(config.steps or 0) < self.state.step:
+            raise TrainerError("config_invalid", f"steps: step {self.state.step} is done already.")
+        self.write_config(config)
+        self.config, self.plan = config, dataclasses.replace(self.plan, config=config)
+        self.checkpoints = dataclasses.replace(self.checkpoints, lora_limit=config.checkpoint_limit)
+        if self.report:
+            self.report.plan = self.plan
 
     @main_only
     def show(self, *ending: str) -> None:
@@ -5403,24 +5626,29 @@ class LoRATrainer:
         self.emit_and_track("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     @main_only
-    def sample(self, step: int) -> None:
-        """Draw one image per prompt; every draw is keyed by seed and step, so this cannot disturb the training."""
-        config, title = self.config, f"Sampling at step {step}."
-        parts = (self.data.vae, self.device, self.predict, self.data.conditions)
+    def sample(self, step: int, prompts: Sequence[str], first: int = 0) -> list[str]:
+        """Draw one image per prompt, numbered from `first`, and return the files.
+
+        Every draw is keyed by seed and step, so this cannot disturb the training.
+        """
+        config, title, made = self.config, f"Sampling at step {step}.", list[str]()
         self.events.phase = "sampling"
         try:
+            self.data.encode_prompts([config.sample_negative_prompt, *prompts])
+            parts = (self.data.decoder(), self.device, self.predict, self.data.conditions)
             sampler = Sampler(config, self.source, self.prediction_type, *parts)
             with self.adapter.evaluating():
-                for index, prompt in enumerate(config.sample_prompts):
-                    seed = config.sample_seed + index
+                for index, prompt in enumerate(prompts, first):
+                    seed = config.sample_seed + index - first
                     image = sampler.draw(prompt, seed, self.events, title, lambda: self.stop.requested)
                     if image is None:
                         break
-                    path = self.folder.samples / f"step_{step}_{index}.png"
+                    path = self.sample_path(step, index)
                     write_file(path, png_bytes(image, {"prompt": prompt, "seed": str(seed), "step": str(step)}))
-                    self.emit_and_track(
-                        "sample", step=step, image_path=str(path), prompt=prompt, index=index, seed=seed
-                    )
+                    made.append(str(path))
+                    facts: JSON = {"prompt": prompt, "index": index, "seed": seed}
+                    facts |= {"width": image.width, "height": image.height}
+                    self.emit_and_track("sample", step=step, image_path=str(path), **facts)
         except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
             failure = as_trainer_error(error, "sampling")
             if failure.code == "device_failed":
@@ -5428,6 +5656,7 @@ class LoRATrainer:
             self.events.warning("sample_not_written", failure.message, failure.hint)
         release_memory()
         self.events.info("Training.", phase="training")
+        return made
 
     def save_or_warn(self, lora: bool = True) -> None:
         """Save; a first failure is a warning, as the files before it stay good. The second in a row ends the run."""
@@ -5457,12 +5686,16 @@ class LoRATrainer:
             place = environment(self.plan, self.hardware, self.checkpointing)
             facts = (self.run_id, self.identity, place, self.prediction_type, self.base)
             record = RunRecord(*facts, total_steps=total, state=self.state, adapter=adapter)
-            write_file(state_path, encode_state(tensors, dataclasses.asdict(record)))
+            state = encode_state(tensors, dataclasses.asdict(record))
+            write_file(state_path, state)
             self.saved = self.saved | {"step": step, "state_path": str(state_path)}
+            fields: JSON = {"path": None, "bytes": None, "sha256": None, "state_path": str(state_path)}
+            fields |= {f"state_{key}": value for key, value in fingerprint(state).items()}
             if lora:
-                self.write_lora(lora_path, self.adapter.named(self.adapter.result()), self.config)
+                fields |= self.write_lora(lora_path, self.adapter.named(self.adapter.result()), self.config)
+                fields["path"] = str(lora_path)
                 self.saved = self.saved | {"path": str(lora_path)}
-            self.events.emit("checkpoint", step=step, path=str(lora_path) if lora else None, state_path=str(state_path))
+            self.events.emit("checkpoint", step=step, **fields)
             self.checkpoints.prune(step)
 
     def is_saved(self, lora: bool = True) -> bool:
@@ -5487,9 +5720,11 @@ class LoRATrainer:
     def lora_header(self, step: int, config: TrainingConfig) -> dict[str, str]:
         return lora_header(config, self.source, self.prediction_type, self.plan.header_facts(step), step, self.run_id)
 
-    def write_lora(self, path: Path, weights: Mapping[str, Tensor], config: TrainingConfig) -> None:
+    def write_lora(self, path: Path, weights: Mapping[str, Tensor], config: TrainingConfig) -> JSON:
         tensors = file_tensors(weights, config, self.source)
-        write_file(path, with_hashes(safetensors.torch.save(tensors, self.lora_header(self.state.step, config))))
+        data = with_hashes(safetensors.torch.save(tensors, self.lora_header(self.state.step, config)))
+        write_file(path, data)
+        return fingerprint(data)
 
     @main_only
     def finish(self) -> None:
@@ -5512,8 +5747,45 @@ class LoRATrainer:
             replace_file(draft, self.final_path)
 
     def complete(self) -> None:
-        state, path, seconds = self.state, str(self.final_path), round(self.state.seconds, 3)
-        self.events.emit("complete", step=state.step, final_path=path, total_time=seconds, loss=state.loss_avg)
+        state, path = self.state, self.final_path
+        facts = {"final_path": str(path), **fingerprint(path.read_bytes()), "recommended": None}
+        self.events.emit("complete", step=state.step, total_time=round(state.seconds, 3), loss=state.loss_avg, **facts)
+
+
+def serve_requests(trainer: LoRATrainer, requests: Requests) -> bool:
+    """Serve the requests that wait, between two steps; return whether there were any."""
+    served = False
+    while (request := requests.next()) and not trainer.stop.requested:
+        served = True
+        try:
+            paths = serve_request(trainer, request)
+        except TrainerError as error:
+            requests.answer(request, "refused", f"{error.message} {error.hint}")
+        else:
+            if not trainer.stop.requested:  # A sample may be incomplete then; the request is answered at the end.
+                requests.answer(request, "done", f"It was done at step {trainer.state.step}.", paths)
+    return served
+
+
+def serve_request(trainer: LoRATrainer, request: Request) -> list[str]:
+    """Do what a request asks for; return the files that it made. Raises TrainerError where it failed."""
+    if request.kind == "set":
+        trainer.change_settings(request.values)
+        return []
+    if request.kind == "save":
+        trainer.save_or_warn()
+        made, is_done = [trainer.saved["path"], trainer.saved["state_path"]], trainer.is_saved()
+    else:
+        step, prompts, first = trainer.state.step, request.values.get("sample_prompts"), 0
+        if prompts:  # Their numbers follow those of the config's prompts.
+            numbers = itertools.count(len(trainer.config.sample_prompts))
+            first = next(n for n in numbers if not trainer.sample_path(step, n).exists())
+        made = trainer.sample(step, prompts or trainer.config.sample_prompts, first) or []
+        is_done = len(made) == len(prompts or trainer.config.sample_prompts)
+    if not is_done and not trainer.stop.requested:
+        newest = trainer.events.warnings[-1]
+        raise TrainerError(newest["code"], newest["message"], newest["hint"])
+    return made
 
 
 # ======================================================================================
@@ -5526,6 +5798,8 @@ EXAMPLES = """examples:
   train_lora.py --config my_lora.json --set steps=2000    the same with one key changed
   train_lora.py --config my_lora.json --fresh             start over instead of going on
   generate_config | train_lora.py --config -              read the config from stdin
+  train_lora.py --config my_lora.json --listen            take requests, one JSON object per line, from stdin
+  train_lora.py --describe                                what this installation can do, as one JSON object
   accelerate launch train_lora.py --config my_lora.json   train on all GPUs of this machine
 """
 HEALTH_HELP = f"""serve /health and /status over HTTP on 127.0.0.1, or HOST; 0 takes a free port; the variable
@@ -5548,16 +5822,61 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validate-only", action="store_true", help="check everything, train nothing")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
     parser.add_argument("--fresh", action="store_true", help="start over; checkpoints/ becomes checkpoints.old/")
+    parser.add_argument("--listen", action="store_true", help="take requests from stdin (docs/embedding.md)")
+    parser.add_argument("--describe", action="store_true", help="print what this installation can do, and leave")
     parser.add_argument("--health-port", metavar="[HOST:]N", help=HEALTH_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks and library logs on stderr")
     parser.add_argument("--version", action="version", version=f"train_lora.py {VERSION}")
     options, rest = parser.parse_known_args(argv)
     stray, known = (rest or [""])[0], re.findall("--[a-z-]+", parser.format_help())
-    if not options.config and not stray.startswith("-"):
+    if not (options.config or options.describe) and not stray.startswith("-"):
         parser.error(f"put --config before {stray or 'the JSON file'}")
     if rest:
         parser.error(f"no such option: {stray}{did_you_mean(stray, known)}")
     return options
+
+
+OPTIONAL = ("bitsandbytes", "prodigyopt", "lion-pytorch", "schedulefree", "tensorboard", "wandb")
+REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "pillow")
+EVENTS_SCHEMA = SCHEMA_PATH.parent / "docs" / "events.schema.json"
+
+
+def describe() -> JSON:
+    """Return what this installation can do (docs/describe.schema.json); null is what is not known without torch."""
+    events = json.loads(EVENTS_SCHEMA.read_text("utf-8")) if EVENTS_SCHEMA.exists() else None
+    warnings = events["definitions"]["warning"]["properties"]["code"]["examples"] if events else None
+    errors = {code: {"hint": hint, "retry": RETRY.get(code, "change")} for code, hint in HINTS.items()}
+    families = {row.name: {"title": row.title, "source": row.source, "pipeline": row.pipeline} for row in FAMILIES}
+    packages: dict[str, str | None] = {}
+    for name in (*REQUIRED, *OPTIONAL):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+        packages.setdefault(name, None)
+    document: JSON = {"version": VERSION, "protocol": PROTOCOL, "python": sys.version.split()[0]}
+    document |= {"config_schema": load_schema(), "events_schema": events, "requests": list(REQUESTS)}
+    document |= {"errors": errors, "warnings": warnings, "families": families, "packages": packages}
+    return document | {"devices": describe_devices() if packages["torch"] else None}
+
+
+def describe_devices() -> list[JSON]:
+    """Return the devices that torch sees; each is tried, because a build can lack a card's kernels."""
+    torch: Any = importlib.import_module("torch")
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        card, fault = torch.cuda.get_device_properties(index), None
+        try:
+            float(torch.ones(1, device=f"cuda:{index}") + 1)
+        except RuntimeError as error:
+            fault = str(error).partition("\n")[0]
+        facts = {"bf16": card.major >= 8 or torch.version.hip is not None, "fault": fault}
+        devices.append(
+            {"device": f"cuda:{index}", "name": card.name, "total_gb": gigabytes(card.total_memory), **facts}
+        )
+    if torch.backends.mps.is_available():
+        total = gigabytes(torch.mps.recommended_max_memory())
+        devices.append({"device": "mps", "name": "Apple GPU", "total_gb": total, "bf16": None, "fault": None})
+    cores = f"{os.cpu_count()} CPU cores"
+    return [*devices, {"device": "cpu", "name": cores, "total_gb": None, "bf16": True, "fault": None}]
 
 
 def check_run(config: TrainingConfig, events: EventStream, group: Group, fresh: bool) -> None:
@@ -5578,6 +5897,9 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     """Validate or train as the command line says."""
     import_checkers()
     config = load_config(options.config, options.set)
+    requests = Requests(events, stop) if options.listen else None
+    if requests and group.is_main:
+        requests.listen(config)
     if group.size > 1 and config.device not in ("auto", "cuda", "cpu"):
         message = f"must be auto, cuda or cpu: {group.size} processes train together, each on a GPU of its own"
         raise TrainerError("config_invalid", f"device {message}.", problems=[problem("device", message)])
@@ -5598,20 +5920,27 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
         import_libraries(unused_packages(config))
         set_determinism(config.deterministic)
         limit_threads(plan.source.weight_counts["unet"], plan.hardware.device if plan.hardware else "")
-    return LoRATrainer(plan, events, stop, folder, group, options.fresh).run()
+    return LoRATrainer(plan, events, stop, folder, group, options.fresh, requests).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code. Whatever happens, the last event says how it ended."""
     usage: TrainerError | None = None
-    group, options, address = Group(), argparse.Namespace(config=None, debug=False), None
+    group, options, address = Group(), argparse.Namespace(config=None, debug=False, describe=False), None
     try:
         options = parse_arguments(argv)  # The options --help and --version print and leave here.
         address = health_address(options.health_port)
         if options.config == "-" and group.size > 1:
             raise TrainerError("usage", "Several processes cannot share stdin: give --config a file.")
+        if options.config == "-" and options.listen:
+            raise TrainerError("usage", "stdin has the requests of --listen: give --config a file.")
     except TrainerError as error:
         usage = error
+    if options.describe and not usage:
+        answer = os.dup(1)
+        os.dup2(2, 1)  # What a library prints while it is imported must not precede the answer.
+        write_all(answer, json.dumps(json_safe(describe())).encode() + b"\n")
+        return 0
     if not options.debug:  # Libraries' advice is for people at a notebook; their failures are exceptions.
         names = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
         os.environ |= dict.fromkeys(names, "error") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}

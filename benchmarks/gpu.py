@@ -104,7 +104,7 @@ def peak_memory(work: Path, row: Setting) -> str:
     take_peaks()  # These are of earlier rows.
     made = speed.set_up(config_of(work, row, 3, validation_steps=3, sample_steps=2, sample_prompts=["a zorb"]))
     peaks, sample = {"set-up": take_peaks()}, made.sample
-    vars(made)["sample"] = lambda step: (peaks.update(training=take_peaks()), sample(step))
+    vars(made)["sample"] = lambda *where: (peaks.update(training=take_peaks()), sample(*where))
     made.train()
     peaks["sampling"] = take_peaks()
     peaks["reserved"] = (max(reserved for _, reserved in peaks.values()), 0)

@@ -96,8 +96,8 @@ def adapted(name: str, config: trainer.TrainingConfig, sizes: Mapping[str, Any],
         for weight in trainer.add_adapter(name, component, config, pattern).values():
             weight.data = weight.data.to(torch.float32 if config.lora_type == "lokr" else dtype)
         for layer in component.modules():
-            if config.lora_type == "dora" and isinstance(layer, trainer.peft.tuners.lora.LoraLayer):
-                layer.lora_variant["default"] = trainer.SimpleNamespace(forward=trainer.dora_forward)
+            if hasattr(layer, "lora_variant") and config.lora_type == "dora":
+                trainer.use_own_dora(layer)
     # In training mode LoKr's layers draw numbers that change nothing.
     return component.train(config.lora_type != "lokr")
 
