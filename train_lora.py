@@ -1109,37 +1109,31 @@ class StopWatcher:
             self.handle(number)
 
 
+REQUESTS = {"sample": "prompts", "save": "", "set": "values", "stop": ""}  # Each with the field that it takes besides.
+
+
 class Request(NamedTuple):
-    """What the parent asks for; its id is the parent's."""
+    """What the parent asks for: its id, the kind, and config keys (a sample's prompts are sample_prompts)."""
 
-    id: str | int
-    kind: str
-    values: JSON  # These are config keys; a sample's prompts are here too.
-
-
-def request_id(document: Any) -> str | int | None:
-    key = document.get("id") if isinstance(document, dict) else None
-    return key if type(key) in (str, int) and len(str(key)) <= 200 else None
-
-
-REQUESTS = {"sample": "prompts", "save": None, "set": "values", "stop": None}  # Each with the field that it may have.
+    key: str | int | None
+    kind: str | None
+    settings: JSON
 
 
 class Requests:
-    """The parent's requests, one JSON object per line of stdin; each is answered at once, and when it is done.
+    """The parent's requests, a JSON object per line of stdin; each is answered at once, and when it is done.
 
-    A thread reads them. `stop` is served by it, the others by the trainer between two steps.
+    A thread reads them. `stop` is served at once, the others by the trainer between two steps.
     """
 
     LINE_LIMIT = 1 << 18
 
-    def __init__(self, events: EventStream, stop: StopWatcher) -> None:
-        self._events, self._stop = events, stop
+    def __init__(self, events: EventStream, stop: StopWatcher, config: TrainingConfig) -> None:
+        self._events, self._stop, self._config = events, stop, config
         self._waiting: list[Request] = []
-        self.config: Any = None  # The run's TrainingConfig, once it is read.
 
-    def listen(self, config: TrainingConfig) -> None:
-        self.config, self._events.before_last = config, self._refuse_the_rest
+    def listen(self) -> None:
+        self._events.before_last = self._answer_the_rest
         threading.Thread(target=self._listen, name="requests", daemon=True).start()
 
     def next(self) -> Request | None:
@@ -1147,50 +1141,43 @@ class Requests:
         return next((request for request in [*self._waiting] if request.kind != "stop"), None)
 
     def answer(self, request: Request, state: str, message: str, paths: Sequence[str] = ()) -> None:
-        with self._events.lock:
-            if request in self._waiting:
+        with self._events.lock:  # So the last event cannot come between.
+            if state == "accepted":
+                self._waiting.append(request)
+            elif request in self._waiting:
                 self._waiting.remove(request)
-            self._respond(request.id, request.kind, state, message, paths)
+            fields: JSON = {"id": request.key, "request": request.kind, "state": state, "message": message}
+            self._events.emit("response", **fields, paths=list(paths))
 
     def receive(self, line: bytes) -> None:
         """Accept or refuse the request in a line."""
-        document: Any = None
+        request = Request(None, None, {})
         try:
             if len(line) > self.LINE_LIMIT:
                 raise TrainerError("config_invalid", f"The line is longer than {self.LINE_LIMIT:,} bytes.")
             document = parse_json(line, "The request")
-            request = self._parse(document)
+            fields = dict(document) if isinstance(document, dict) else {}
+            key, kind = fields.pop("id", None), fields.pop("request", None)
+            if type(key) not in (str, int) or len(str(key)) > 200 or kind not in [*REQUESTS]:
+                text = f"It needs an id (an integer or a short string) and a request: {', '.join(REQUESTS)}."
+                raise TrainerError("config_invalid", text)
+            request, takes = Request(key, kind, {}), REQUESTS[kind]
+            argument = fields.pop(takes, None)
+            if fields or (kind == "set" and not (argument and isinstance(argument, dict))):
+                raise TrainerError("config_invalid", f"Besides id and request, {kind} takes {takes or 'nothing'}.")
+            settings = {"sample_prompts": argument} if kind == "sample" and argument is not None else argument or {}
+            request = Request(key, kind, settings)
+            with_settings(self._config, request.settings)
         except TrainerError as error:
-            self._respond(request_id(document), None, "refused", error.message)
+            self.answer(request, "refused", error.message)
             return
-        with self._events.lock:  # So no answer precedes this one.
-            self._respond(request.id, request.kind, "accepted", "It is next.")
-            self._waiting.append(request)
+        self.answer(request, "accepted", "It comes next.")
         if request.kind == "stop":
             self._stop.request(int(signal.SIGTERM))
 
-    def _parse(self, document: Any) -> Request:
-        """Raise `config_invalid` for anything but a request that can be served."""
-        fields = dict(document) if isinstance(document, dict) else {}
-        key, kind = request_id(document), fields.pop("request", None)
-        if key is None or not isinstance(kind, str) or kind not in REQUESTS:
-            needs = f"an id (an integer or a short string) and a request ({', '.join(REQUESTS)})"
-            raise TrainerError("config_invalid", f"A request is a JSON object with {needs}.")
-        fields.pop("id")
-        field = REQUESTS[kind]
-        values = fields.pop(field, {} if kind == "set" else None) if field else None
-        if fields or (kind == "set" and not (isinstance(values, dict) and values)):
-            takes = (
-                f"a field {field}{'' if kind == 'sample' else ', an object with config keys'}" if field else "no field"
-            )
-            raise TrainerError("config_invalid", f"{kind} takes {takes} besides id and request.")
-        values = {"sample_prompts": values} if kind == "sample" and values is not None else values or {}
-        with_settings(self.config, values)
-        return Request(key, kind, values)
-
     def _listen(self) -> None:
-        rest = b""
-        while True:
+        rest, data = b"", b" "
+        while data:
             try:
                 data = os.read(0, 1 << 16)
             except BlockingIOError:  # A parent such as Node can give us a non-blocking pipe.
@@ -1198,24 +1185,20 @@ class Requests:
                 continue
             except OSError:
                 data = b""
-            *lines, rest = (rest + data).split(b"\n")
+            # The last line needs no line break. Of a line that is too long, only the beginning is kept.
+            *lines, rest = (rest + (data or b"\n" * bool(rest))).split(b"\n")
             for line in lines:
-                self.receive(line.rstrip(b"\r"))
-            if not data:  # The end of stdin means nothing, but a last line needs no line break.
-                return self.receive(rest) if rest else None
+                self.receive(line)
             rest = rest[: self.LINE_LIMIT + 1]
 
-    def _refuse_the_rest(self) -> None:
+    def _answer_the_rest(self) -> None:
         saved = self._stop.saved()
-        files = [saved[key] for key in ("path", "state_path") if saved[key]]
         for request in [*self._waiting]:
             if request.kind == "stop":
-                self.answer(request, "done", "The run has stopped.", files)
+                paths = [saved[key] for key in ("path", "state_path") if saved[key]]
+                self.answer(request, "done", "The run has stopped.", paths)
             else:
                 self.answer(request, "refused", "The run ended before it could be served.")
-
-    def _respond(self, key: Any, kind: str | None, state: str, message: str, paths: Sequence[str] = ()) -> None:
-        self._events.emit("response", id=key, request=kind, state=state, message=message, paths=list(paths))
 
 
 # ======================================================================================
@@ -5770,13 +5753,13 @@ def serve_requests(trainer: LoRATrainer, requests: Requests) -> bool:
 def serve_request(trainer: LoRATrainer, request: Request) -> list[str]:
     """Do what a request asks for; return the files that it made. Raises TrainerError where it failed."""
     if request.kind == "set":
-        trainer.change_settings(request.values)
+        trainer.change_settings(request.settings)
         return []
     if request.kind == "save":
         trainer.save_or_warn()
         made, is_done = [trainer.saved["path"], trainer.saved["state_path"]], trainer.is_saved()
     else:
-        step, prompts, first = trainer.state.step, request.values.get("sample_prompts"), 0
+        step, prompts, first = trainer.state.step, request.settings.get("sample_prompts"), 0
         if prompts:  # Their numbers follow those of the config's prompts.
             numbers = itertools.count(len(trainer.config.sample_prompts))
             first = next(n for n in numbers if not trainer.sample_path(step, n).exists())
@@ -5853,30 +5836,28 @@ def describe() -> JSON:
             packages[name] = importlib.metadata.version(name)
         packages.setdefault(name, None)
     document: JSON = {"version": VERSION, "protocol": PROTOCOL, "python": sys.version.split()[0]}
-    document |= {"config_schema": load_schema(), "events_schema": events, "requests": list(REQUESTS)}
+    document |= {"config_schema": load_schema(), "events_schema": events, "requests": REQUESTS}
     document |= {"errors": errors, "warnings": warnings, "families": families, "packages": packages}
     return document | {"devices": describe_devices() if packages["torch"] else None}
 
 
 def describe_devices() -> list[JSON]:
-    """Return the devices that torch sees; each is tried, because a build can lack a card's kernels."""
+    """Return the devices that torch sees. Each is tried, because a torch build can lack a card's kernels."""
     torch: Any = importlib.import_module("torch")
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        card, fault = torch.cuda.get_device_properties(index), None
+
+    def row(device: str, name: str, total: int | None, bf16: bool | None) -> JSON:
+        fault = None
         try:
-            float(torch.ones(1, device=f"cuda:{index}") + 1)
+            float(torch.ones(1, device=device) + 1)
         except RuntimeError as error:
             fault = str(error).partition("\n")[0]
-        facts = {"bf16": card.major >= 8 or torch.version.hip is not None, "fault": fault}
-        devices.append(
-            {"device": f"cuda:{index}", "name": card.name, "total_gb": gigabytes(card.total_memory), **facts}
-        )
+        return {"device": device, "name": name, "total_gb": gigabytes(total), "bf16": bf16, "fault": fault}
+
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    rows = [row(f"cuda:{n}", card.name, card.total_memory, card.major >= 8) for n, card in enumerate(cards)]
     if torch.backends.mps.is_available():
-        total = gigabytes(torch.mps.recommended_max_memory())
-        devices.append({"device": "mps", "name": "Apple GPU", "total_gb": total, "bf16": None, "fault": None})
-    cores = f"{os.cpu_count()} CPU cores"
-    return [*devices, {"device": "cpu", "name": cores, "total_gb": None, "bf16": True, "fault": None}]
+        rows.append(row("mps", "Apple GPU", torch.mps.recommended_max_memory(), None))
+    return [*rows, row("cpu", f"{os.cpu_count()} CPU cores", None, True)]
 
 
 def check_run(config: TrainingConfig, events: EventStream, group: Group, fresh: bool) -> None:
@@ -5897,9 +5878,9 @@ def run(options: argparse.Namespace, events: EventStream, stop: StopWatcher, gro
     """Validate or train as the command line says."""
     import_checkers()
     config = load_config(options.config, options.set)
-    requests = Requests(events, stop) if options.listen else None
+    requests = Requests(events, stop, config) if options.listen else None
     if requests and group.is_main:
-        requests.listen(config)
+        requests.listen()
     if group.size > 1 and config.device not in ("auto", "cuda", "cpu"):
         message = f"must be auto, cuda or cpu: {group.size} processes train together, each on a GPU of its own"
         raise TrainerError("config_invalid", f"device {message}.", problems=[problem("device", message)])
