@@ -292,9 +292,11 @@ class Recorder(trainer.EventStream):
         self.events: list[Json] = []
         self.warnings: list[Json] = []
         self.phase, self.ended = "test", ""
-        self._lock = threading.RLock()
+        self.lock, self.before_last = threading.RLock(), lambda: None
 
     def emit(self, event_type: str, **fields: Any) -> None:
+        if event_type in trainer.LAST_TYPES:
+            self.before_last()
         self.events.append({"type": event_type, **fields})
 
     def info(self, message: str, phase: str | None = None, **fields: Any) -> None:
@@ -416,9 +418,9 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 SOURCE = SCRIPT.read_text("utf-8")
 TREE = ast.parse(SOURCE)
 SECTIONS = """
-imports and constants, errors and helpers, config, events and terminal, stopping, processes, health, output folder,
-model families, base models, images, dataset, diffusion maths, text and latents, adapter, LoRA files, checkpoints,
-hardware and memory, plan, cache, samples and report, trainer, command line
+imports and constants, errors and helpers, config, events and terminal, stopping and requests, processes, health,
+output folder, model families, base models, images, dataset, diffusion maths, text and latents, adapter, LoRA files,
+checkpoints, hardware and memory, plan, cache, samples and report, trainer, command line
 """
 
 
@@ -790,7 +792,8 @@ WRONG_COMMAND_LINES = {
 }
 NUMBERS = "percent loss loss_avg learning_rate grad_norm epoch steps_per_second eta_seconds vram_gb"
 PROGRESS: Json = dict.fromkeys(NUMBERS.split(), 0.1) | {"total_steps": 1500, "learning_rates": {"unet": 1e-4}}
-END = "s.emit('complete', step=1, final_path='/out/a', total_time=1, loss=None); s.close()\n"
+FILE: Json = {"bytes": 1, "sha256": "0" * 64}
+END = "s.emit('complete', step=1, final_path='/out/a', total_time=1, loss=None, recommended=None, **FILE); s.close()\n"
 NOISY_IMPORT = """
 import ctypes, logging, subprocess, warnings
 load = t.import_libraries
@@ -845,6 +848,16 @@ def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: str) 
     assert (result.last["code"], WRONG_COMMAND_LINES[arguments] in result.last["message"]) == ("usage", True)
 
 
+def test_a_heartbeat_comes_when_there_was_no_event_and_is_no_sign_of_progress() -> None:
+    code = "s.HEARTBEAT_S, before = 0.3, s.beat_at\nwhile s._seq < 3: time.sleep(0.05)\n"
+    result = streamed(f"{code}assert s.beat_at == before\n{END}")
+    beats = result.of("info")
+    assert len(beats) == 2 and all(event["message"] == "Still starting." for event in beats)
+    idle_s = [event["idle_seconds"] for event in beats]
+    assert 0.2 < idle_s[0] < idle_s[1] < result.last["elapsed"] + 1
+    assert "Still" not in result.stderr
+
+
 def test_events_are_strict_ascii_json_in_one_line_whatever_they_hold() -> None:
     fields = {"loss": math.nan, "path": Path("a\udcffb"), "text": "\ud800é\n" * 10**6, "deep": [{"a": math.inf}]}
     line = trainer.ProgressEvent("info", 0, "", 0.0, fields).line()
@@ -857,7 +870,7 @@ def test_events_are_strict_ascii_json_in_one_line_whatever_they_hold() -> None:
 def stream(code: str, *arguments: str | Path) -> list[str]:
     """Return the command of a process that opens an event stream `s`, runs `code` and emits the last event."""
     start = "import os, sys, time\nfrom pathlib import Path\nimport train_lora as t\n"
-    start += f"progress = {PROGRESS}\ns = t.EventStream()\ns.start(lambda: None, None)\n"
+    start += f"progress = {PROGRESS}\nFILE = {FILE}\ns = t.EventStream()\ns.start(lambda: None, None)\n"
     return [sys.executable, "-c", start + code + END, *map(str, arguments)]
 
 
@@ -1013,7 +1026,7 @@ def test_events_on_the_same_terminal_stay_whole_and_the_end_can_be_read() -> Non
 
 
 # ======================================================================================
-# stopping
+# stopping and requests
 # ======================================================================================
 
 # Code for `started`: the run stays after a step or in one until it is stopped; other obstacles.
@@ -1171,6 +1184,249 @@ def test_as_the_first_process_of_a_container_it_hears_a_stop(endless: Path) -> N
         result = finish(process, lines)
     assert (result.events[0]["pid"], result.code, result.last["type"]) == (1, 143, "interrupted")
     assert Path(result.last["path"]).exists()
+
+
+# Code for `started`: stdin is a named pipe.
+LISTEN = "os.dup2(os.open(os.environ['STDIN'], os.O_RDONLY), 0)\n"
+
+
+def request(key: Any, kind: str, **fields: Any) -> bytes:
+    return json.dumps({"id": key, "request": kind, **fields}).encode()
+
+
+REFUSED: dict[str, tuple[bytes, Any, str]] = {  # Each line has the id of its answer, and words from it.
+    "empty": (b"", None, "not valid JSON"),
+    "binary": (b"\xff\x00\x80" * 9, None, "cannot be parsed"),
+    "too long": (request("x" * 2**20, "save"), None, "longer than 262,144 bytes"),
+    "half": (b'{"id": 1, "request": "save"', None, "not valid JSON"),
+    "deep": (b"[" * 10**5, None, "cannot be parsed"),
+    "a list": (b'["save"]', None, "It needs an id"),
+    "no id": (b'{"request": "save"}', None, "It needs an id"),
+    "a boolean id": (request(True, "save"), None, "It needs an id"),
+    "a long id": (request("x" * 201, "save"), None, "It needs an id"),
+    "unknown": (request(1, "dance"), None, "sample, save, set, stop"),
+    "no name": (request(1, ["save"]), None, "sample, save, set, stop"),  # type: ignore[arg-type]  # It is wrong.
+    "twice": (b'{"id": 1, "id": 2, "request": "save"}', None, "has the key 'id' twice"),
+    "NaN": (b'{"id": NaN, "request": "save"}', None, "is not finite"),
+    "another field": (request(1, "save", prompts=["a"]), 1, "save takes nothing"),
+    "one field more": (request(1, "sample", prompts=["a"], steps=3), 1, "sample takes prompts"),
+    "no values": (request("a", "set"), "a", "set takes values"),
+    "empty values": (request("a", "set", values={}), "a", "set takes values"),
+    "a list of values": (request("a", "set", values=["steps"]), "a", "set takes values"),
+    "a key that defines the run": (request(1, "set", values={"lora_rank": 4}), 1, "lora_rank: cannot be set"),
+    "a key that nobody knows": (request(1, "set", values={"stepz": 4}), 1, "stepz: cannot be set"),
+    "a wrong value": (request(1, "set", values={"steps": "many", "log_steps": 0}), 1, "steps: 'many' is not of type"),
+    "two wrong values": (request(1, "set", values={"steps": 5, "log_steps": 0}), 1, "0 is less than the minimum"),
+    "null steps": (request(1, "set", values={"steps": None}), 1, "steps: must not be null"),
+    "no prompt": (request(1, "sample", prompts=[]), 1, "sample_prompts"),
+    "a prompt that is no text": (request(1, "sample", prompts=[1]), 1, "1 is not of type 'string'"),
+}
+
+
+class Asked(trainer.Requests):
+    """Requests that a test hands over by `receive`; it can read the answers."""
+
+    def __init__(self, made: trainer.LoRATrainer) -> None:
+        super().__init__(made.events, made.stop, made.config)
+        made.requests, made.events.before_last = self, self._answer_the_rest
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_line_that_is_no_request_is_refused_and_says_why(tmp_path: Path, name: str) -> None:
+    line, key, words = REFUSED[name]
+    events, stop = Recorder(), mock.Mock(spec=trainer.StopWatcher)
+    requests = trainer.Requests(events, stop, load(tmp_path, small(tmp_path, tmp_path, tmp_path)))
+    requests.receive(line)
+    (answer,) = events.events
+    assert (answer["id"], answer["state"], requests.next()) == (key, "refused", None)
+    assert words in answer["message"] and len(answer["message"]) < 1000
+    assert answer["request"] in ((None,) if key is None else trainer.REQUESTS)
+    assert not stop.method_calls
+
+
+def train_with_requests(made: trainer.LoRATrainer, lines: Mapping[int, Iterable[bytes]]) -> list[Json]:
+    """Train; after each step the requests for it arrive. Return the answers."""
+    requests, periodic = Asked(made), made.periodic
+
+    def receive_first() -> None:
+        for line in lines.get(made.state.step, ()):
+            requests.receive(line)
+        periodic()
+
+    vars(made)["periodic"] = receive_first
+    assert made.train()
+    made.finish()
+    made.complete()
+    release(made.folder)
+    return emitted(made, "response")
+
+
+def random_requests(seed: int, count: int, steps: int) -> dict[int, list[bytes]]:
+    """Return for each step some requests and some lines that are none; the ids are numbers from 0."""
+    draw, lines = random.Random(seed), collections.defaultdict(list)
+    values: list[Json] = [{"log_steps": 2}, {"checkpoint_steps": 3, "checkpoint_limit": 2}, {"sample_seed": 9}]
+    values += [{"validation_steps": 4, "sample_prompts": ["b"]}, {"sample_negative_prompt": "c", "sample_steps": 2}]
+    values += [{"sample_guidance_scale": 3, "autosave_minutes": 0}, {"steps": steps}]
+    for key in range(count):
+        kind = draw.choice(["sample", "save", "set", "prompts", "junk"])
+        junk = draw.choice([line for line, known, _ in REFUSED.values() if known is None])
+        rows = {"set": request(key, "set", values=draw.choice(values)), "junk": junk}
+        rows["prompts"] = request(key, "sample", prompts=draw.choices(["a", "b", "some other", ""], k=2))
+        lines[draw.randrange(1, steps)].append(rows.get(kind) or request(key, kind))
+    return lines
+
+
+REQUESTED: Json = {"steps": 8, "lora_dropout": 0.2, "ema_decay": 0.9, "sample_steps": 1, "shuffle_tags": True}
+REQUESTED |= {"lr_scheduler": "cosine", "caption_dropout": 0.3}
+
+
+def check_that_requests_change_no_bit(tiny: TinyRuns, count: int, **changes: Any) -> None:
+    plain = tiny.train(output="plain", **REQUESTED | changes)
+    made = tiny.set_up(**REQUESTED | changes)
+    lines = random_requests(3, count, made.plan.total_steps)
+    answers = train_with_requests(made, lines)
+    assert_same_tensors(made.final_path, plain.final_path)
+    assert_same_tensors(made.checkpoints.state_path(8), plain.checkpoints.state_path(8))
+    states = collections.defaultdict(list)
+    for answer in answers:
+        EVENT_VALIDATOR.validate(answer | {"seq": 1, "timestamp": "2026-01-01T00:00:00.000Z", "elapsed": 1})
+        states[answer["id"]].append(answer["state"])
+        assert all(Path(path).suffix == ".safetensors" or Path(path).exists() for path in answer["paths"])
+        is_file = answer["state"] == "done" and answer["request"] != "set"
+        assert bool(answer["paths"]) == is_file, answer
+    received = sum(map(len, lines.values()))
+    refused = states.pop(None)
+    assert {*map(tuple, states.values())} <= {("accepted", "done"), ("refused",)}
+    assert received == count == len(refused) + len(states)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True, "kind": "sdxl"}, {"cache_dir": "cache"}])
+def test_requests_at_random_steps_change_no_bit_and_each_is_answered(tiny: TinyRuns, changes: Json) -> None:
+    check_that_requests_change_no_bit(tiny, 40, **changes)
+
+
+@pytest.mark.torture
+def test_a_thousand_requests_change_no_bit(tiny: TinyRuns) -> None:
+    check_that_requests_change_no_bit(tiny, 1000)
+
+
+def test_what_is_asked_for_is_done_in_order_and_said_where(tiny: TinyRuns) -> None:
+    made = tiny.set_up(steps=3, validation_steps=0, checkpoint_steps=0)
+    lines = [request(1, "sample"), request(2, "sample", prompts=["x", "y"]), request(3, "sample", prompts=["z"])]
+    lines += [request("s", "save"), request(4, "set", values={"sample_prompts": ["new"]}), request(5, "sample")]
+    answers = train_with_requests(made, {1: lines, 2: [request(6, "set", values={"steps": 1})]})
+    done = {answer["id"]: answer for answer in answers if answer["state"] != "accepted"}
+    names = {key: [Path(path).name for path in answer["paths"]] for key, answer in done.items()}
+    assert names.pop("s") == ["lora_step_1.safetensors", "state_step_1.safetensors"]
+    first = ["step_1_0.png", "step_1_1.png", "step_1_2.png", "step_1_3.png"]
+    assert names == {1: first[:1], 2: first[1:3], 3: first[3:], 4: [], 5: first[:1], 6: []}
+    assert [answer["id"] for answer in answers if answer["state"] == "done"] == [1, 2, 3, "s", 4, 5]
+    assert (done[6]["state"], "step 2 is done already" in done[6]["message"]) == ("refused", True)
+    samples = [(event["prompt"], event["index"], event["seed"]) for event in emitted(made, "sample")]
+    trigger = made.plan.captions[0] or made.plan.config.trigger_words[0]
+    assert samples[1:] == [("x", 1, 42), ("y", 2, 43), ("z", 3, 42), ("new", 0, 42)] and trigger
+    assert json.loads((tiny.output / "config.json").read_text())["config"]["sample_prompts"] == ["new"]
+    with Image.open(tiny.output / "samples/step_1_2.png") as image:
+        assert (image.text["prompt"], image.text["seed"]) == ("y", "43")
+    expected = tiny.train(output="expected", steps=1, sample_prompts=["y"], sample_seed=43, validation_steps=1)
+    with Image.open(expected.sample_path(1, 0)) as one, Image.open(made.sample_path(1, 2)) as other:
+        assert one.tobytes() == other.tobytes(), "a prompt of a request is drawn as one of the config"
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_another_number_of_steps_is_as_if_the_run_had_stopped_and_gone_on_with_it(tiny: TinyRuns, steps: int) -> None:
+    keys: Json = {"lr_scheduler": "cosine", "ema_decay": 0.9}
+    asked = tiny.set_up(steps=7, **keys)
+    answers = train_with_requests(asked, {3: [request(1, "set", values={"steps": steps})]})
+    assert [answer["state"] for answer in answers] == ["accepted", "done"]
+    tiny.train(output="resumed", steps=7, stop=3, **keys)
+    resumed = tiny.train(output="resumed", steps=steps, **keys)
+    assert (asked.state.step, len(emitted(resumed, "progress"))) == (steps, steps - 3)
+    assert_same_tensors(asked.final_path, resumed.final_path)
+    assert emitted(asked, "progress")[-1]["total_steps"] == steps
+    again: trainer.LoRATrainer = tiny.start(make_trainer, steps=steps, **keys)
+    assert again.setup(), "it is finished"
+
+
+def test_what_fails_is_refused_and_the_run_goes_on(tiny: TinyRuns, monkeypatch: Patch) -> None:
+    made = tiny.set_up(steps=3)
+    monkeypatch.setattr(trainer, "decode_latents", mock.Mock(side_effect=MemoryError("out of memory")))
+    write, calls = made.write_lora, itertools.count()
+
+    def write_lora(*arguments: Any) -> Json:
+        if next(calls) == 0:
+            raise trainer.TrainerError("disk_full", "No space.")
+        return write(*arguments)
+
+    vars(made)["write_lora"] = write_lora
+    answers = train_with_requests(made, {1: [request(1, "sample"), request(2, "save"), request(3, "save")]})
+    by_id = {answer["id"]: (answer["state"], answer["message"]) for answer in answers if answer["state"] != "accepted"}
+    assert (by_id[1][0], "Out of memory while sampling" in by_id[1][1]) == ("refused", True)
+    assert (by_id[2][0], by_id[3][0], "No space." in by_id[2][1]) == ("refused", "done", True)
+
+
+def test_requests_arrive_by_stdin_and_wait_until_the_training_begins(tmp_path: Path, endless: Path) -> None:
+    stdin = tmp_path / "stdin"
+    os.mkfifo(stdin)
+    pipe = os.open(stdin, os.O_RDWR)
+    os.write(pipe, b"\n" + request(1, "sample") + b"\r\nnonsense\n" + request("\u20ac", "save")[:9])
+    with started(endless, LISTEN, "--listen", STDIN=str(stdin)) as process:
+        lines = read_until(process, phase="loading")
+        os.write(pipe, request("\u20ac", "save")[9:] + b"\n\xff\xfe\n" + b"x" * 2**20 + b"\n")
+        lines += read_until(process, type="response", id="\u20ac", state="done")
+        os.write(pipe, request(3, "stop"))  # The last line has no end.
+        os.close(pipe)
+        result = finish(process, lines)
+    answers = [(event["id"], event["request"], event["state"]) for event in result.of("response")]
+    unknown = (None, None, "refused")
+    accepted = [unknown, (1, "sample", "accepted"), unknown, ("\u20ac", "save", "accepted"), unknown, unknown]
+    assert [answer for answer in answers if answer[2] != "done"] == [*accepted, (3, "stop", "accepted")]
+    done = [event for event in result.of("response") if event["state"] == "done"]
+    assert [event["id"] for event in done] == [1, "\u20ac", 3]
+    assert all(Path(path).exists() for event in done for path in event["paths"])
+    assert (result.code, result.last["type"], result.events[-2]["id"]) == (143, "interrupted", 3)
+    assert done[-1]["paths"] == [result.last["path"], result.last["state_path"]]
+    assert "stopping" in [event.get("phase") for event in result.of("info")]
+
+
+@pytest.mark.parametrize("phase", ["importing", "loading"])
+def test_a_stop_is_served_while_others_wait_and_none_stays_without_an_answer(
+    tmp_path: Path, endless: Path, phase: str
+) -> None:
+    stdin = tmp_path / "stdin"
+    os.mkfifo(stdin)
+    pipe = os.open(stdin, os.O_RDWR)
+    os.write(pipe, request(1, "sample") + b"\n")
+    hang = f"t.{PHASES[phase]} = lambda *_, **__: time.sleep(600)"
+    with started(endless, LISTEN + hang, "--listen", STDIN=str(stdin)) as process:
+        lines = read_until(process, phase=phase)
+        os.write(pipe, request(2, "stop") + b"\n")
+        result = finish(process, lines)
+    os.close(pipe)
+    answers = [(event["id"], event["state"]) for event in result.of("response")]
+    assert answers == [(1, "accepted"), (2, "accepted"), (1, "refused"), (2, "done")]
+    assert (result.code, result.last["type"]) == (143, "interrupted")
+    assert [event.get("phase") for event in result.of("info")][-1] == "stopping"
+
+
+def test_stdin_cannot_hold_a_config_and_requests() -> None:
+    result = run("--config", "-", "--listen", input=b"{}")
+    assert (result.code, result.last["code"]) == (2, "usage")
+
+
+def test_two_processes_go_on_to_the_steps_that_were_asked_for(tmp_path: Path, images: Path, models: Path) -> None:
+    config = write_config(tmp_path, **small(images, models / "sd15", tmp_path / "out", steps=10**6, batch_size=1))
+    stdin = tmp_path / "stdin"
+    os.mkfifo(stdin)
+    pipe = os.open(stdin, os.O_RDWR)
+    code = "if rank == 0: os.dup2(os.open(os.environ['STDIN'], os.O_RDONLY), 0)\n"
+    pair = start_pair(config, "--listen", code=f"os.environ['STDIN'] = {str(stdin)!r}\n{code}")
+    lines = read_until(pair[0], step=2)
+    os.write(pipe, request(1, "set", values={"steps": 300}) + b"\n" + request(2, "sample") + b"\n")
+    result, code_of_other, errors = finish_pair(pair, lines)
+    os.close(pipe)
+    assert (result.code, code_of_other, result.last["type"], result.last["step"]) == (0, 0, "complete", 300), errors
+    assert [event["state"] for event in result.of("response")].count("done") == 2
 
 
 # ======================================================================================
@@ -4081,7 +4337,7 @@ def test_a_failure_of_the_gpu_has_a_code_and_passes_through_samples(prepared: Pr
     made = prepared("sd15")
     monkeypatch.setattr(trainer.Sampler, "draw", mock.Mock(side_effect=accelerator_error()))
     with pytest.raises(RuntimeError, match="illegal memory"):
-        made.sample(1)
+        made.sample(1, ["a"])
     with pytest.raises(RuntimeError, match="illegal memory"):
         trainer.compile_blocks(made.unet, mock.Mock(side_effect=accelerator_error()), made.events)
 
@@ -4643,15 +4899,42 @@ def test_a_fresh_run_killed_early_goes_on(tiny: TinyRuns, monkeypatch: Patch, ki
             patch.setattr(trainer, killed_in, mock.Mock(side_effect=trainer.TrainerError("internal", "killed")))
         release(tiny.set_up(fresh=True).folder)
     again = tiny.set_up()
-    assert (again.state.step, again.run_id) == (0, trainer.read_run_id(tiny.output / "config.json"))
+    assert (again.state.step, again.run_id) == (0, trainer.read_attempt(tiny.output / "config.json")[0])
     assert again.run_id != first.run_id, "the earlier run's final LoRA would pass for this run's"
+
+
+def test_each_attempt_says_which_run_it_is(tiny: TinyRuns) -> None:
+    facts, runs = [], list[str]()
+    for keys in ({"stop": 2}, {}, {"steps": 6, "label": "job 17"}, {"fresh": True}):
+        made = tiny.train(**keys)
+        (event,) = emitted(made, "run")
+        facts.append([event[key] for key in ("attempt", "resumed_from", "total_steps", "label")])
+        assert event["run_id"] == made.run_id
+        runs.append(made.run_id)
+    assert facts == [[1, None, 4, None], [2, 2, 4, None], [3, 4, 6, "job 17"], [1, None, 4, None]]
+    assert runs[0] == runs[1] == runs[2] != runs[3]
+
+
+def test_files_carry_their_size_and_hash(tiny: TinyRuns) -> None:
+    made = tiny.train(checkpoint_steps=2)
+    made.complete()
+    (complete,) = emitted(made, "complete")
+    pairs = [(complete["final_path"], complete["bytes"], complete["sha256"])]
+    for event in emitted(made, "checkpoint"):
+        pairs.append((event["state_path"], event["state_bytes"], event["state_sha256"]))
+        pairs += [(event["path"], event["bytes"], event["sha256"])] if event["path"] else []
+        assert event["path"] or (event["bytes"], event["sha256"]) == (None, None)
+    assert len(pairs) == 5
+    for path, size, digest in pairs:
+        data = Path(path).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (size, digest), path
 
 
 def test_a_lost_config_json_loses_no_run(tiny: TinyRuns) -> None:
     stopped = tiny.train(stop=2)
     (tiny.output / "config.json").write_text("{")
     again = tiny.train()
-    assert again.run_id == stopped.run_id == trainer.read_run_id(tiny.output / "config.json")
+    assert again.run_id == stopped.run_id == trainer.read_attempt(tiny.output / "config.json")[0]
     assert len(emitted(again, "progress")) == 2
 
 
@@ -5150,6 +5433,49 @@ def test_validation_works_without_torch_and_says_so_and_training_does_not(tmp_pa
     assert next(event["code"] for event in result.of("warning")) == "torch_missing"
     trained = finish(patched("sys.modules['torch'] = None", "--config", config))
     assert (trained.code, trained.last["code"]) == (1, "dependency_missing")
+
+
+DESCRIBED = json.loads((ROOT / "docs/describe.schema.json").read_text("utf-8"))
+
+
+def describe(code: str) -> Json:
+    done = subprocess.run(
+        [sys.executable, "-c", PROLOGUE + code + EPILOGUE, "--describe"], capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    answer: Json = json.loads(line)
+    type(EVENT_VALIDATOR)(DESCRIBED).validate(answer)
+    return answer
+
+
+def test_describe_says_what_the_installation_can_do_also_without_torch() -> None:
+    missing = "version = t.importlib.metadata.version\ndef without_torch(name):\n"
+    missing += (
+        "    if name == 'torch': raise t.importlib.metadata.PackageNotFoundError(name)\n    return version(name)\n"
+    )
+    missing += "t.importlib.metadata.version = without_torch\nsys.modules['torch'] = None\n"
+    answer = describe(missing)
+    assert (answer["devices"], answer["packages"]["torch"]) == (None, None)
+    assert (answer["version"], answer["protocol"]) == (trainer.VERSION, trainer.PROTOCOL)
+    assert (answer["config_schema"], answer["events_schema"]) == (SCHEMA, EVENT_SCHEMA)
+    assert {code: row["hint"] for code, row in answer["errors"].items()} == trainer.HINTS
+    never = {code for code, row in answer["errors"].items() if row["retry"] == "never"}
+    assert (never, answer["errors"]["output_in_use"]["retry"]) == ({"internal"}, "same")
+    assert {*answer["families"]} == {*SCHEMA["definitions"]["model_type"]["enum"]} - {"auto"}
+    assert answer["packages"]["pillow"] == importlib.metadata.version("pillow")
+
+
+@needs_torch
+def test_describe_tries_each_device_and_lets_no_library_write_before_its_answer() -> None:
+    noisy = "import torch\nones = torch.ones\ndef loud(*sizes, device):\n    print('loud'); os.write(1, b'x')\n"
+    noisy += (
+        "    if device == 'cpu': raise RuntimeError('no kernel\\nimage')\n    return ones(*sizes)\ntorch.ones = loud\n"
+    )
+    (cpu,) = [row for row in describe(noisy)["devices"] if row["device"] == "cpu"]
+    assert cpu["fault"] == "no kernel"
+    (cpu,) = [row for row in describe("")["devices"] if row["device"] == "cpu"]
+    assert (cpu["fault"], cpu["bf16"]) == (None, True)
 
 
 def test_an_internal_error_is_one_event_and_a_traceback_only_with_debug(tmp_path: Path, images: Path) -> None:
@@ -6156,6 +6482,18 @@ def test_an_unusable_card_is_refused(tiny: TinyRuns, gpu: SimulatedGpu, card: Js
     last = gpu.train(tiny, card={f"FAKECUDA_{name}": value for name, value in card.items()}).last
     assert (last["type"], last["code"], last["step"]) == ("error", code, None)
     assert re.search(words, last["message"] + last["hint"], re.DOTALL)
+
+
+@pytest.mark.parametrize(("capability", "bf16", "fault"), [("8.6", True, None), ("6.1", False, "no kernel image")])
+def test_describe_names_each_card_and_whether_torch_has_kernels_for_it(
+    gpu: SimulatedGpu, capability: str, bf16: bool, fault: str | None
+) -> None:
+    code, answer, _ = gpu.execute("print(json.dumps(t.describe_devices()))", FAKECUDA_SM=capability, FAKECUDA_GIB="8")
+    cards = [row for row in json.loads(answer) if row["device"] != "cpu"]
+    assert (code, [card["device"] for card in cards]) == (0, ["cuda:0", "cuda:1"])
+    for card in cards:
+        assert (card["name"], card["total_gb"], card["bf16"]) == ("NVIDIA GeForce RTX 3060", 8.0, bf16)
+        assert (fault is None and card["fault"] is None) or fault in card["fault"]
 
 
 # ======================================================================================

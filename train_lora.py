@@ -5731,7 +5731,8 @@ class LoRATrainer:
 
     def complete(self) -> None:
         state, path = self.state, self.final_path
-        facts = {"final_path": str(path), **fingerprint(path.read_bytes()), "recommended": None}
+        facts: JSON = {"final_path": str(path), "recommended": None}
+        facts |= fingerprint(path.read_bytes()) if self.group.is_main else {}
         self.events.emit("complete", step=state.step, total_time=round(state.seconds, 3), loss=state.loss_avg, **facts)
 
 
