@@ -8,6 +8,7 @@ benchmarks/models.py. Tests that need torch are skipped where it is not installe
 from __future__ import annotations
 
 import ast
+import asyncio
 import collections
 import contextlib
 import copy
@@ -5543,7 +5544,7 @@ def headings(text: str, level: str = "##") -> list[str]:
 def test_the_readme_has_its_headings_stays_short_and_links_every_page() -> None:
     first = ["Your first LoRA", "Features", "Installation", "Configuration", "Usage"]
     assert headings(README) == [*first, "Output", "Events", "Docker", "Documentation"]
-    assert len(README.splitlines()) <= 350
+    assert len(README.splitlines()) <= 375
     assert all(f"]({name})" in section(README, "## Documentation") for name in TEXTS if name != "README.md")
     steps = headings(section(README, FIRST_LORA), "###")
     assert [step.partition(".")[0] for step in steps] == list("12345678")
@@ -5670,11 +5671,14 @@ BLOCKS = [  # (page, line, language, text)
     for page, text in TEXTS.items()
     for match in FENCE.finditer(text)
 ]
-RUN_ELSEWHERE = {  # (page, language): the test that has all of these blocks
-    ("README.md", "python"): "test_the_first_lora_comes_out_as_the_readme_says",
-    ("docs/embedding.md", "js"): "test_a_parent_shows_stops_and_resumes_a_run",
-    ("docs/embedding.md", "python"): "test_a_parent_shows_stops_and_resumes_a_run",
-    ("docs/health.md", "json"): "test_the_health_page_describes_every_field_and_states_the_time",
+RUN_ELSEWHERE = {  # (page, language): the tests that have all of these blocks
+    ("README.md", "python"): [
+        "test_the_first_lora_comes_out_as_the_readme_says",
+        "test_the_readmes_parent_asks_for_a_sample_and_reads_the_answer",
+    ],
+    ("docs/embedding.md", "js"): ["test_a_parent_shows_stops_and_resumes_a_run"],
+    ("docs/embedding.md", "python"): ["test_a_parent_shows_stops_and_resumes_a_run"],
+    ("docs/health.md", "json"): ["test_the_health_page_describes_every_field_and_states_the_time"],
 }
 
 
@@ -5686,7 +5690,8 @@ def blocks(page: str, language: str, part: str = "") -> list[str]:
 
 def test_no_block_of_the_pages_is_overlooked() -> None:
     assert sum(len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) for text in TEXTS.values()) == 2 * len(BLOCKS)
-    assert all(callable(globals()[name]) for name in RUN_ELSEWHERE.values())
+    assert all(callable(globals()[name]) for names in RUN_ELSEWHERE.values() for name in names)
+    assert len(blocks("README.md", "python")) == len(RUN_ELSEWHERE["README.md", "python"])
     demo, tests, *_ = blocks("README.md", "bash")
     assert demo.endswith("train_lora.py --config demo/config.json > /dev/null\n")
     assert tests.endswith(".venv/bin/python test_trainer.py\n")  # .ci/run runs this block.
@@ -6075,15 +6080,25 @@ def start_parent(folder: Path, language: str, *arguments: str | Path, **options:
     path.write_text(text, "utf-8")
     words = [sys.executable if language == "python" else "node", path, *arguments]
     options = {"env": os.environ | {"PYTHON": sys.executable}, "stderr": subprocess.DEVNULL, **options}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, encoding="utf-8", **options)
+    pipes: Json = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    return subprocess.Popen(words, encoding="utf-8", **pipes | options)
 
 
-def interrupt_at(process: subprocess.Popen[str], words: str) -> str:
-    """Press Ctrl-C when a line with these words comes; return the rest of the output."""
+def line_with(process: subprocess.Popen[str], words: str) -> str:
+    """Read on until a line with these words comes, and return it."""
     assert process.stdout
-    assert any(words in line for line in process.stdout), words
+    found = next((line for line in process.stdout if words in line), None)
+    assert found is not None, words
+    return found
+
+
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Press Ctrl-C; return the rest of the output. The parent's own stdin stays open, as it does on a terminal."""
     process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=LIMIT_S)[0]
+    assert process.stdout
+    rest = process.stdout.read()
+    process.wait(LIMIT_S)
+    return rest
 
 
 @each_parent
@@ -6105,19 +6120,27 @@ def test_a_parent_is_short_and_says_what_it_needs(tmp_path: Path, language: str)
 def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -> None:
     demo = json.loads((ROOT / "demo/config.json").read_text("utf-8"))
     demo |= {key: str(ROOT / "demo" / demo[key]) for key in ("dataset_path", "base_model")}
-    demo |= {"validation_steps": 0, "sample_at_start": False, "batch_size": 1}
+    demo |= {"validation_steps": 0, "sample_at_start": False, "batch_size": 1, "sample_steps": 2}
     output = tmp_path / "out"
 
     def started(steps: int) -> subprocess.Popen[str]:
         return start_parent(tmp_path, language, write_config(tmp_path, **demo | {"steps": steps}), output, cwd=ROOT)
 
     with started(100_000) as process:
-        rest = interrupt_at(process, "step 3 of 100000, ")
+        line_with(process, "step 3 of 100000, ")
+        print("sample", file=process.stdin, flush=True)
+        line_with(process, "sample accepted ")
+        done = line_with(process, "sample done ").split()
+        line_with(process, "step ")  # The training goes on.
+        rest = interrupt(process)
+    pictures = [path for path in map(Path, done) if path.suffix == ".png"]
+    assert [path.parent for path in pictures] == [output / "samples"] * len(demo["sample_prompts"])
+    assert all(path.is_file() for path in pictures)
     with pytest.importorskip("filelock").FileLock(output / ".lock", timeout=LIMIT_S):  # The run has ended.
         saved = logged(output / "events.jsonl")[-1]
-    if language == "js" or sys.version_info >= (3, 11):  # Before 3.11 Ctrl-C cancels every task: the page says so.
-        assert rest.endswith("last event: interrupted, exit code: 143\n")
-        assert (process.returncode, saved["type"]) == (143, "interrupted")
+    assert rest.endswith("last event: interrupted, exit code: 143\n")
+    assert [words for words in ("stop accepted ", "A stop was asked for", "stop done ") if words not in rest] == []
+    assert (process.returncode, saved["type"]) == (143, "interrupted")
     with started(saved["step"] + 2) as process:
         text, _ = process.communicate(timeout=LIMIT_S)
     assert re.findall(r"^step (\d+) of", text, re.MULTILINE) == [str(saved["step"] + 1), str(saved["step"] + 2)]
@@ -6125,7 +6148,6 @@ def test_a_parent_shows_stops_and_resumes_a_run(tmp_path: Path, language: str) -
     assert process.returncode == 0
     assert re.search(r"^Encoding images\. \d+ of \d+$", text, re.MULTILINE)
     assert "complete: " in (output / "stderr.log").read_text("utf-8")
-    assert not (output / "stop").exists()
 
 
 ODD_CHILD = """
@@ -6159,9 +6181,101 @@ def test_a_parent_reads_pieces_long_lines_and_unknown_ones_and_sees_a_child_die(
 def test_a_parent_kills_a_child_that_does_not_stop(tmp_path: Path, language: str) -> None:
     (tmp_path / "train_lora.py").write_text(f"{ODD_CHILD}\ntime.sleep(600)", "utf-8")
     with start_parent(tmp_path, language, "x.json", tmp_path / "out", cwd=tmp_path) as process:
-        text = interrupt_at(process, "xxx")
+        line_with(process, "xxx")
+        text = interrupt(process)
     assert "exit code: -9" in text or "exit code: SIGKILL" in text
-    assert language == "python" or not (tmp_path / "out/stop").exists()  # In Python the next start removes it.
+
+
+@needs_torch
+def test_the_readmes_parent_asks_for_a_sample_and_reads_the_answer(tmp_path: Path, tiny: TinyRuns) -> None:
+    (program,) = blocks("README.md", "python", section(README, "## Events"))
+    assert len(program.splitlines()) <= 20
+    copy_of_the_script(tmp_path)
+    write_json(tmp_path / "my_lora.json", tiny.config(steps=101))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    steps = [index for index, line in enumerate(lines) if line.startswith("step ")]
+    answers = [index for index, line in enumerate(lines) if line.startswith("sample ")]
+    assert len(steps) == 101
+    assert [lines[index].split()[1] for index in answers] == ["accepted", "done"]
+    assert steps[99] < answers[0] < answers[1] < len(lines) - 1
+    (picture,) = tiny.output.glob("samples/step_*.png")
+    assert str(picture) in lines[answers[1]]
+    assert PngImagePlugin.PngImageFile(picture).text["prompt"] in program
+    assert str(tiny.output / "lora_final.safetensors") in lines[-1]
+
+
+def test_the_parent_for_language_models_is_short() -> None:
+    assert len(SOURCES[ROOT / "docs/mcp_server.py"].splitlines()) <= 150
+
+
+@needs_torch
+@needs("mcp")
+def test_a_language_model_checks_starts_watches_asks_and_stops_a_run(tiny: TinyRuns) -> None:
+    """Talk to docs/mcp_server.py with the package's own client; the second server finds the run of the first."""
+    mcp: Any = importlib.import_module("mcp")
+    program = {"command": sys.executable, "args": [str(ROOT / "docs/mcp_server.py")], "env": {**os.environ}}
+    config = str(write_config(tiny.folder, **tiny.config(steps=100_000, sample_prompts=["a zorb"])))
+    output, stray = str(tiny.output), list[Any]()
+
+    async def keep_strays(message: Any) -> None:
+        stray.append(message)
+
+    def connect() -> Any:
+        return mcp.Client(mcp.StdioServerParameters(**program), message_handler=keep_strays)
+
+    async def call(client: Any, tool: str, **arguments: Any) -> Any:
+        """Return the answer; of an error, its text."""
+        result = await client.call_tool(tool, arguments, read_timeout_seconds=LIMIT_S)
+        return result.content[0].text if result.is_error else result.structured_content
+
+    async def first() -> str:
+        async with connect() as client:
+            names = [tool.name for tool in (await client.list_tools()).tools]
+            assert names == ["check_config", "start", "status", "sample", "stop"]
+            broken: Json = {"steps": -1, "lora_rank": "many"}
+            answer = await call(client, "check_config", config=config, settings=broken)
+            assert (answer["type"], answer["code"]) == ("error", "config_invalid")
+            assert {row["path"] for row in answer["problems"]} == {*broken}
+            assert not (await call(client, "start", config=config, settings=broken, dry_run=False))["started"]
+            assert (await call(client, "check_config", config=config))["type"] == "validated"
+            answer = await call(client, "start", config=config)
+            assert (answer["started"], answer["checked"]["type"]) == (False, "validated")
+            assert "No run has written events" in await call(client, "status", output=output)
+            run = await call(client, "start", config=config, dry_run=False)
+            assert (run["started"], run["output"], run["exit_code"]) == (True, output, None)
+            assert "A run goes on" in await call(client, "start", config=config, dry_run=False)
+            while not (answer := await call(client, "status", output=output))["progress"]:
+                assert answer["running"]
+                await asyncio.sleep(0.1)
+            assert answer["run"]["run_id"] == run["run_id"] != ""
+            answer = await call(client, "sample", output=output, prompts=["a red zorb", "a blue zorb"])
+            assert (answer["state"], [Path(path).is_file() for path in answer["paths"]]) == ("done", [True] * 2)
+            return str(run["run_id"])
+
+    async def second(run_id: str) -> None:
+        async with connect() as client:
+            assert (await call(client, "status", output=output))["running"]
+            assert "No run that this server started" in await call(client, "sample", output=output)
+            answer = await call(client, "stop", output=output)
+            assert (answer["running"], answer["last_events"][-1]["type"]) == (False, "interrupted")
+            run = await call(client, "start", config=config, dry_run=False)
+            assert run["run_id"] == run_id
+            answer = await call(client, "stop", output=output)
+            assert (answer["running"], answer["last_events"][-1]["type"]) == (False, "interrupted")
+            assert (answer["run"]["attempt"], answer["run"]["run_id"]) == (2, run_id)
+
+    try:
+        asyncio.run(second(asyncio.run(first())))
+    finally:
+        if tiny.output.exists():
+            (tiny.output / "stop").touch()
+    assert stray == []
+    for event in logged(tiny.output / "events.jsonl"):
+        EVENT_VALIDATOR.validate(event)
 
 
 CONTRIBUTING = TEXTS["docs/CONTRIBUTING.md"]
