@@ -1368,6 +1368,9 @@ class OutputFolder:
         self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
         self.lock: Any = None
 
+    def sample(self, step: int, index: int) -> Path:
+        return self.samples / f"step_{step}_{index}.png"
+
     @os_errors_as("output_not_writable")
     def open(self) -> None:
         """Create and lock the folder, and remove what a killed run left half-written.
@@ -2961,6 +2964,11 @@ class PromptEncoder:
         return torch.cat(states, dim=-1), pooled
 
 
+def square_time_ids(side: int) -> Tensor:
+    """Return SDXL's time ids [1, 6] of a whole square image."""
+    return torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+
+
 def encode_images(vae: Any, images: Sequence[PreparedImage]) -> list[CachedImage]:
     """Encode images of one size to their latent distributions, in the UNet's scale. Raises `loss_not_finite`."""
     pixels = torch.stack([pixel_tensor(image.picture) for image in images]).permute(0, 3, 1, 2)
@@ -3523,12 +3531,11 @@ def check_lora(path: Path, weights: Mapping[str, Tensor], config: TrainingConfig
 
 def closest_lora(
     layers: Mapping[str, Any], weights: Mapping[str, Tensor], config: TrainingConfig
-) -> tuple[TrainingConfig, dict[str, Tensor], float]:
+) -> tuple[TrainingConfig, dict[str, Tensor], str]:
     """Return the plain LoRA of rank dora_as_lora_rank that changes each layer most nearly as a DoRA does.
 
     A layer's largest singular values give the closest matrix of a rank (Eckart & Young 1936). The results are the
-    LoRA's config, its weights, and the median over the layers of what remains, as a share of the change. `layers`
-    are PEFT's, by the weights' names.
+    LoRA's config, its weights, and a sentence's end about what it lacks. `layers` are PEFT's, by the weights' names.
     """
     rank = int(config.dora_as_lora_rank or 0)
     tensors: dict[str, Tensor] = {}
@@ -3549,7 +3556,8 @@ def closest_lora(
         tensors[f"{module}/lora_A"] = downs.reshape(-1, *down.shape[1:])
         tensors[f"{module}/lora_B"] = ups.reshape(*ups.shape, *up.shape[2:])
     changes: JSON = {"lora_type": "lora", "lora_rank": rank, "lora_alpha": float(rank), "use_rslora": False}
-    return dataclasses.replace(config, **changes), tensors, sorted(remains)[len(remains) // 2]
+    lack = f"lacks {sorted(remains)[len(remains) // 2]:.1%} of the DoRA's change (the median of its layers)"
+    return dataclasses.replace(config, **changes), tensors, lack
 
 
 NO_HASH, NO_LEGACY_HASH = "0" * 64, "0" * 8
@@ -3635,6 +3643,11 @@ def is_lora_as(path: Path, wanted: Mapping[str, str]) -> bool:
     keys = {"ss_steps", "train_lora.run_id", "train_lora.save_dtype", "train_lora.save_format"}
     keys |= {key for key in {**header, **wanted} if key.startswith("modelspec.")} - {"modelspec.date"}
     return all(header.get(key) == wanted.get(key) for key in keys)
+
+
+def has_rank(path: Path, rank: int | None) -> bool:
+    """Tell whether a LoRA file has this rank; None asks for no file."""
+    return rank is None or read_header(path).get("ss_network_dim") == str(rank)
 
 
 # ======================================================================================
@@ -3772,6 +3785,13 @@ def bytes_to_write(config: TrainingConfig, weights: int, steps_left: int) -> int
     state = 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(config.ema_decay)  # It is in bytes per weight.
     loras = 1 + min(steps_left // (config.checkpoint_steps or steps_left + 1), config.checkpoint_limit or 10**6)
     return weights * (3 * state + loras * (4 if config.save_dtype == "fp32" else 2))
+
+
+def disk_warnings(folder: Path, needed: int) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) where so many bytes may not fit."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
+        yield "disk_space_low", message, "Free some space, or set checkpoint_limit."
 
 
 @dataclass(frozen=True)
@@ -4829,6 +4849,12 @@ class EncodedDataset:
         epoch, position = divmod(micro_batch, self.plan.batches_per_epoch)
         return epoch, self.order(epoch)[position]
 
+    def names_at(self, step: int) -> str:
+        """Name the images of an optimizer step."""
+        count = self.plan.config.gradient_accumulation_steps
+        indices = [i for index in range(step * count, (step + 1) * count) for i in self.batch_at(index)[1]]
+        return listing([self.plan.dataset.examples[index].name for index in indices])
+
     def collate(self, micro_batch: int) -> Batch | None:
         """Put this process's part of a micro-batch together; None where it has none, in a small last batch."""
         plan, variants, texts, weights = self.plan, [], [], []
@@ -4878,6 +4904,15 @@ class Sampler:
         self.scheduler = scheduler_class.from_config({**self.source.scheduler, **settings})
         self.scheduler.set_timesteps(self.config.sample_steps, device=self.device)
 
+    def draw_each(
+        self, prompts: Iterable[str], events: EventStream, title: str, stopped: Callable[[], bool]
+    ) -> Iterator[tuple[str, int, Image.Image]]:
+        """Yield (prompt, seed, image), until `stopped` says yes."""
+        for seed, prompt in enumerate(prompts, self.config.sample_seed):
+            if (image := self.draw(prompt, seed, events, title, stopped)) is None:
+                return
+            yield prompt, seed, image
+
     def draw(
         self, prompt: str, seed: int, events: EventStream, title: str, stopped: Callable[[], bool]
     ) -> Image.Image | None:
@@ -4886,7 +4921,7 @@ class Sampler:
         shape = (1, int(self.source.unet.get("in_channels", 4)), side // factor, side // factor)
         # The noise comes from the CPU's generator, so a seed starts from the same noise on every device.
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        time_ids = torch.tensor([[float(side), side, 0, 0, side, side]] * 2)  # SDXL: a whole square image.
+        time_ids = square_time_ids(side).repeat(2, 1)
         timesteps = self.scheduler.timesteps
         with torch.no_grad():
             conditions = self.conditions([self.config.sample_negative_prompt, prompt], time_ids)
@@ -5154,6 +5189,16 @@ def beside_the_next_step(updated: Any) -> Iterator[None]:
         yield
 
 
+def prediction_doubt(plan: Plan, measured: str) -> tuple[str, str]:
+    """Return a warning's message and hint for a model that answers otherwise than was assumed."""
+    source, hint = plan.source, "If samples are noise or grey, set prediction_type to the other one."
+    if not source.prediction_known:
+        hint = f"It trains as {measured}; check that resolution {plan.resolution} is what it was made for."
+        check_settings(plan.config, dataclasses.replace(source, prediction_type=measured), None)
+    message = f"The run assumed {source.prediction_type}, but the model answers pure noise as {measured} models do."
+    return message, hint
+
+
 def environment(plan: Plan, hardware: Hardware, checkpointing: bool) -> JSON:
     """Return what else decides the last bits of a run."""
     versions = {"python": sys.version.split()[0], "pillow": importlib.metadata.version("pillow")}
@@ -5255,10 +5300,10 @@ class LoRATrainer:
     def setup(self) -> bool:
         """Encode the dataset, load the UNet, make the adapter, resume. True: the run is finished already."""
         point = self.group.share(self.find_point)
-        self.introduce(point)
         if point and not self.source.prediction_known:
             self.prediction_type = point.record.prediction_type  # It was measured at the start.
-        if point and self.group.share(lambda: self.is_finished(point.record.state.step)):
+        step = point.record.state.step if point else -1
+        if point and step >= self.plan.total_steps and self.group.share(lambda: self.has_final_files(step)):
             self.state = point.record.state
             self.events.info("This run is finished already: a larger steps makes it longer, --fresh starts over.")
             return True
@@ -5292,36 +5337,23 @@ class LoRATrainer:
             check_identity(self.identity, point.record.identity, same_base, self.folder.path)
             newest = next((str(path) for number, path in self.checkpoints.loras() if number <= step), None)
             self.saved = {"step": step, "path": newest, "state_path": str(point.path)}
+        facts: JSON = {"resumed_from": point.record.state.step if point else None, "label": self.config.label}
+        self.events.emit("run", run_id=self.run_id, attempt=self.attempt, total_steps=self.plan.total_steps, **facts)
         return point
 
-    @main_only
-    def introduce(self, point: ResumePoint | None) -> None:
-        facts: JSON = {"run_id": self.run_id, "attempt": self.attempt, "label": self.config.label}
-        resumed_from = point.record.state.step if point else None
-        self.events.emit("run", **facts, resumed_from=resumed_from, total_steps=self.plan.total_steps)
-
-    def is_finished(self, step: int) -> bool:
-        """Tell whether the final LoRA is on disk and whole, of this run and step, and as the config wants it now."""
-        rank, plain = self.config.dora_as_lora_rank, read_header(self.as_lora_path)
-        if step < self.plan.total_steps or (rank and plain.get("ss_network_dim") != str(rank)):
-            return False
-        return is_lora_as(self.final_path, self.lora_header(step, self.config))
+    def has_final_files(self, step: int) -> bool:
+        """Tell whether the final files are on disk and whole, of this run and step, and as the config wants them."""
+        is_written = is_lora_as(self.final_path, self.lora_header(step, self.config))
+        return is_written and has_rank(self.as_lora_path, self.config.dora_as_lora_rank)
 
     def measure_prediction(self) -> str:
         """Return what the UNet predicts: as model or config say, else as it answers to pure noise."""
-        source, assumed = self.source, self.source.prediction_type
-        side = float(source.native_resolution)
-        conditions = self.data.conditions([""], torch.tensor([[side, side, 0, 0, side, side]]))
+        conditions = self.data.conditions([""], square_time_ids(self.source.native_resolution))
         measured = measure_prediction_type(self.predict, self.unet.config.in_channels, conditions, len(self.alpha_bar))
-        if measured == assumed:
-            return assumed
-        hint = "If samples are noise or grey, set prediction_type to the other one."
-        if not source.prediction_known:
-            hint = f"It trains as {measured}; check that resolution {self.plan.resolution} is what it was made for."
-            check_settings(self.config, dataclasses.replace(source, prediction_type=measured), None)
-        message = f"The run assumed {assumed}, but the model answers pure noise as {measured} models do."
-        self.events.warning("prediction_type_suspect", message, hint)
-        return assumed if source.prediction_known else measured
+        if measured == self.source.prediction_type:
+            return measured
+        self.events.warning("prediction_type_suspect", *prediction_doubt(self.plan, measured))
+        return self.source.prediction_type if self.source.prediction_known else measured
 
     def make_adapter(self) -> None:
         """Put adapters on what trains, and make the optimizer."""
@@ -5367,18 +5399,13 @@ class LoRATrainer:
             self.events.info(f"Opening {' and '.join(config.report_to)}.", phase="tracking")
             self.trackers.open(config.report_to, folder, self.run_id, config, self.state.step)
         self.report = Report(folder, self.events, self.plan)
-        needed = bytes_to_write(config, self.adapter.weights.numel(), steps_left)
-        if needed > (free := shutil.disk_usage(folder).free):
-            message = f"The run will write about {needed >> 20:,} MB, and {free >> 20:,} MB are free."
-            self.events.warning("disk_space_low", message, "Free some space, or set checkpoint_limit.")
-
-    def sample_path(self, step: int, index: int) -> Path:
-        return self.folder.samples / f"step_{step}_{index}.png"
+        for warning in disk_warnings(folder, bytes_to_write(config, self.adapter.weights.numel(), steps_left)):
+            self.events.warning(*warning)
 
     def write_config(self, config: TrainingConfig) -> None:
-        document = {"version": VERSION, "run_id": self.run_id, "attempt": self.attempt}
-        document["config"] = dataclasses.asdict(config)
-        write_file(self.folder.path / "config.json", json.dumps(json_safe(document), indent=2).encode() + b"\n")
+        facts = {"version": VERSION, "run_id": self.run_id, "attempt": self.attempt}
+        text = json.dumps(json_safe({**facts, "config": dataclasses.asdict(config)}), indent=2)
+        write_file(self.folder.path / "config.json", text.encode() + b"\n")
 
     def restore(self, point: ResumePoint) -> None:
         """Go on from a state: the mirror of save."""
@@ -5423,7 +5450,7 @@ class LoRATrainer:
         config, step = self.config, self.state.step
         if step and is_due(step, config.checkpoint_steps) and not self.is_saved():
             self.save_or_warn()
-        last_sample = self.sample_path(step, len(config.sample_prompts) - 1)
+        last_sample = self.folder.sample(step, len(config.sample_prompts) - 1)
         if step and self.plan.samples_are_due(step) and not last_sample.exists():
             self.validate(step)
             self.sample(step, config.sample_prompts)
@@ -5443,10 +5470,7 @@ class LoRATrainer:
         return self.accumulate(step)
 
     def accumulate(self, step: int) -> Tensor | None:
-        """Run forward and backward over this process's part of the step's micro-batches.
-
-        Returns its share of the mean loss, or None when a stop was asked for.
-        """
+        """Run forward and backward over this process's micro-batches; return its share of the loss (stopped: None)."""
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
             if self.stop.requested:
@@ -5530,10 +5554,7 @@ class LoRATrainer:
         scaler = self.adapter.scaler
         if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() >= 1:
             return None
-        accumulation = self.config.gradient_accumulation_steps
-        indices = [i for index in range(accumulation) for i in self.data.batch_at(step * accumulation + index)[1]]
-        names = [self.plan.dataset.examples[index].name for index in indices]
-        message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({listing(names)})."
+        message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({self.data.names_at(step)})."
         self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
         if self.state.bad_steps >= self.MOST_BAD_STEPS:
             message = f"{self.state.bad_steps + 1} steps in a row were not finite; the run has diverged."
@@ -5569,20 +5590,8 @@ class LoRATrainer:
             self.validate(step)
             self.sample(step, config.sample_prompts)
         served = bool(self.requests and serve_requests(self, self.requests))
-        has_news = sampled or served or self.last_save != before
-        if has_news and not self.stop.requested:  # After a stop, only the save counts.
+        if (sampled or served or self.last_save != before) and not self.stop.requested:  # Then only the save counts.
             self.show()
-
-    def change_settings(self, values: JSON) -> None:
-        """Go on with other settings, once they are in config.json. Raises `config_invalid`, and as write_file does."""
-        config = with_settings(self.config, values)
-        if int(config.steps or 0) < self.state.step:
-            raise TrainerError("config_invalid", f"steps: step {self.state.step} is done already.")
-        self.write_config(config)
-        self.config, self.plan = config, dataclasses.replace(self.plan, config=config)
-        self.checkpoints = dataclasses.replace(self.checkpoints, lora_limit=config.checkpoint_limit)
-        if self.report:
-            self.report.plan = self.plan
 
     @main_only
     def show(self, *ending: str) -> None:
@@ -5610,23 +5619,17 @@ class LoRATrainer:
 
     @main_only
     def sample(self, step: int, prompts: Sequence[str], first: int = 0) -> list[str]:
-        """Draw one image per prompt, numbered from `first`, and return the files.
-
-        Every draw is keyed by seed and step, so this cannot disturb the training.
-        """
-        config, title, made = self.config, f"Sampling at step {step}.", list[str]()
-        self.events.phase = "sampling"
+        """Draw one image per prompt, numbered from `first`; return the files. No draw of the training changes."""
+        self.events.phase, made = "sampling", list[str]()
         try:
-            self.data.encode_prompts([config.sample_negative_prompt, *prompts])
+            self.data.encode_prompts([self.config.sample_negative_prompt, *prompts])
             parts = (self.data.decoder(), self.device, self.predict, self.data.conditions)
-            sampler = Sampler(config, self.source, self.prediction_type, *parts)
+            sampler = Sampler(self.config, self.source, self.prediction_type, *parts)
             with self.adapter.evaluating():
-                for index, prompt in enumerate(prompts, first):
-                    seed = config.sample_seed + index - first
-                    image = sampler.draw(prompt, seed, self.events, title, lambda: self.stop.requested)
-                    if image is None:
-                        break
-                    path = self.sample_path(step, index)
+                title = f"Sampling at step {step}."
+                drawn = sampler.draw_each(prompts, self.events, title, lambda: self.stop.requested)
+                for index, (prompt, seed, image) in enumerate(drawn, first):
+                    path = self.folder.sample(step, index)
                     write_file(path, png_bytes(image, {"prompt": prompt, "seed": str(seed), "step": str(step)}))
                     made.append(str(path))
                     facts: JSON = {"prompt": prompt, "index": index, "seed": seed}
@@ -5720,20 +5723,18 @@ class LoRATrainer:
         draft = self.final_path.with_name(f".{self.final_path.name}.unchecked.train_lora.tmp")
         weights = self.adapter.named(self.adapter.result())
         if self.config.dora_as_lora_rank:
-            config, plain, remains = closest_lora(self.layers, weights, self.config)
+            config, plain, lack = closest_lora(self.layers, weights, self.config)
             self.write_lora(self.as_lora_path, plain, config)
-            share = f"{remains:.1%} of the DoRA's change (the median of its layers)"
-            self.events.info(f"{self.as_lora_path.name}, a plain LoRA of rank {config.lora_rank}, lacks {share}.")
+            self.events.info(f"{self.as_lora_path.name}, a plain LoRA of rank {config.lora_rank}, {lack}.")
         self.write_lora(draft, weights, self.config)
         check_lora(draft, weights, self.config, self.source)
         with os_errors_as("output_not_writable"):
             replace_file(draft, self.final_path)
 
     def complete(self) -> None:
-        state, path = self.state, self.final_path
-        facts: JSON = {"final_path": str(path), "recommended": None}
-        facts |= fingerprint(path.read_bytes()) if self.group.is_main else {}
-        self.events.emit("complete", step=state.step, total_time=round(state.seconds, 3), loss=state.loss_avg, **facts)
+        facts = fingerprint(self.final_path.read_bytes()) if self.group.is_main else {}
+        facts |= {"total_time": round(self.state.seconds, 3), "loss": self.state.loss_avg, "recommended": None}
+        self.events.emit("complete", step=self.state.step, final_path=str(self.final_path), **facts)
 
 
 def serve_requests(trainer: LoRATrainer, requests: Requests) -> bool:
@@ -5754,8 +5755,7 @@ def serve_requests(trainer: LoRATrainer, requests: Requests) -> bool:
 def serve_request(trainer: LoRATrainer, request: Request) -> list[str]:
     """Do what a request asks for; return the files that it made. Raises TrainerError where it failed."""
     if request.kind == "set":
-        trainer.change_settings(request.settings)
-        return []
+        return change_settings(trainer, with_settings(trainer.config, request.settings))
     if request.kind == "save":
         trainer.save_or_warn()
         made, is_done = [trainer.saved["path"], trainer.saved["state_path"]], trainer.is_saved()
@@ -5763,13 +5763,25 @@ def serve_request(trainer: LoRATrainer, request: Request) -> list[str]:
         step, prompts, first = trainer.state.step, request.settings.get("sample_prompts"), 0
         if prompts:  # Their numbers follow those of the config's prompts.
             numbers = itertools.count(len(trainer.config.sample_prompts))
-            first = next(n for n in numbers if not trainer.sample_path(step, n).exists())
+            first = next(n for n in numbers if not trainer.folder.sample(step, n).exists())
         made = trainer.sample(step, prompts or trainer.config.sample_prompts, first) or []
         is_done = len(made) == len(prompts or trainer.config.sample_prompts)
     if not is_done and not trainer.stop.requested:
         newest = trainer.events.warnings[-1]
         raise TrainerError(newest["code"], newest["message"], newest["hint"])
     return made
+
+
+def change_settings(trainer: LoRATrainer, config: TrainingConfig) -> list[str]:
+    """Let a run go on with another config, once this is in config.json."""
+    if int(config.steps or 0) < trainer.state.step:
+        raise TrainerError("config_invalid", f"steps: step {trainer.state.step} is done already.")
+    trainer.write_config(config)
+    trainer.config, trainer.plan = config, dataclasses.replace(trainer.plan, config=config)
+    trainer.checkpoints = dataclasses.replace(trainer.checkpoints, lora_limit=config.checkpoint_limit)
+    if trainer.report:
+        trainer.report.plan = trainer.plan
+    return []
 
 
 # ======================================================================================
