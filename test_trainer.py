@@ -3066,6 +3066,158 @@ def test_shuffled_captions_keep_their_first_tags_and_a_longer_run_only_adds(tmp_
     assert trainer.caption_variants(caption, config, 0) == (caption,)
 
 
+CONCEPTS: list[Json] = [
+    {"folder": "./anna/", "trigger_words": ["ohwx", "anna"], "class_words": "woman", "loss_weight": 0.5},
+    {"folder": "dogs\\rex", "trigger_words": ["skx dog"], "repeats": 3},
+]
+
+
+def test_each_image_has_the_words_repeats_and_weight_of_its_concept_only(tmp_path: Path) -> None:
+    names = ("anna/1.png", "anna/2_x/2.png", "dogs/rex/3.png", "dogs/rex/4.png", "dogs/5.png", "6.png", "annabel/7.png")
+    folder = fill(tmp_path / "images", *names)
+    for name, caption in {"anna/1": "Anna at home", "dogs/rex/3": "ohwx, zorb", "dogs/5": "skx dog, park"}.items():
+        (folder / f"{name}.txt").write_text(caption, "utf-8")
+    keys: Json = {"dataset_path": str(folder), "trigger_words": ["zorb", "skx dog"], "concepts": CONCEPTS, "repeats": 2}
+    config = parse(tmp_path, REQUIRED | keys)
+    dataset = scan_quietly(config)
+    rows = {e.name: (e.caption, e.repeats, e.loss_weight, e.concept) for e in dataset.examples}
+    assert rows == {
+        "anna/1.png": ("ohwx, Anna at home", 2, 0.5, "anna"),
+        "anna/2_x/2.png": ("ohwx, anna, x", 4, 0.5, "anna"),  # Its folder is kohya's.
+        "dogs/rex/3.png": ("skx dog, ohwx, zorb", 3, 1.0, "dogs/rex"),
+        "dogs/rex/4.png": ("skx dog", 3, 1.0, "dogs/rex"),
+        "dogs/5.png": ("zorb, skx dog, park", 2, 1.0, ""),
+        "6.png": ("zorb", 2, 1.0, ""),
+        "annabel/7.png": ("zorb", 2, 1.0, ""),
+    }
+    assert config.sample_prompts == ("ohwx, anna", "skx dog", "zorb")
+    assert trainer.all_trigger_words(config) == ["zorb", "skx dog", "ohwx", "anna"]
+    (folder / "anna/2_x").rename(folder / "anna/more")
+    bare = {e.name: e.caption for e in scan_quietly(config).examples}["anna/more/2.png"]
+    assert bare == "ohwx, anna woman", "an image without a caption gets the class too"
+    claimed = parse(tmp_path, REQUIRED | keys | {"trigger_words": ["skx dog"]})
+    assert {e.name: e.caption for e in scan_quietly(claimed).examples}["6.png"] == ""
+    assert claimed.sample_prompts == ("ohwx, anna", "skx dog")
+
+
+WRONG_CONCEPTS: dict[str, tuple[list[str], list[str]]] = {  # The folders, and the ones that are refused by number.
+    "outside": (["..", "/anna", "../images/anna", ".", "C:/x", "a/../.."], ["0", "1", "2", "3", "4", "5"]),
+    "the same": (["anna", "./anna/"], ["1"]),
+    "nested": (["anna/a", "b", "anna"], ["2"]),
+    "missing": (["anna", "nobody"], ["1"]),
+    "without images": (["anna", "empty"], ["1"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONCEPTS)
+def test_a_concepts_folder_that_cannot_be_one_is_a_config_error_with_its_path(tmp_path: Path, name: str) -> None:
+    folder = fill(tmp_path / "images", "anna/a/1.png", "b/1.png")
+    (folder / "empty").mkdir()
+    folders, numbers = WRONG_CONCEPTS[name]
+    concepts = [{"folder": text, "trigger_words": ["x"]} for text in folders]
+    with pytest.raises(trainer.TrainerError) as caught:
+        scan(tmp_path, folder, concepts=concepts)
+    assert caught.value.code == "config_invalid"
+    assert [item["path"] for item in caught.value.problems] == [f"concepts[{number}].folder" for number in numbers]
+
+
+def test_a_run_weights_counts_and_names_its_concepts(tiny: TinyRuns) -> None:
+    folder = fill(tiny.folder / "images", "anna/1.png", "rex/2.png", "rex/3.png", "4.png")
+    rows = [("anna", 0.25), ("rex", 4.0)]
+    concepts = [{"folder": name, "trigger_words": [f"{name}x"], "loss_weight": weight} for name, weight in rows]
+    keys: Json = {"dataset_path": str(folder), "concepts": concepts, "batch_size": 4, "steps": 1}
+    made = tiny.train(**keys)
+    batch = made.data.collate(0)
+    assert batch is not None
+    weights = {"anna/1.png": 0.25, "rex/2.png": 4.0, "rex/3.png": 4.0, "4.png": 1.0}
+    names = [made.plan.dataset.examples[index].name for index in made.data.batch_at(0)[1]]
+    assert batch.weights.tolist() == [weights[name] for name in names]
+    assert made.plan.dataset_report()["concepts"] == {"anna": 1, "rex": 2}
+    header = trainer.read_header(made.final_path)
+    words = [made.config.trigger_words[0], "annax", "rexx"]
+    assert json.loads(header["train_lora.trigger_words"]) == words
+    assert header["modelspec.trigger_phrase"] == ", ".join(words)
+
+
+SEVERAL_LINES = "a red hat\n\n  zorb, left \n{big|small} zorb"
+
+
+@pytest.mark.parametrize(
+    ("changes", "caption"),
+    [
+        ({}, "a red hat\n\n  zorb, left \n{big|small} zorb"),
+        ({"caption_lines": "first"}, "zorb, a red hat"),
+        ({"caption_lines": "each"}, "zorb, a red hat\nzorb, left\n{big|small} zorb"),
+    ],
+)
+def test_several_lines_are_what_the_config_says_and_a_warning_says_it_too(
+    tmp_path: Path, changes: Json, caption: str
+) -> None:
+    folder = fill(tmp_path / "images", "1.png", "2.png", "3.png")
+    (folder / "1.txt").write_text(SEVERAL_LINES, "utf-8")
+    (folder / "2.txt").write_text("zorb (red:1.2) BREAK (x: y)", "utf-8")
+    config = parse(tmp_path, REQUIRED | {"dataset_path": str(folder), **changes})
+    dataset = scan_quietly(config)
+    assert dataset.examples[0].caption == caption
+    warnings = {code: message for code, message, _ in trainer.dataset_warnings(config, dataset, 64)}
+    doing = {"first": "only the first one trains", "each": "one line per epoch, up to 16"}
+    words = doing.get(config.caption_lines, "read as one caption")
+    assert warnings["captions_multiline"] == f"Captions of several lines, {words} (1): 1.png."
+    assert warnings["captions_weighted"] == "Captions with weights or BREAK (1): 2.png."
+
+
+def test_which_caption_an_image_has_in_an_epoch_is_written_down_by_hand(tmp_path: Path) -> None:
+    lines, tags = "one\ntwo\nthree", "zorb, a, b, c, d, e"
+    each = parse(tmp_path, REQUIRED | {"caption_lines": "each", "seed": 9})
+    order = random.Random(key_of(f"caption lines/9/{lines}")).sample(["one", "two", "three"], 3)
+    assert trainer.caption_variants(lines, each, 5) == tuple(order[epoch % 3] for epoch in range(5))
+    assert len(trainer.caption_variants(lines, each, 99)) == 16 and trainer.caption_variants(lines, each, 0) == ("one",)
+
+    text = "a {red|blue|{big|small} green} hat, {x} | y"
+    choices = parse(tmp_path, REQUIRED | {"caption_choices": True, "seed": 9})
+    expected = []
+    for number in range(4):
+        draw = random.Random(key_of(f"choices/9/{text}/{number}"))
+        inner = draw.choice(["big", "small"])
+        expected.append(f"a {draw.choice(['red', 'blue', f'{inner} green'])} hat, {{x}} | y")
+    assert trainer.caption_variants(text, choices, 4) == tuple(expected) and len(set(expected)) > 1
+    assert trainer.caption_variants(text, choices, 0) == ("a red hat, {x} | y",)
+    assert trainer.caption_variants("no choice", choices, 9) == ("no choice",)
+    assert trainer.caption_variants(text, each, 9) == (text,)
+
+    dropout = parse(tmp_path, REQUIRED | {"tag_dropout": 0.5, "keep_tokens": 1, "shuffle_tags": True, "seed": 9})
+    expected = []
+    for number in range(6):
+        shuffled = random.Random(key_of(f"tags/9/{tags}/{number}")).sample(["a", "b", "c", "d", "e"], 5)
+        draw = random.Random(key_of(f"tag dropout/9/{tags}/{number}"))
+        expected.append(", ".join(["zorb", *(tag for tag in shuffled if draw.random() >= 0.5)]))
+    assert trainer.caption_variants(tags, dropout, 6) == tuple(expected)
+    many = trainer.caption_variants(", ".join(f"t{n}" for n in range(4000)), dropout, 1)[0]
+    assert 1800 < len(many.split(", ")) < 2200
+
+
+CAPTIONED: Json = {"caption_lines": "each", "caption_choices": True, "tag_dropout": 0.3, "shuffle_tags": True}
+CAPTIONED |= {"keep_tokens": 1, "caption_dropout": 0.2, "validation_split": 0.2, "steps": 7, "sample_prompts": ["a"]}
+
+
+def test_a_stop_in_an_epoch_with_every_rule_for_captions_ends_in_equal_bits(tiny: TinyRuns) -> None:
+    folder = Path(shutil.copytree(tiny.images, tiny.folder / "images"))
+    for path in folder.glob("*.txt"):
+        path.write_text(f"zorb, {{red|green}}, a, b, c{path.stem}\nzorb, {{x|y|z}}, d\nlast, e, f", "utf-8")
+    (folder / "anna").mkdir()
+    shutil.move(folder / "0.png", folder / "anna/0.png")
+    concepts = [{"folder": "anna", "trigger_words": ["ohwx"], "repeats": 2, "loss_weight": 2}]
+    keys = CAPTIONED | {"dataset_path": str(folder), "concepts": concepts}
+    whole = tiny.train(output="whole", **keys)
+    assert len(whole.plan.captions) > 8, "the captions vary"
+    for stop in (2, 3, math.inf):
+        made = tiny.train(stop=stop, **keys)
+    assert made.state.step == 7
+    assert_same_tensors(made.final_path, whole.final_path)
+    with pytest.raises(trainer.TrainerError, match="concepts"):
+        prepare(tiny.folder, tiny.config(**keys | {"concepts": [], "steps": 9}))
+
+
 # ======================================================================================
 # diffusion maths
 # ======================================================================================
@@ -4406,17 +4558,89 @@ def test_a_first_step_that_does_not_fit_turns_checkpointing_on_if_it_may(
 
 
 def test_a_stop_ends_a_sample_and_the_vae_leaves_the_device_also_when_it_fails(monkeypatch: Patch) -> None:
-    keys = {"resolution": 64, "sample_steps": 4, "sample_negative_prompt": "", "sample_guidance_scale": 3.0}
-    source = SimpleNamespace(scheduler=SCHEDULER | {"rescale_betas_zero_snr": False}, vae_factor=8, unet={})
+    source: Any = SimpleNamespace(scheduler=SCHEDULER | {"rescale_betas_zero_snr": False}, vae_factor=8, unet={})
     vae, predict, device = mock.Mock(), mock.Mock(side_effect=lambda latents, *_: latents), torch.device("cpu")
     monkeypatch.setattr(trainer, "decode_latents", mock.Mock(side_effect=MemoryError))
-    parts: tuple[Any, ...] = (SimpleNamespace(**keys), source, "epsilon", vae, device, predict, mock.Mock())
-    sampler = trainer.Sampler(*parts)
-    assert sampler.draw("a", 1, Recorder(), "Sampling.", lambda: predict.call_count == 2) is None
+    sampler = trainer.Sampler(source, "epsilon", lambda pixels: vae, device, predict, mock.Mock())
+    settings = trainer.SampleSettings("a", "", 64, 64, 1, 4, 3.0, 1.0)
+    assert sampler.draw(settings, Recorder(), "Sampling.", Quiet(after=2)) is None
     assert ([int(call.args[1]) for call in predict.mock_calls], vae.mock_calls) == ([751, 501], [])
     with pytest.raises(MemoryError):
-        sampler.draw("a", 1, Recorder(), "Sampling.", lambda: False)
+        sampler.draw(settings, Recorder(), "Sampling.", Quiet())
     assert vae.to.call_args_list == [mock.call(device), mock.call("cpu")]
+
+
+INFOTEXT = re.compile(r"(?:^|, )(\w[\w ]*): ([^,]*)")  # So A1111 splits the last line.
+
+
+def test_each_sample_has_settings_of_its_own_which_other_programs_read_back(tiny: TinyRuns) -> None:
+    own: Json = {"prompt": "a: b, c", "negative_prompt": "not\u20ac", "width": 136, "height": 72, "seed": 7}
+    own |= {"steps": 2, "guidance_scale": 2.5, "lora_scale": 0.5}
+    prompts: list[Any] = ["plain", own, {"prompt": "tall", "height": 128}]
+    made = tiny.train(steps=1, validation_steps=1, sample_prompts=prompts, sample_negative_prompt="bad", kind="sdxl")
+    events = emitted(made, "sample")
+    keys = ("prompt", "index", "seed", "width", "height", "lora_scale")
+    side = made.plan.resolution
+    assert [tuple(event[key] for key in keys) for event in events] == [
+        ("plain", 0, 42, side, side, 1.0),
+        ("a: b, c", 1, 7, 136, 72, 0.5),
+        ("tall", 2, 44, side, 128, 1.0),
+    ]
+    with Image.open(events[1]["image_path"]) as image:
+        assert image.size == (136, 72)
+        prompt, negative, line = image.text["parameters"].split("\n")
+    assert (prompt, negative) == ("a: b, c", "Negative prompt: not\u20ac")
+    settings = dict(INFOTEXT.findall(line))
+    assert len(settings) >= 3, "A1111 takes a line with fewer for a part of the prompt"
+    expected = {"Steps": "2", "Sampler": "DDIM", "CFG scale": "2.5", "Seed": "7", "Size": "136x72"}
+    assert expected.items() <= settings.items()
+    sheet = trainer.draw_grid({(event["index"], event["prompt"]): {1: Path(event["image_path"])} for event in events})
+    middle = [sheet.getpixel((32 + 128, 32 + 320 * row + 32 + 128)) for row in range(3)]
+    assert (255, 255, 255) not in middle, "each picture is in its cell"
+    assert sheet.getpixel((32 + 128, 32 + 320 + 40)) == (255, 255, 255), "a wide one is not stretched"
+
+
+@pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr"])
+def test_a_strength_scales_the_change_of_each_weight(tiny: TinyRuns, lora_type: str) -> None:
+    made = tiny.set_up(lora_type=lora_type, lora_targets="all", optimizer="adamw", learning_rate=0.05, steps=2)
+    made.train()
+    layers = {name: layer for name, layer in made.layers.items() if "resnets" in name or "attn1.to_out" in name}
+    with made.adapter.evaluating():
+        for layer in layers.values():
+            base = layer.get_base_layer()
+            shape = (2, base.in_channels, 5, 5) if hasattr(base, "in_channels") else (2, 3, base.in_features)
+            inputs = torch.randn(shape, generator=trainer.generator("inputs"))
+            changed, frozen = layer(inputs), base(inputs)
+            assert not torch.allclose(changed, frozen)
+            for scale in (0, 0.5, 1, -1.5):
+                with made.adapter.strength(scale):
+                    torch.testing.assert_close(layer(inputs), frozen + scale * (changed - frozen))
+        torch.testing.assert_close(layer(inputs), changed)
+
+
+def test_a_cadence_in_epochs_is_one_in_steps_and_both_are_too_much(tmp_path: Path, tiny: TinyRuns) -> None:
+    keys: Json = {"batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 3, "steps": None, "repeats": 3}
+    config = small(tiny.images, tiny.models / "sd15", tiny.output, **keys) | {"validation_epochs": 1}
+    config |= {"checkpoint_epochs": 2}
+    for key in ("validation_steps", "checkpoint_steps"):
+        config.pop(key, None)
+    plan = make_plan(tmp_path, config)
+    steps = math.ceil(plan.batches_per_epoch / 2)
+    assert (plan.config.validation_steps, plan.config.checkpoint_steps) == (steps, math.ceil(plan.batches_per_epoch))
+    assert plan.memory["sampling"] > 0
+    both = problems_of(tmp_path, REQUIRED | {"validation_epochs": 1, "training_params": {"validation_steps": 9}})
+    assert both == {"validation_epochs": "counts the same as validation_steps: keep one"}
+
+
+def test_the_estimate_knows_the_largest_sample(tmp_path: Path, tiny: TinyRuns) -> None:
+    def plan(**size: int) -> trainer.Plan:
+        config = tiny.config(validation_steps=1, sample_prompts=["a", {"prompt": "b", **size}])
+        return make_plan(tmp_path, config)
+
+    small_one, large = plan(), plan(width=512, height=1024)
+    assert large.memory["sampling"] > small_one.memory["sampling"]
+    gpu = dataclasses.replace(large, hardware=trainer.Hardware("cuda:0", "x", "y"))
+    assert gpu.decode_pixels(512 * 1024) == trainer.TILE_SIDE**2 < 512 * 1024
 
 
 @needs("tensorboard")

@@ -84,6 +84,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import queue
 import random
 import re
@@ -339,6 +340,7 @@ class TrainingConfig:
     base_model: str  # It is a Hub id or an absolute path.
     output_path: str
     trigger_words: tuple[str, ...]
+    concepts: tuple[Mapping[str, Any], ...]
     model_type: str
     revision: str | None
     variant: str | None
@@ -395,6 +397,9 @@ class TrainingConfig:
     caption_dropout: float
     shuffle_tags: bool
     keep_tokens: int
+    tag_dropout: float
+    caption_lines: str
+    caption_choices: bool
     max_caption_tokens: int
     on_bad_image: str
     cache_dir: str | None
@@ -405,13 +410,15 @@ class TrainingConfig:
     compile: bool
     device: str
     validation_steps: int
-    sample_prompts: tuple[str, ...]
+    validation_epochs: int | None
+    sample_prompts: tuple[str | Mapping[str, Any], ...]
     sample_negative_prompt: str
     sample_steps: int
     sample_guidance_scale: float
     sample_seed: int
     sample_at_start: bool
     checkpoint_steps: int
+    checkpoint_epochs: int | None
     autosave_minutes: float
     checkpoint_limit: int | None
     save_format: str
@@ -470,6 +477,13 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
         nested = {}
     for key in (key for key in top if key in nested and top[key] != nested[key]):
         problems.append(problem(key, "has one value at the top level and another under training_params; keep one"))
+    for key in ("validation_steps", "checkpoint_steps"):
+        if key in {**top, **nested, **changed} and (other := key.replace("steps", "epochs")) in {
+            **top,
+            **nested,
+            **changed,
+        }:
+            problems.append(problem(other, f"counts the same as {key}: keep one"))
     values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
     base = Path.cwd() if source == "-" else Path(source).resolve().parent
     for prefix, layer, folder in (("training_params.", nested, base), ("", top, base), ("--set ", changed, Path.cwd())):
@@ -486,11 +500,55 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise TrainerError("config_invalid", message, problems=problems)
     is_lokr = values["lora_type"] == "lokr" and values["optimizer"].startswith("adamw")
     rate = definitions["learning_rate"]["x-when-null"]["lokr" if is_lokr else values["optimizer"]]
-    prompt = f"{values['caption_separator']} ".join(values["trigger_words"])
+    groups = [concept["trigger_words"] for concept in values["concepts"]] + [unclaimed_words(values)]
+    prompts = [f"{values['caption_separator']} ".join(words) for words in groups if words]
     # These are the values that null stands for, where the config alone decides it.
-    nulls = {"learning_rate": rate, "lora_alpha": float(values["lora_rank"]), "sample_prompts": [prompt]}
+    nulls = {"learning_rate": rate, "lora_alpha": float(values["lora_rank"]), "sample_prompts": prompts}
     values |= {key: value for key, value in nulls.items() if values[key] is None}
     return TrainingConfig(**frozen(values))
+
+
+def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
+    """Return the trigger words that no concept has."""
+    claimed = {word for concept in values["concepts"] for word in concept["trigger_words"]}
+    return [word for word in values["trigger_words"] if word not in claimed]
+
+
+def concept_folder(concept: Mapping[str, Any]) -> str:
+    """Return the folder of a concept, relative to dataset_path, as names of images have it."""
+    return composed(posixpath.normpath(concept["folder"].replace("\\", "/")))
+
+
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+class SampleSettings(NamedTuple):
+    """One item of sample_prompts with every setting; lora_scale is the strength of the LoRA."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    lora_scale: float
+
+
+def sample_settings(items: Sequence[str | Mapping[str, Any]], config: TrainingConfig) -> list[SampleSettings]:
+    """Fill in what the items of sample_prompts leave to the other keys; without a resolution, sizes are 0."""
+    side = config.resolution or 0
+    usual: JSON = {"negative_prompt": config.sample_negative_prompt, "width": side, "height": side, "lora_scale": 1.0}
+    usual |= {"steps": config.sample_steps, "guidance_scale": config.sample_guidance_scale}
+    own: list[JSON] = [{"prompt": item} if isinstance(item, str) else dict(item) for item in items]
+    return [SampleSettings(**usual | {"seed": config.sample_seed + n} | item) for n, item in enumerate(own)]
+
+
+def sample_texts(config: TrainingConfig) -> list[str]:
+    """List every prompt of the samples, and then the negative ones."""
+    settings = sample_settings(config.sample_prompts, config)
+    return list(dict.fromkeys([*(item.prompt for item in settings), *(item.negative_prompt for item in settings)]))
 
 
 def with_settings(config: TrainingConfig, values: JSON) -> TrainingConfig:
@@ -510,6 +568,10 @@ def with_settings(config: TrainingConfig, values: JSON) -> TrainingConfig:
 def frozen(values: JSON) -> JSON:
     """Return a config's values with tuples for lists."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def all_trigger_words(config: TrainingConfig) -> list[str]:
+    return list(dict.fromkeys(itertools.chain(config.trigger_words, *(c["trigger_words"] for c in config.concepts))))
 
 
 def keys_marked(mark: str) -> list[str]:
@@ -619,6 +681,14 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         (optimizer.averages and values["ema_decay"], "ema_decay", "must be null: this optimizer averages by itself"),
         (optimizer.averages and not values["adam_beta1"], "adam_beta1", "must be more than 0 with this optimizer"),
     ]
+    folders = [concept_folder(concept) for concept in values["concepts"]]
+    for number, folder in enumerate(folders):
+        path, is_outside = f"concepts[{number}].folder", re.match(r"\.$|\.\.(/|$)|/|[A-Za-z]:", folder)
+        rules.append((is_outside, path, "must be a folder inside dataset_path"))
+        near = (
+            f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in folders[:number]
+        )
+        rules.append((not is_outside and any(near), path, "must not be, hold or lie in another concept's folder"))
     yield from (problem(path, message) for broken, path, message in rules if broken)
     packages = [("report_to", name) for name in values["report_to"]]
     packages += [("quantize_base", "bitsandbytes")] if nf4 else []
@@ -636,7 +706,6 @@ def unused_packages(config: TrainingConfig) -> list[str]:
 
 
 USED_WITH = {
-    "keep_tokens": "shuffle_tags",
     "unmasked_weight": "masked_loss",
     "prior_loss_weight": "regularization_path",
     "validation_split": "validation_steps",
@@ -653,6 +722,7 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     unused = {key: f"this {USED_WITH[key]}" for key in off}
     unused |= dict.fromkeys([] if row.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"], name)
     unused |= dict.fromkeys(["text_encoder_learning_rate"] if row.adapts else [], name)
+    unused |= {} if config.shuffle_tags or config.tag_dropout else {"keep_tokens": "this shuffle_tags and tag_dropout"}
     for key, reason in unused.items():
         if getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs."
@@ -2185,7 +2255,9 @@ REPEATS_FOLDER = re.compile(r"(?s:.*/)?(\d{1,4})_([^/]+)/")  # In kohya's tools,
 ROOT_WITH_REPEATS = re.compile(r"([1-9]\d?)_(.+)")  # A root such as 2024_garden is more likely a year.
 REGULARIZATION_FOLDER = re.compile(r"(?s:.*/)?reg(ularization)?(_images)?/\d{1,4}_[^/]+/", re.IGNORECASE)
 PROMPT_FLAGS = re.compile(r"(?:^|\s)--[a-z]{1,2}\s+-?[\d.]")  # Prompt files of kohya's tools have --w 512 --s 28.
-CAPTION_VARIANTS = 16  # A caption's tags are shuffled in at most this many ways, because each one is encoded.
+CAPTION_WEIGHTS = re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\bBREAK\b")
+CAPTION_CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+CAPTION_VARIANTS = 16  # A caption has at most this many variants, because each one is encoded.
 DATASET_HINTS = {
     "image_skipped": "Repair or remove the file that is named; a picture can be saved again as PNG or JPEG.",
     "link_not_followed": "Copy the files into the folder, or give the folder in which they are.",
@@ -2201,9 +2273,10 @@ DATASET_HINTS = {
     "images_tiny": "Larger originals train sharper; or lower the resolution.",
     "duplicates": "Remove the copies, or use repeats.",
     "prompts_untriggered": "Put a trigger word into one: without it the samples show little of what is learned.",
-    "prompt_flags": "Remove them; sizes, steps and seeds are set by resolution and the sample_ keys.",
+    "prompt_flags": "Remove them: an item of sample_prompts can be an object with settings of its own.",
+    "captions_weighted": "Remove them: (word:1.2) and BREAK are instructions of other programs, and train as words.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or a file NAME{MASK_SUFFIX}.",
-    "captions_multiline": "All lines are read as one caption; remove the others if they are alternatives.",
+    "captions_multiline": "Set caption_lines to what they are: join, first or each.",
     "validation_empty": "validation_split needs two images of different content.",
 }
 
@@ -2226,6 +2299,9 @@ class Example:
     mask: Path | None
     mask_digest: str
     profile_fault: str  # It says why the colour profile is not used, or is "".
+    concept: str = ""  # It is the concept's folder.
+    loss_weight: float = 1.0
+    line_count: int = 1  # So many lines the caption had, whatever is done with them.
 
     @property
     def has_mask(self) -> bool:
@@ -2303,6 +2379,7 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
     Image.MAX_IMAGE_PIXELS = 60_000_000  # Pillow raises an error above twice this number.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # ComfyUI's workflows can be over a megabyte.
     examples, issues = scan_folder(config, Path(config.dataset_path), events)
+    check_concepts(config, {example.concept for example in examples})
     examples = hold_out(examples, config.validation_split, config.seed)
     if config.regularization_path:
         prior, prior_issues = scan_folder(config, Path(config.regularization_path), events)
@@ -2316,6 +2393,18 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
         hint = 'Correct the entries under problems, or set on_bad_image to "skip".'
         raise TrainerError("dataset_unreadable", message, hint, unusable)
     return Dataset(tuple(examples), tuple(issues))
+
+
+def check_concepts(config: TrainingConfig, found: Collection[str]) -> None:
+    """Raise `config_invalid` for concepts without an image; `found` are the folders that have one."""
+    folders = dict(enumerate(map(concept_folder, config.concepts)))
+    problems = [
+        problem(f"concepts[{number}].folder", f"there is no usable image in {Path(config.dataset_path, folder)}")
+        for number, folder in folders.items()
+        if folder not in found
+    ]
+    if problems:
+        raise TrainerError("config_invalid", listing([f"{p['path']}: {p['message']}" for p in problems]), "", problems)
 
 
 @os_errors_as("dataset_unreadable")
@@ -2367,10 +2456,6 @@ def list_files(root: Path, excluded: Collection[Path]) -> tuple[dict[str, Path],
 
 def is_training_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not MASK_FILE.fullmatch(name)
-
-
-def composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 NOT_READ = {
@@ -2462,16 +2547,27 @@ def check_image(
     # The nearest folder with repeats above the image counts, dataset_path itself included.
     kohya = REPEATS_FOLDER.match(name) or ROOT_WITH_REPEATS.match(root.name)
     repeats, label = (int(kohya[1]), kohya[2].strip()) if kohya else (1, "")
-    repeats *= config.repeats if role == "train" else 1
+    concept = concept_of(name, config) if role == "train" else {"trigger_words": []}
+    repeats *= concept.get("repeats", config.repeats) if role == "train" else 1
     sources = {"metadata.jsonl": captions.get(name, ""), "sidecar": sidecar.strip(), "folder name": label}
     source = next((key for key, text in sources.items() if text), "trigger words")
     caption = sources.get(source, "").encode("utf-8", "replace").decode()  # Tokenizers refuse lone surrogates.
+    words = concept["trigger_words"]
+    lines = [line.strip() for line in caption.splitlines() if line.strip()]
+    texts = {"join": [caption], "first": lines[:1], "each": lines}[config.caption_lines]
     if role == "train":
-        caption = with_trigger_words(caption, config.trigger_words, config.caption_separator)
+        bare = " ".join(filter(None, [f"{config.caption_separator} ".join(words), concept.get("class_words", "")]))
+        texts = [with_trigger_words(text or bare, words, config.caption_separator) for text in texts or [""]]
     has_alpha = alpha is not None and alpha.getextrema() != (255, 255)
-    return Example(
-        title, path, root, caption, source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest, fault
-    )
+    facts = (source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest, fault)
+    place = concept_folder(concept) if "folder" in concept else ""
+    return Example(title, path, root, "\n".join(texts), *facts, place, concept.get("loss_weight", 1.0), len(lines))
+
+
+def concept_of(name: str, config: TrainingConfig) -> Mapping[str, Any]:
+    """Return the concept whose folder an image is in; the others have the words that no concept has."""
+    found = (concept for concept in config.concepts if name.startswith(f"{concept_folder(concept)}/"))
+    return next(found, {"trigger_words": unclaimed_words(vars(config))})
 
 
 def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
@@ -2480,15 +2576,44 @@ def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> st
     return f"{separator} ".join(filter(None, [*missing, caption]))
 
 
+def caption_texts(caption: str, config: TrainingConfig) -> list[str]:
+    """Return the alternatives of a caption: its lines, or itself."""
+    return caption.split("\n") if config.caption_lines == "each" else [caption]
+
+
 def caption_variants(caption: str, config: TrainingConfig, epochs: int) -> tuple[str, ...]:
-    """Return the texts that stand for a caption: itself, or one shuffle per epoch, which more epochs do not change."""
-    if not (config.shuffle_tags and epochs):
-        return (caption,)
-    tags = [tag.strip() for tag in caption.split(config.caption_separator) if tag.strip()]
+    """Return the texts that stand for a caption, one for each epoch up to 16, which more epochs do not change.
+
+    Variant n depends on (seed, caption, n) only. Without epochs there are no draws: the first line and choices count.
+    """
+    lines = caption_texts(caption, config)
+    if not epochs:
+        return (choose(lines[0], config, None),)
+    order = random.Random(draw_key("caption lines", config.seed, caption)).sample(lines, len(lines))
+    is_drawn = config.shuffle_tags or config.tag_dropout or (config.caption_choices and CAPTION_CHOICE.search(caption))
+    count = min(epochs, CAPTION_VARIANTS) if is_drawn or len(lines) > 1 else 1
+    return tuple(vary(order[number % len(order)], config, (config.seed, caption, number)) for number in range(count))
+
+
+def choose(text: str, config: TrainingConfig, draw: random.Random | None) -> str:
+    """Replace each {a|b} by a drawn part, or by its first one; the inner ones come first."""
+    while config.caption_choices and (match := CAPTION_CHOICE.search(text)):
+        parts = match[1].split("|")
+        text = text[: match.start()] + (draw.choice(parts) if draw else parts[0]) + text[match.end() :]
+    return text
+
+
+def vary(text: str, config: TrainingConfig, key: tuple[int, str, int]) -> str:
+    """Draw choices, the order of tags, and which tags are left out."""
+    text = choose(text, config, random.Random(draw_key("choices", *key)))
+    if not (config.shuffle_tags or config.tag_dropout):
+        return text
+    tags = [tag.strip() for tag in text.split(config.caption_separator) if tag.strip()]
     kept, loose = tags[: config.keep_tokens], tags[config.keep_tokens :]
-    draws = [random.Random(draw_key("tags", config.seed, caption, number)) for number in range(CAPTION_VARIANTS)]
-    shuffled = [[*kept, *draw.sample(loose, len(loose))] for draw in draws[:epochs]]
-    return tuple(f"{config.caption_separator} ".join(tags) for tags in shuffled)
+    if config.shuffle_tags:
+        loose = random.Random(draw_key("tags", *key)).sample(loose, len(loose))
+    draw = random.Random(draw_key("tag dropout", *key))
+    return f"{config.caption_separator} ".join([*kept, *(tag for tag in loose if draw.random() >= config.tag_dropout)])
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
@@ -2564,19 +2689,26 @@ def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) 
     bare = [e.name for e in examples if e.caption_source == "trigger words"]
     garbled = [e.name for e in examples if "\ufffd" in e.caption or "\0" in e.caption]  # UTF-16 can leave NULs.
     tiny = [e.name for e in examples if min(e.width, e.height) < resolution / 2]
-    prompts = "\n".join(config.sample_prompts)
-    triggered = any(with_trigger_words(prompts, [word], "") == prompts for word in config.trigger_words)
-    flagged = [prompt for prompt in config.sample_prompts if PROMPT_FLAGS.search(prompt)]
+    prompts = [item.prompt for item in sample_settings(config.sample_prompts, config)]
+    text = "\n".join(prompts)
+    triggered = any(with_trigger_words(text, [word], "") == text for word in all_trigger_words(config))
+    flagged = [prompt for prompt in prompts if PROMPT_FLAGS.search(prompt)]
+    done = {"join": "read as one caption", "first": "only the first one trains", "each": "one line per epoch, up to 16"}
+    several = [e.name for e in examples if e.line_count > 1]
     unsplit = config.validation_split > 0 and not dataset.of_role("validation")
     rows = {
         "colour_profile_unusable": ("Pictures whose colour profile is left out", faults),
         "caption_doubtful": ("Captions that are not UTF-8 text", garbled),
         "captions_missing": ("Images without a caption", bare),
-        "captions_multiline": ("Captions of several lines", [e.name for e in examples if "\n" in e.caption]),
+        "captions_multiline": (f"Captions of several lines, {done[config.caption_lines]}", several),
+        "captions_weighted": (
+            "Captions with weights or BREAK",
+            [e.name for e in examples if CAPTION_WEIGHTS.search(e.caption)],
+        ),
         "images_tiny": (f"Images smaller than half the resolution {resolution}", tiny),
         "duplicates": ("Images that are there more than once", [" = ".join(names) for names in duplicates(dataset)]),
         "validation_empty": ("Too few different images to hold one out", [e.name for e in examples if unsplit]),
-        "prompts_untriggered": ("Sample prompts without a trigger word", () if triggered else config.sample_prompts),
+        "prompts_untriggered": ("Sample prompts without a trigger word", () if triggered else prompts),
         "prompt_flags": ("Prompts with options such as --w 512, which are drawn as words", flagged),
         "masks_missing": ("Images without a mask", [e.name for e in examples if config.masked_loss and not e.has_mask]),
     }
@@ -2833,20 +2965,22 @@ COMMON_TOKENS = 20_000  # CLIP's 49,408 tokens are numbered from the most to the
 
 def token_report(config: TrainingConfig, dataset: Dataset, tokenizers: Sequence[Any]) -> JSON:
     """Count what the text encoders see of captions and prompts, and find trigger words that already mean something."""
-    prompts = [*config.sample_prompts, config.sample_negative_prompt]
+    prompts = sample_texts(config)
+    captions = {example.name: caption_texts(example.caption, config) for example in dataset.examples}
     longest = {
         text: max(len(token_ids(tokenizer, text)) for tokenizer in tokenizers)
-        for text in {*(example.caption for example in dataset.examples), *prompts}
+        for text in {*itertools.chain.from_iterable(captions.values()), *prompts}
     }
     vocabulary = tokenizers[0].get_vocab()
-    words = {word: re.findall(r"\w+", word.lower()) for word in config.trigger_words}
+    words = {word: re.findall(r"\w+", word.lower()) for word in all_trigger_words(config)}
     common = [
         word
         for word, parts in words.items()
         if parts and all(vocabulary.get(f"{part}</w>", COMMON_TOKENS) < COMMON_TOKENS for part in parts)
     ]
-    cut = [example.name for example in dataset.examples if longest[example.caption] > config.max_caption_tokens]
-    counts = {"limit": config.max_caption_tokens, "longest": max(longest[e.caption] for e in dataset.examples)}
+    lengths = {name: max(longest[text] for text in texts) for name, texts in captions.items()}
+    cut = [name for name, length in lengths.items() if length > config.max_caption_tokens]
+    counts = {"limit": config.max_caption_tokens, "longest": max(lengths.values())}
     prompts_cut = [prompt for prompt in prompts if longest[prompt] > config.max_caption_tokens]
     return counts | {"cut": cut, "prompts_cut": prompts_cut, "common_trigger_words": common}
 
@@ -2964,9 +3098,9 @@ class PromptEncoder:
         return torch.cat(states, dim=-1), pooled
 
 
-def square_time_ids(side: int) -> Tensor:
-    """Return SDXL's time ids [1, 6] of a whole square image."""
-    return torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
+def whole_image_ids(width: int, height: int) -> Tensor:
+    """Return SDXL's time ids [1, 6] of an image that is not cropped."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
 
 
 def encode_images(vae: Any, images: Sequence[PreparedImage]) -> list[CachedImage]:
@@ -3384,6 +3518,24 @@ class Adapter:
             for component in self.components:
                 component.train()
 
+    @contextlib.contextmanager
+    def strength(self, scale: float) -> Iterator[None]:
+        """Let each layer compute with W + scale * (W' - W), where W' is its weight with the adapter."""
+
+        def blend(layer: Any, inputs: Any, output: Tensor) -> Tensor:
+            frozen: Tensor = layer.get_base_layer()(*inputs)
+            return frozen + scale * (output - frozen)
+
+        kind: Any = peft.tuners.tuners_utils.BaseTunerLayer
+        layers = itertools.chain.from_iterable(component.modules() for component in self.components)
+        hooks = [layer.register_forward_hook(blend) for layer in layers if scale != 1 and isinstance(layer, kind)]
+        try:  # Compiled blocks do not see new hooks.
+            with torch.compiler.set_stance("force_eager") if hooks else contextlib.nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def save(self) -> tuple[dict[str, Tensor], JSON]:
         """Return all that the training goes on from, as tensors and as JSON."""
         tensors = {"weights": self.weights} | ({} if self.average is None else {"average": self.average})
@@ -3609,7 +3761,7 @@ def lora_header(
     `with_hashes`). Nothing private is in it: no path, no token.
     """
     family, side, row, rates = source.family, config.resolution, OPTIMIZERS[config.optimizer], learning_rates(config)
-    words, is_lora = f"{config.caption_separator} ".join(config.trigger_words), config.lora_type == "lora"
+    words, is_lora = f"{config.caption_separator} ".join(all_trigger_words(config)), config.lora_type == "lora"
     modelspec: JSON = {"sai_model_spec": "1.0.1", "implementation": "diffusers", "date": utc_now("seconds")}
     modelspec |= {"title": config.output_name, "hash_sha256": f"0x{NO_HASH}", "trigger_phrase": words}
     modelspec |= {"architecture": family.architecture[prediction], "resolution": f"{side}x{side}"}
@@ -3626,7 +3778,7 @@ def lora_header(
     kohya |= {"max_train_steps": config.steps, "training_finished_at": f"{time.time():.3f}"}
     public = {key: getattr(config, key) for key in keys_marked("x-public")}
     own = {"version": VERSION, "run_id": run_id, "save_dtype": config.save_dtype, "save_format": config.save_format}
-    own |= {"params": json.dumps(public), "trigger_words": json.dumps(config.trigger_words)}
+    own |= {"params": json.dumps(public), "trigger_words": json.dumps(all_trigger_words(config))}
     header = dataset | {"sshs_model_hash": NO_HASH, "sshs_legacy_hash": NO_LEGACY_HASH}
     for prefix, values in (("modelspec.", modelspec), ("ss_", kohya), ("train_lora.", own)):
         header |= {f"{prefix}{key}": value for key, value in values.items()}
@@ -4150,7 +4302,9 @@ def estimate_vram(
     activations = activation_bytes(config, source, resolution, lora_weights, half=half, checkpointing=checkpointing)
     # Without gradients the UNet takes less than in training, so the peak of a sample is its decoding.
     options: JSON = {"half": half, "gpu": gpu}
-    pixels = pixels_at_once(source, [resolution**2], activations, decoding=True, **options)
+    sizes = sample_settings(config.sample_prompts, dataclasses.replace(config, resolution=resolution))
+    largest = max(item.width * item.height for item in sizes)
+    pixels = pixels_at_once(source, [largest], activations, decoding=True, **options)
     sampling = vae_bytes(source, pixels, decoding=True, **options) if draws_samples(config) else 0
     finishing = 0 if gpu else lora_weights * 8  # The final file is written and read back in main memory.
     choices = encoding_choices(resolution, gpu)
@@ -4230,11 +4384,10 @@ class Plan:
     def half(self) -> bool:
         return self.dtype_name != "float32"
 
-    @property
-    def decode_pixels(self) -> int:
-        """The pixels of a sample that are decoded at once, so that this takes no more than a step."""
+    def decode_pixels(self, pixels: int) -> int:
+        """Return how many of a sample's pixels are decoded at once, so that this takes no more than a step."""
         options = {"half": self.half, "gpu": is_gpu(self.hardware), "decoding": True}
-        return pixels_at_once(self.source, [self.resolution**2], self.memory["activations"], **options)
+        return pixels_at_once(self.source, [pixels], self.memory["activations"], **options)
 
     @property
     def encode_pixels(self) -> int:
@@ -4288,18 +4441,19 @@ class Plan:
     def header_facts(self, step: int) -> JSON:
         """Return the ss_* keys of a LoRA file's header that describe the images and the run's length."""
         config, train = self.config, self.dataset.of_role("train")
-        tags = (tag.strip() for example in train for tag in example.caption.split(config.caption_separator))
+        texts = (text for example in train for text in caption_texts(example.caption, config))
+        tags = (tag.strip() for text in texts for tag in text.split(config.caption_separator))
         frequency = {tag: count for tag, count in collections.Counter(tags).most_common(1000) if tag}
         folder = {"n_repeats": config.repeats, "img_count": len(train)}  # Its real name stays private.
         rows = [{"resolution": size, "count": len(members)} for size, members in self.buckets.items()]
-        facts = {"epoch": math.ceil(self.epoch(step)), "num_train_images": len(train)}
+        facts: JSON = {"epoch": math.ceil(self.epoch(step)), "num_train_images": len(train)}
         largest = largest_batch(self.buckets, self.batch_size)
         facts |= {"total_batch_size": largest * config.gradient_accumulation_steps}
         facts |= {"num_reg_images": len(self.dataset.of_role("prior"))}
         documents = {"dataset_dirs": {"dataset": folder}, "bucket_info": {"buckets": dict(enumerate(rows))}}
         documents |= {"tag_frequency": {"dataset": frequency}}
-        texts = facts | {key: json.dumps(document) for key, document in documents.items()}
-        return {f"ss_{key}": value for key, value in texts.items()}
+        facts |= {key: json.dumps(document) for key, document in documents.items()}
+        return {f"ss_{key}": value for key, value in facts.items()}
 
     def dataset_report(self) -> JSON:
         """Return the `validated` event's field `dataset`."""
@@ -4313,6 +4467,9 @@ class Plan:
         report |= {"regularization_images": len(dataset.of_role("prior"))}
         report |= {"skipped": [problem(issue.path, issue.message) for issue in dataset.issues]}
         report |= {"captions": dict(count(example.caption_source for example in own))}
+        report |= {
+            "concepts": {concept_folder(c): 0 for c in config.concepts} | count(e.concept for e in own if e.concept)
+        }
         report |= {"repeats": {str(times): number for times, number in repeats}}
         report |= {"buckets": {f"{width}x{height}": len(items) for (width, height), items in self.buckets.items()}}
         report |= {"steps_per_epoch": math.ceil(self.batches_per_epoch / config.gradient_accumulation_steps)}
@@ -4389,11 +4546,12 @@ def decide(
     buckets = make_buckets(dataset, sizes, config.seed)
     batch_size = config.batch_size * processes
     batches = batches_per_epoch(buckets, batch_size)
+    config = with_cadences(config, batches)
     steps = count_steps(config, batches)
     epochs = math.ceil(steps * config.gradient_accumulation_steps / batches)
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
     captions = list(dict.fromkeys(itertools.chain([""], *variants)))
-    prompts = sorted({*config.sample_prompts, config.sample_negative_prompt} - {*captions})
+    prompts = sorted({*sample_texts(config)} - {*captions})
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
     needed = cache_bytes(config, source, sizes, texts) * processes
     cache_folder, cache_why = choose_cache(config, needed)
@@ -4429,6 +4587,17 @@ def decide(
         checkpointing_why=why,
         cache_why=cache_why,
     )
+
+
+def with_cadences(config: TrainingConfig, batches: int) -> TrainingConfig:
+    """Return the config with steps for the cadences that are given in epochs of so many batches."""
+
+    def steps(epochs: int | None, steps: int) -> int:
+        return math.ceil(epochs * batches / config.gradient_accumulation_steps) if epochs else steps
+
+    every: JSON = {"validation_steps": steps(config.validation_epochs, config.validation_steps)}
+    every |= {"checkpoint_steps": steps(config.checkpoint_epochs, config.checkpoint_steps)}
+    return dataclasses.replace(config, **every)
 
 
 def count_steps(config: TrainingConfig, batches: int) -> int:
@@ -4693,26 +4862,22 @@ class EncodedDataset:
             return
         self.events.info("Loading the VAE.", phase="loading")
         vae = load_component(plan.source, "vae", self.vae_dtype, self.device)
-        self.limit_tiles(vae, plan.encode_pixels)
+        self.limit_tiles(vae, plan.encode_pixels, plan.resolution**2)
         self.fill("Encoding images.", missing, lambda images: encode_images(vae, images), ImageVariant.load)
         if keeps_decoder:
-            self.keep_decoder(vae)
+            vae.encoder = vae.quant_conv = None
+            self.vae = vae.to("cpu")
 
-    def keep_decoder(self, vae: Any) -> Any:
-        vae.encoder = vae.quant_conv = None
-        self.limit_tiles(vae, self.plan.decode_pixels)
-        self.vae = vae.to("cpu")
-        return vae
+    def decoder(self, pixels: int) -> Any:
+        """Return the VAE for a sample of so many pixels. It waits in main memory, or is loaded now."""
+        if self.vae is None:
+            self.vae = load_component(self.plan.source, "vae", self.vae_dtype, torch.device("cpu"))
+        self.limit_tiles(self.vae, self.plan.decode_pixels(pixels), pixels)
+        return self.vae
 
-    def decoder(self) -> Any:
-        """Return the VAE's decoder, which waits in main memory; it is loaded for a sample that nobody planned."""
-        return self.vae or self.keep_decoder(
-            load_component(self.plan.source, "vae", self.vae_dtype, torch.device("cpu"))
-        )
-
-    def limit_tiles(self, vae: Any, pixels: int) -> None:
-        """Let the VAE work in tiles where less than an image is to be worked on at once."""
-        vae.use_tiling = pixels < self.plan.resolution**2
+    def limit_tiles(self, vae: Any, pixels: int, whole: int) -> None:
+        """Let the VAE work in tiles where less than an image's `whole` number of pixels is to be worked on at once."""
+        vae.use_tiling = pixels < whole
         if vae.use_tiling:
             vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_SIDE, TILE_SIDE // self.plan.source.vae_factor
 
@@ -4867,7 +5032,8 @@ class EncodedDataset:
             captions = plan.variants[index]
             variants.append(plan.variant(index, mirrored))
             texts.append("" if dropped else captions[epoch % len(captions)])
-            weights.append(plan.config.prior_loss_weight if variants[-1].example.role == "prior" else 1.0)
+            example = variants[-1].example
+            weights.append(plan.config.prior_loss_weight if example.role == "prior" else example.loss_weight)
         return self.batch(variants, texts, weights, part)
 
 
@@ -4887,54 +5053,48 @@ text{font-size:14px;fill:currentColor;text-anchor:end}"""
 class Sampler:
     """Draws one image per call with DDIM and classifier-free guidance, from the model's own scheduler config."""
 
-    config: TrainingConfig  # It is a plan's, so resolution is a number.
     source: ModelSource
     prediction_type: str
-    vae: Any
+    decoder: Callable[[int], Any]  # It returns the VAE for an image of so many pixels.
     device: torch.device
     predict: Predict
     conditions: Callable[[Sequence[str], Tensor], Conditions]  # It encodes two texts with SDXL's time ids [2, 6].
 
-    def __post_init__(self) -> None:
+    def draw(self, settings: SampleSettings, events: EventStream, title: str, stop: StopWatcher) -> Image.Image | None:
+        """Return an image, or None when a stop was asked for before a denoising step."""
         # Other spacings leave out the last timestep, which is pure noise (Lin et al. 2023, section 3.3).
         spacing = {"timestep_spacing": "trailing"} if self.source.scheduler["rescale_betas_zero_snr"] else {}
         # Latents have no fixed range, so they must not be clipped to one.
-        settings = {"prediction_type": self.prediction_type, "clip_sample": False, **spacing}
+        changes = {"prediction_type": self.prediction_type, "clip_sample": False, **spacing}
         scheduler_class: Any = diffusers.DDIMScheduler
-        self.scheduler = scheduler_class.from_config({**self.source.scheduler, **settings})
-        self.scheduler.set_timesteps(self.config.sample_steps, device=self.device)
-
-    def draw_each(
-        self, prompts: Iterable[str], events: EventStream, title: str, stopped: Callable[[], bool]
-    ) -> Iterator[tuple[str, int, Image.Image]]:
-        """Yield (prompt, seed, image), until `stopped` says yes."""
-        for seed, prompt in enumerate(prompts, self.config.sample_seed):
-            if (image := self.draw(prompt, seed, events, title, stopped)) is None:
-                return
-            yield prompt, seed, image
-
-    def draw(
-        self, prompt: str, seed: int, events: EventStream, title: str, stopped: Callable[[], bool]
-    ) -> Image.Image | None:
-        """Return the image of a prompt, or None when `stopped` said yes before a denoising step."""
-        side, factor = int(self.config.resolution or 0), self.source.vae_factor
-        shape = (1, int(self.source.unet.get("in_channels", 4)), side // factor, side // factor)
+        scheduler = scheduler_class.from_config({**self.source.scheduler, **changes})
+        scheduler.set_timesteps(settings.steps, device=self.device)
+        factor, (width, height) = self.source.vae_factor, (settings.width, settings.height)
+        shape = (1, int(self.source.unet.get("in_channels", 4)), height // factor, width // factor)
         # The noise comes from the CPU's generator, so a seed starts from the same noise on every device.
-        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        time_ids = square_time_ids(side).repeat(2, 1)
-        timesteps = self.scheduler.timesteps
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed)).to(self.device)
         with torch.no_grad():
-            conditions = self.conditions([self.config.sample_negative_prompt, prompt], time_ids)
-            for timestep in events.track(title, timesteps, len(timesteps), phase="sampling"):
-                if stopped():
+            texts = [settings.negative_prompt, settings.prompt]
+            conditions = self.conditions(texts, whole_image_ids(width, height).repeat(2, 1))
+            for timestep in events.track(title, scheduler.timesteps, settings.steps, phase="sampling"):
+                if stop.requested:
                     return None
                 negative, positive = self.predict(torch.cat([latents] * 2), timestep, conditions).float().chunk(2)
-                guided = negative + self.config.sample_guidance_scale * (positive - negative)
-                latents = self.scheduler.step(guided, timestep, latents).prev_sample
+                guided = negative + settings.guidance_scale * (positive - negative)
+                latents = scheduler.step(guided, timestep, latents).prev_sample
+            vae = self.decoder(width * height)
             try:
-                return decode_latents(self.vae.to(self.device), latents)
+                return decode_latents(vae.to(self.device), latents)
             finally:
-                self.vae.to("cpu")  # The training needs the memory.
+                vae.to("cpu")  # The training needs the memory.
+
+
+def sample_facts(settings: SampleSettings, source: ModelSource, step: int) -> dict[str, str]:
+    """Return a sample's PNG texts; `parameters` is what A1111 writes and reads back (modules/infotext_utils.py)."""
+    line = f"Steps: {settings.steps}, Sampler: DDIM, CFG scale: {settings.guidance_scale:g}, Seed: {settings.seed}, "
+    line += f"Size: {settings.width}x{settings.height}, Model: {source.name}, LoRA strength: {settings.lora_scale:g}"
+    parameters = f"{settings.prompt}\nNegative prompt: {settings.negative_prompt}\n{line}"
+    return {"prompt": settings.prompt, "seed": str(settings.seed), "step": str(step), "parameters": parameters}
 
 
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -5048,7 +5208,8 @@ def draw_grid(samples: Samples) -> Image.Image:
             left = gap + cell * steps.index(step)
             pen.text((left, top + 16), f"step {step}", "dimgray", font, anchor="lm")
             with Image.open(path) as image:
-                sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top + gap))
+                fitted = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+                sheet.paste(fitted, (left + (side - fitted.width) // 2, top + gap + (side - fitted.height) // 2))
     return sheet
 
 
@@ -5348,7 +5509,7 @@ class LoRATrainer:
 
     def measure_prediction(self) -> str:
         """Return what the UNet predicts: as model or config say, else as it answers to pure noise."""
-        conditions = self.data.conditions([""], square_time_ids(self.source.native_resolution))
+        conditions = self.data.conditions([""], whole_image_ids(*[self.source.native_resolution] * 2))
         measured = measure_prediction_type(self.predict, self.unet.config.in_channels, conditions, len(self.alpha_bar))
         if measured == self.source.prediction_type:
             return measured
@@ -5618,23 +5779,24 @@ class LoRATrainer:
         self.emit_and_track("validation", step=step, loss=float(torch.cat(losses).mean()))
 
     @main_only
-    def sample(self, step: int, prompts: Sequence[str], first: int = 0) -> list[str]:
+    def sample(self, step: int, prompts: Sequence[str | Mapping[str, Any]], first: int = 0) -> list[str]:
         """Draw one image per prompt, numbered from `first`; return the files. No draw of the training changes."""
-        self.events.phase, made = "sampling", list[str]()
+        self.events.phase, wanted, made = "sampling", sample_settings(prompts, self.config), list[str]()
         try:
-            self.data.encode_prompts([self.config.sample_negative_prompt, *prompts])
-            parts = (self.data.decoder(), self.device, self.predict, self.data.conditions)
-            sampler = Sampler(self.config, self.source, self.prediction_type, *parts)
+            self.data.encode_prompts([text for item in wanted for text in (item.negative_prompt, item.prompt)])
+            parts = (self.data.decoder, self.device, self.predict, self.data.conditions)
+            sampler = Sampler(self.source, self.prediction_type, *parts)
             with self.adapter.evaluating():
-                title = f"Sampling at step {step}."
-                drawn = sampler.draw_each(prompts, self.events, title, lambda: self.stop.requested)
-                for index, (prompt, seed, image) in enumerate(drawn, first):
+                for index, item in enumerate(wanted, first):
+                    with self.adapter.strength(item.lora_scale):
+                        image = sampler.draw(item, self.events, f"Sampling at step {step}.", self.stop)
+                    if image is None:
+                        break
                     path = self.folder.sample(step, index)
-                    write_file(path, png_bytes(image, {"prompt": prompt, "seed": str(seed), "step": str(step)}))
+                    write_file(path, png_bytes(image, sample_facts(item, self.source, step)))
                     made.append(str(path))
-                    facts: JSON = {"prompt": prompt, "index": index, "seed": seed}
-                    facts |= {"width": image.width, "height": image.height}
-                    self.emit_and_track("sample", step=step, image_path=str(path), **facts)
+                    facts = {key: getattr(item, key) for key in ("prompt", "seed", "width", "height", "lora_scale")}
+                    self.emit_and_track("sample", step=step, image_path=str(path), index=index, **facts)
         except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
             failure = as_trainer_error(error, "sampling")
             if failure.code == "device_failed":
