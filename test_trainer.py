@@ -1606,7 +1606,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     result = made.stop()
     types = [event["type"] for event in result.events if "idle_seconds" not in event]
     assert (result.code, types) == (143, ["start", "info", "info", "interrupted"])
-    lines = ["ready", result.events[1]["message"], "interrupted: Stopped by SIGTERM: nothing to save."]
+    lines = ["ready", result.events[1]["message"], "A stop was asked for."]
+    lines.append("interrupted: Stopped by SIGTERM: nothing to save.")
     assert sorted(result.stderr.splitlines()) == sorted(lines)
 
 

@@ -477,18 +477,14 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
         nested = {}
     for key in (key for key in top if key in nested and top[key] != nested[key]):
         problems.append(problem(key, "has one value at the top level and another under training_params; keep one"))
-    for key in ("validation_steps", "checkpoint_steps"):
-        if key in {**top, **nested, **changed} and (other := key.replace("steps", "epochs")) in {
-            **top,
-            **nested,
-            **changed,
-        }:
-            problems.append(problem(other, f"counts the same as {key}: keep one"))
     values = {key: definition["default"] for key, definition in definitions.items() if "default" in definition}
     base = Path.cwd() if source == "-" else Path(source).resolve().parent
     for prefix, layer, folder in (("training_params.", nested, base), ("", top, base), ("--set ", changed, Path.cwd())):
         problems += [unknown_key(prefix + key, key) for key in layer if key not in definitions]
         values |= {key: resolve_value(layer[key], definitions[key], folder) for key in layer if key in definitions}
+    for key in ("validation", "checkpoint"):
+        if values[f"{key}_epochs"] is not None and f"{key}_steps" in {**top, **nested, **changed}:
+            problems.append(problem(f"{key}_epochs", f"counts the same as {key}_steps: keep one"))
     # A key that is missing may have been meant to be in training_params.
     checked = check_values(values, definitions)
     wrong_values = [item for item in checked if is_whole or not item["message"].startswith("is required")]
