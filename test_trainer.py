@@ -1221,6 +1221,7 @@ REFUSED: dict[str, tuple[bytes, Any, str]] = {  # Each line has the id of its an
     "null steps": (request(1, "set", values={"steps": None}), 1, "steps: must not be null"),
     "no prompt": (request(1, "sample", prompts=[]), 1, "sample_prompts"),
     "a prompt that is no text": (request(1, "sample", prompts=[1]), 1, "1 is not of type 'string'"),
+    "an odd size": (request(1, "sample", prompts=[{"prompt": "a", "width": 65}]), 1, "65 is not a multiple of 8"),
 }
 
 
@@ -1272,7 +1273,8 @@ def random_requests(seed: int, count: int, steps: int) -> dict[int, list[bytes]]
         kind = draw.choice(["sample", "save", "set", "prompts", "junk"])
         junk = draw.choice([line for line, known, _ in REFUSED.values() if known is None])
         rows = {"set": request(key, "set", values=draw.choice(values)), "junk": junk}
-        rows["prompts"] = request(key, "sample", prompts=draw.choices(["a", "b", "some other", ""], k=2))
+        own = {"prompt": "b", "negative_prompt": "c", "width": 72, "height": 64, "steps": 1, "lora_scale": 0.5}
+        rows["prompts"] = request(key, "sample", prompts=draw.choices(["a", "b", "some other", "", own], k=2))
         lines[draw.randrange(1, steps)].append(rows.get(kind) or request(key, kind))
     return lines
 
