@@ -851,6 +851,7 @@ def test_a_wrong_command_line_is_an_error_event_and_exit_code_2(arguments: str) 
 
 def test_a_heartbeat_comes_when_there_was_no_event_and_is_no_sign_of_progress() -> None:
     code = "s.HEARTBEAT_S, before = 0.3, s.beat_at\nwhile s._seq < 3: time.sleep(0.05)\n"
+    code += "s.emit('response', id=1, request='save', state='done', message='Done.', paths=[])\n"
     result = streamed(f"{code}assert s.beat_at == before\n{END}")
     beats = result.of("info")
     assert len(beats) == 2 and all(event["message"] == "Still starting." for event in beats)
@@ -861,7 +862,7 @@ def test_a_heartbeat_comes_when_there_was_no_event_and_is_no_sign_of_progress() 
 
 def test_events_are_strict_ascii_json_in_one_line_whatever_they_hold() -> None:
     fields = {"loss": math.nan, "path": Path("a\udcffb"), "text": "\ud800é\n" * 10**6, "deep": [{"a": math.inf}]}
-    line = trainer.ProgressEvent("info", 0, "", 0.0, fields).line()
+    line = trainer.json_line(fields)
     event = json.loads(line, parse_constant=lambda token: pytest.fail(token))
     assert event["text"] == "\ufffdé\n" * 10**6
     assert (event["loss"], event["path"], event["deep"]) == (None, "a\ufffdb", [{"a": None}])
@@ -1205,8 +1206,8 @@ REFUSED: dict[str, tuple[bytes, Any, str]] = {  # Each line has the id of its an
     "no id": (b'{"request": "save"}', None, "It needs an id"),
     "a boolean id": (request(True, "save"), None, "It needs an id"),
     "a long id": (request("x" * 201, "save"), None, "It needs an id"),
-    "unknown": (request(1, "dance"), None, "sample, save, set, stop"),
-    "no name": (request(1, ["save"]), None, "sample, save, set, stop"),  # type: ignore[arg-type]  # It is wrong.
+    "unknown": (request(1, "dance"), 1, "sample, save, set, stop"),
+    "no name": (request(1, ["save"]), 1, "sample, save, set, stop"),  # type: ignore[arg-type]  # It is wrong.
     "twice": (b'{"id": 1, "id": 2, "request": "save"}', None, "has the key 'id' twice"),
     "NaN": (b'{"id": NaN, "request": "save"}', None, "is not finite"),
     "another field": (request(1, "save", prompts=["a"]), 1, "save takes nothing"),
@@ -1221,6 +1222,11 @@ REFUSED: dict[str, tuple[bytes, Any, str]] = {  # Each line has the id of its an
     "null steps": (request(1, "set", values={"steps": None}), 1, "steps: must not be null"),
     "no prompt": (request(1, "sample", prompts=[]), 1, "sample_prompts"),
     "a prompt that is no text": (request(1, "sample", prompts=[1]), 1, "1 is not of type 'string'"),
+    "half a character": (request(1, "sample", prompts=["a\udc80b"]), 1, "has half a character"),
+    "half an id": (request("\udc80", "save"), None, "It needs an id"),
+    "nested prompts": (request(1, "sample", prompts=[])[:-2] + b"[" * 200 + b"]" * 201 + b"}", 1, "is not of type"),
+    "a huge number": (request(1, "set", values={"sample_guidance_scale": 10**400}), 1, "is greater than the maximum"),
+    "a field without a name": (b'{"id": 1, "request": "stop", "": 1}', 1, "stop takes nothing"),
     "an odd size": (request(1, "sample", prompts=[{"prompt": "a", "width": 65}]), 1, "65 is not a multiple of 8"),
 }
 
@@ -1242,8 +1248,29 @@ def test_a_line_that_is_no_request_is_refused_and_says_why(tmp_path: Path, name:
     (answer,) = events.events
     assert (answer["id"], answer["state"], requests.next()) == (key, "refused", None)
     assert words in answer["message"] and len(answer["message"]) < 1000
-    assert answer["request"] in ((None,) if key is None else trainer.REQUESTS)
+    assert answer["request"] in (None, *trainer.REQUESTS)
     assert not stop.method_calls
+
+
+def test_equal_requests_are_each_answered_and_a_second_stop_is_no_second_signal(tmp_path: Path) -> None:
+    events, stop = Recorder(), mock.Mock(spec=trainer.StopWatcher, saved=lambda: trainer.NOTHING_SAVED)
+    requests = trainer.Requests(events, stop, load(tmp_path, small(tmp_path, tmp_path, tmp_path)))
+    for line in (
+        request(1, "save"),
+        request(1, "save"),
+        request(1, "save", x=1),
+        request(2, "stop"),
+        request(2, "stop"),
+    ):
+        requests.receive(line)
+    waiting = requests.next()
+    assert waiting is not None
+    requests.answer(waiting, "done", "It is done.")
+    requests._answer_the_rest()
+    answers = [(event["id"], event["state"]) for event in events.events]
+    assert answers[:3] == [(1, "accepted"), (1, "accepted"), (1, "refused")]
+    assert answers[3:] == [(2, "accepted"), (2, "accepted"), (1, "done"), (1, "refused"), (2, "done"), (2, "done")]
+    assert stop.request.mock_calls == [mock.call(signal.SIGTERM)]
 
 
 def train_with_requests(made: trainer.LoRATrainer, lines: Mapping[int, Iterable[bytes]]) -> list[Json]:
@@ -1366,6 +1393,36 @@ def test_what_fails_is_refused_and_the_run_goes_on(tiny: TinyRuns, monkeypatch: 
     by_id = {answer["id"]: (answer["state"], answer["message"]) for answer in answers if answer["state"] != "accepted"}
     assert (by_id[1][0], "Out of memory while sampling" in by_id[1][1]) == ("refused", True)
     assert (by_id[2][0], by_id[3][0], "No space." in by_id[2][1]) == ("refused", "done", True)
+
+
+def test_a_diverged_run_ends_although_it_was_asked_for_a_save(tiny: TinyRuns, monkeypatch: Patch) -> None:
+    made = tiny.set_up(steps=3)
+    diverged = trainer.TrainerError("loss_not_finite", "It has diverged.")
+    monkeypatch.setattr(made, "save", mock.Mock(side_effect=diverged))
+    with pytest.raises(trainer.TrainerError, match="diverged"):
+        train_with_requests(made, {1: [request(1, "save")]})
+
+
+def test_a_prompt_whose_encoding_failed_can_be_drawn_later(tiny: TinyRuns, monkeypatch: Patch) -> None:
+    made, calls = tiny.set_up(steps=3), itertools.count()
+    encoder = trainer.PromptEncoder
+
+    def fail_once(*arguments: Any) -> Any:
+        if next(calls) == 0:
+            raise trainer.TrainerError("model_corrupt", "It is away.")
+        return encoder(*arguments)
+
+    monkeypatch.setattr(trainer, "PromptEncoder", fail_once)
+    again = {step: [request(step, "sample", prompts=["new"])] for step in (1, 2)}
+    states = [(answer["id"], answer["state"]) for answer in train_with_requests(made, again)]
+    assert states == [(1, "accepted"), (1, "refused"), (2, "accepted"), (2, "done")]
+
+
+def test_a_run_that_is_told_to_end_here_draws_its_last_samples(tiny: TinyRuns) -> None:
+    made = tiny.set_up(steps=9, validation_steps=8, lr_scheduler="cosine")
+    train_with_requests(made, {3: [request(1, "set", values={"steps": 3})]})
+    assert (made.state.step, [event["step"] for event in emitted(made, "sample")]) == (3, [3])
+    assert "schedule_stretched" in warning_codes(made)
 
 
 def test_requests_arrive_by_stdin_and_wait_until_the_training_begins(tmp_path: Path, endless: Path) -> None:
@@ -3449,6 +3506,7 @@ def test_what_the_model_predicts_is_measured_at_the_start_and_kept_on_a_resume(
     assert made.source.prediction_known and made.measure_prediction() == "epsilon"
     assert "set prediction_type" in made.events.warnings[-1]["hint"]
     made.source = dataclasses.replace(made.source, prediction_known=False)
+    made.plan = dataclasses.replace(made.plan, source=made.source)
     assert made.measure_prediction() == "v_prediction"
     assert made.events.warnings[-1]["hint"].startswith("It trains as v_prediction")
 
@@ -3539,7 +3597,7 @@ def test_modules_see_views_of_the_flat_vectors(tmp_path: Path, adapter_type: str
     assert average is not None and adapter.weights.dtype == adapter.gradient.dtype == average.dtype == torch.float32
     for vector, value in ((adapter.weights, 0.25), (adapter.gradient, 0.75), (average, 0.5)):
         vector.fill_(value)
-    adapter.fill(adapter.module_weights, adapter.weights)
+    adapter.refresh_modules(adapter.weights)
     (group,) = adapter.optimizer.param_groups
     assert all(bool((weight == 0.25).all() and (weight.grad == 0.75).all()) for weight in group["params"])
     of_modules = [weight for name, weight in layers.named_parameters() if "lora_" in name or "lokr_" in name]
@@ -3607,7 +3665,7 @@ def test_a_dora_in_16_bits_keeps_small_changes_of_its_magnitudes(tmp_path: Path)
         before = ours(inputs.bfloat16()).float()
         weights = adapter.named(adapter.weights)["unet.3/lora_magnitude_vector"]
         weights *= 1.001  # bf16 knows no number between 1 and 1.0078.
-        adapter.fill(adapter.module_weights, adapter.weights)
+        adapter.refresh_modules(adapter.weights)
         assert float((ours(inputs.bfloat16()).float() / before).mean()) == pytest.approx(1.001, abs=2e-4)
 
 
@@ -5143,6 +5201,10 @@ def test_each_attempt_says_which_run_it_is(tiny: TinyRuns) -> None:
         runs.append(made.run_id)
     assert facts == [[1, None, 4, None], [2, 2, 4, None], [3, 4, 6, "job 17"], [1, None, 4, None]]
     assert runs[0] == runs[1] == runs[2] != runs[3]
+    for attempt in (2, 3):  # It is finished, and still these are attempts.
+        made = tiny.start(make_trainer)
+        assert made.setup() and emitted(made, "run")[0]["attempt"] == attempt
+        release(made.folder)
 
 
 def test_files_carry_their_size_and_hash(tiny: TinyRuns) -> None:
@@ -5636,6 +5698,7 @@ def test_validation_reports_model_dataset_memory_and_hardware(tiny: TinyRuns) ->
         "regularization_images": 1,
         "masks": 2,
         "captions": {"sidecar": 4, "folder name": 1, "trigger words": 1},
+        "concepts": {},
         "repeats": {"2": 5, "6": 1},
         "steps_per_epoch": sum(math.ceil(count / 2) for count in buckets.values()),
         "tokens": {"limit": 75, "longest": 109, "cut": ["0.png"], "prompts_cut": [], "common_trigger_words": []},
@@ -5680,11 +5743,8 @@ def describe(code: str) -> Json:
 
 
 def test_describe_says_what_the_installation_can_do_also_without_torch() -> None:
-    missing = "version = t.importlib.metadata.version\ndef without_torch(name):\n"
-    missing += (
-        "    if name == 'torch': raise t.importlib.metadata.PackageNotFoundError(name)\n    return version(name)\n"
-    )
-    missing += "t.importlib.metadata.version = without_torch\nsys.modules['torch'] = None\n"
+    missing = "found = t.importlib.metadata.distributions\nsys.modules['torch'] = None\n"
+    missing += "t.importlib.metadata.distributions = lambda name: [] if name == 'torch' else found(name=name)\n"
     answer = describe(missing)
     assert (answer["devices"], answer["packages"]["torch"]) == (None, None)
     assert (answer["version"], answer["protocol"]) == (trainer.VERSION, trainer.PROTOCOL)
@@ -5706,6 +5766,8 @@ def test_describe_tries_each_device_and_lets_no_library_write_before_its_answer(
     assert cpu["fault"] == "no kernel"
     (cpu,) = [row for row in describe("")["devices"] if row["device"] == "cpu"]
     assert (cpu["fault"], cpu["bf16"]) == (None, True)
+    (broken,) = describe("sys.modules['torch'] = None\n")["devices"]
+    assert "torch" in broken["fault"]
 
 
 def test_an_internal_error_is_one_event_and_a_traceback_only_with_debug(tmp_path: Path, images: Path) -> None:

@@ -501,7 +501,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     # These are the values that null stands for, where the config alone decides it.
     nulls = {"learning_rate": rate, "lora_alpha": float(values["lora_rank"]), "sample_prompts": prompts}
     values |= {key: value for key, value in nulls.items() if values[key] is None}
-    return TrainingConfig(**frozen(values))
+    return TrainingConfig(**with_tuples(values))
 
 
 def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
@@ -558,10 +558,10 @@ def with_settings(config: TrainingConfig, values: JSON) -> TrainingConfig:
     if problems := [*problems, *check_values(values, {key: settable[key] for key in values})]:
         message = "; ".join(f"{item['path']}: {item['message']}" for item in problems)
         raise TrainerError("config_invalid", message, problems=problems)
-    return dataclasses.replace(config, **frozen(values))
+    return dataclasses.replace(config, **with_tuples(values))
 
 
-def frozen(values: JSON) -> JSON:
+def with_tuples(values: JSON) -> JSON:
     """Return a config's values with tuples for lists."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
@@ -637,7 +637,8 @@ def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
         return path if role == "path" or looks_like_path or os.path.exists(path) else value  # noqa: PTH110
     if isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
         return int(value)
-    return float(value) if "number" in definition["type"] and type(value) is int else value
+    is_exact = type(value) is int and abs(value) < 2**53  # The schema refuses what is larger.
+    return float(value) if "number" in definition["type"] and is_exact else value
 
 
 def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
@@ -652,7 +653,8 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
         yield problem(error.json_path.removeprefix("$."), text)
     for key, value in values.items():
         # A file name that is not UTF-8 arrives with U+DC80 to U+DCFF; no other lone surrogate can be written.
-        if re.search("[\ud800-\udc7f\udd00-\udfff]", json.dumps(value, ensure_ascii=False)):
+        lone = "[\ud800-\udc7f\udd00-\udfff]" if "format" in definitions.get(key, {}) else "[\ud800-\udfff]"
+        if re.search(lone, json.dumps(value, ensure_ascii=False)):
             yield problem(key, "has half a character (a lone surrogate), which no text can hold")
 
 
@@ -828,21 +830,6 @@ class Terminal:
             self.bar = None
 
 
-@dataclass(frozen=True)
-class ProgressEvent:
-    """One line of the stream; docs/events.schema.json describes the fields of every type."""
-
-    type: str
-    seq: int
-    timestamp: str
-    elapsed: float
-    fields: Mapping[str, Any]
-
-    def line(self) -> bytes:
-        body = {"type": self.type, "seq": self.seq, "timestamp": self.timestamp, "elapsed": self.elapsed, **self.fields}
-        return json.dumps(json_safe(body), allow_nan=False).encode() + b"\n"
-
-
 @functools.lru_cache(maxsize=256)  # The keys of an event repeat with every event.
 def printable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", redact(text))
@@ -859,6 +846,10 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [json_safe(item) for item in value]
     return value
+
+
+def json_line(document: JSON) -> bytes:
+    return json.dumps(json_safe(document), allow_nan=False).encode() + b"\n"
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -896,7 +887,7 @@ class EventStream:
 
     QUEUE_LIMIT = 1000  # Lines that wait before progress events are dropped.
     REPEAT_S = 0.5  # Repeats of a phase's info event come at most once in this time.
-    HEARTBEAT_S = 10.0  # After so long without an event, one says that the process lives.
+    HEARTBEAT_S = 10.0  # After this long without an event, a heartbeat says that the process is alive.
 
     def __init__(self, plain: bool = False, muted: bool = False) -> None:
         if open_missing_descriptors() and not muted:
@@ -925,29 +916,26 @@ class EventStream:
         self.emit("start", version=VERSION, protocol=PROTOCOL, pid=os.getpid(), config=config)
         threading.Thread(target=self._drain, args=(on_lost,), name="events", daemon=True).start()
         threading.Thread(target=self._speak, name="stderr", daemon=True).start()
-        threading.Thread(target=self._show_life, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
     def emit(self, event_type: str, **fields: Any) -> None:
         """Queue one event; nothing is emitted after the last one (validated, complete, interrupted, error)."""
-        self.beat()
-        with self.lock:
-            if event_type in LAST_TYPES and not self.ended:
-                self.before_last()
-            self._emit(event_type, fields)
-
-    def _emit(self, event_type: str, fields: JSON) -> None:
+        if event_type != "response" and "idle_seconds" not in fields:  # These two are no sign of progress.
+            self.beat()
         with self.lock:
             if self.ended:
                 return
-            self.ended = event_type if event_type in LAST_TYPES else ""
+            if event_type in LAST_TYPES:
+                self.before_last()
+                self.ended = event_type
             if self._muted:
                 return
             if self.ended and self._dropped:
                 fields["dropped"] = self._dropped
-            event = ProgressEvent(event_type, self._seq, utc_now(), round(time.monotonic() - STARTED, 3), fields)
+            self._emitted_at, is_progress = time.monotonic(), event_type == "progress"
+            body: JSON = {"type": event_type, "seq": self._seq, "timestamp": utc_now()}
+            line = json_line({**body, "elapsed": round(self._emitted_at - STARTED, 3), **fields})
             self._seq += 1
-            self._emitted_at = time.monotonic()
-            line, is_progress = event.line(), event_type == "progress"
             log_error: OSError | None = None
             try:
                 self._log(line)
@@ -966,13 +954,13 @@ class EventStream:
                 message = f"events.jsonl cannot be written to any more: {log_error.strerror}."
                 self.warning("log_not_written", message, "stdout still has every event.")
 
-    def _show_life(self) -> None:
+    def _heartbeat(self) -> None:
         """Emit a heartbeat where a phase or a step takes long without an event."""
         while not self.ended:
             time.sleep(0.5)
             if time.monotonic() - self._emitted_at >= self.HEARTBEAT_S:
                 idle_s = round(time.monotonic() - self.beat_at, 3)
-                self._emit("info", {"message": f"Still {self.phase}.", "idle_seconds": idle_s})
+                self.emit("info", message=f"Still {self.phase}.", idle_seconds=idle_s)
 
     def beat(self) -> None:
         """Note that the work makes progress; every event but a heartbeat, and every item of `track`, does this too."""
@@ -1175,7 +1163,7 @@ class StopWatcher:
             self.handle(number)
 
 
-REQUESTS = {"sample": "prompts", "save": "", "set": "values", "stop": ""}  # Each with the field that it takes besides.
+REQUESTS = {"sample": "prompts", "save": "", "set": "values", "stop": ""}  # Each has the field that it takes besides.
 
 
 class Request(NamedTuple):
@@ -1207,11 +1195,10 @@ class Requests:
         return next((request for request in [*self._waiting] if request.kind != "stop"), None)
 
     def answer(self, request: Request, state: str, message: str, paths: Sequence[str] = ()) -> None:
-        with self._events.lock:  # So the last event cannot come between.
+        with self._events.lock:  # It keeps the last event from coming in between.
+            self._waiting = [other for other in self._waiting if other is not request]
             if state == "accepted":
                 self._waiting.append(request)
-            elif request in self._waiting:
-                self._waiting.remove(request)
             fields: JSON = {"id": request.key, "request": request.kind, "state": state, "message": message}
             self._events.emit("response", **fields, paths=list(paths))
 
@@ -1224,38 +1211,38 @@ class Requests:
             document = parse_json(line, "The request")
             fields = dict(document) if isinstance(document, dict) else {}
             key, kind = fields.pop("id", None), fields.pop("request", None)
-            if type(key) not in (str, int) or len(str(key)) > 200 or kind not in [*REQUESTS]:
+            is_key = type(key) in (str, int) and len(str(key)) <= 200 and printable(str(key)) == str(key)
+            request = Request(key if is_key else None, kind if kind in [*REQUESTS] else None, {})
+            if request.key is None or request.kind is None:
                 text = f"It needs an id (an integer or a short string) and a request: {', '.join(REQUESTS)}."
                 raise TrainerError("config_invalid", text)
-            request, takes = Request(key, kind, {}), REQUESTS[kind]
-            argument = fields.pop(takes, None)
+            takes = REQUESTS[kind]
+            argument = fields.pop(takes, None) if takes else None
             if fields or (kind == "set" and not (argument and isinstance(argument, dict))):
                 raise TrainerError("config_invalid", f"Besides id and request, {kind} takes {takes or 'nothing'}.")
             settings = {"sample_prompts": argument} if kind == "sample" and argument is not None else argument or {}
-            request = Request(key, kind, settings)
-            with_settings(self._config, request.settings)
-        except TrainerError as error:
-            self.answer(request, "refused", error.message)
+            with_settings(self._config, settings)
+        except (TrainerError, RecursionError) as error:  # A value can be nested too deeply for the checks.
+            self.answer(request, "refused", as_trainer_error(error, "reading a request").message)
             return
-        self.answer(request, "accepted", "It comes next.")
-        if request.kind == "stop":
+        is_second = any(other.kind == kind == "stop" for other in self._waiting)
+        when = "The run stops." if kind == "stop" else "It is done between two steps."
+        self.answer(request._replace(settings=settings), "accepted", when)
+        if kind == "stop" and not is_second:
             self._stop.request(int(signal.SIGTERM))
 
     def _listen(self) -> None:
-        rest, data = b"", b" "
-        while data:
-            try:
-                data = os.read(0, 1 << 16)
-            except BlockingIOError:  # A parent such as Node can give us a non-blocking pipe.
-                time.sleep(0.1)
-                continue
-            except OSError:
-                data = b""
-            # The last line needs no line break. Of a line that is too long, only the beginning is kept.
-            *lines, rest = (rest + (data or b"\n" * bool(rest))).split(b"\n")
-            for line in lines:
+        """Read stdin, which belongs to this thread alone: a child process could take lines from it, or hang."""
+        descriptor = os.dup(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        with contextlib.suppress(OSError, AttributeError):  # A parent such as Node can give us a non-blocking pipe.
+            os.set_blocking(descriptor, True)
+        with contextlib.suppress(OSError), open(descriptor, "rb") as lines:  # noqa: PTH123  # It has no path.
+            while line := lines.readline(self.LINE_LIMIT + 1):
+                rest = line
+                while rest and not rest.endswith(b"\n"):  # Of a line that is too long, only the beginning is kept.
+                    rest = lines.readline(self.LINE_LIMIT)
                 self.receive(line)
-            rest = rest[: self.LINE_LIMIT + 1]
 
     def _answer_the_rest(self) -> None:
         saved = self._stop.saved()
@@ -3231,19 +3218,11 @@ def dora_forward(layer: Any, active_adapter: str, x: Tensor, result: Tensor, **_
     """
     down, up, change = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
     base, dropped = layer.get_base_layer(), layer.lora_dropout["default"](x)
-    frozen, bias = result if dropped is x else base(dropped), base.bias
-    if bias is not None:
-        bias = bias.view(1, -1, 1, 1) if result.dim() == 4 else bias
-        frozen = frozen - bias
-    moved = torch.add(frozen, up(down(dropped)), alpha=layer.scaling["default"])
-    moved = torch.addcmul(moved, moved, change.weight)
-    if dropped is not x:
-        return moved + (result - frozen)
-    return moved if bias is None else moved + bias
-
-
-def use_own_dora(layer: Any) -> None:
-    layer.lora_variant["default"] = SimpleNamespace(forward=dora_forward)
+    plain = result if dropped is x else base(dropped)
+    moved = torch.add(plain, up(down(dropped)), alpha=layer.scaling["default"])
+    bias = base.bias.view(1, -1, 1, 1) if base.bias is not None and result.dim() == 4 else base.bias
+    output = torch.addcmul(moved, moved if bias is None else moved - bias, change.weight)
+    return output if dropped is x else output + (result - plain)
 
 
 def dora_growth(layer: Any, down: Tensor, up: Tensor) -> Tensor:
@@ -3359,12 +3338,11 @@ class Adapter:
         self.scaler.scale(torch.zeros((), device=self.device))  # Its scale is made here: a process may have no sample.
         # AdamW's fused kernel skips a bad step by itself, from a flag on the device, so that nobody waits for it.
         self.kernel_skips_bad_steps = self.optimizer.defaults.get("fused", False) and not self.scaler.is_enabled()
-        self.is_dora = config.lora_type == "dora"
-        if self.is_dora:
+        self.dora_layers: list[tuple[Any, int, int, int]] = []  # Each has its places of A, B and the magnitude.
+        if config.lora_type == "dora":
             self.find_dora_layers()
         self.module_dtype = torch.float32 if config.lora_type == "lokr" else dtype
-        self.module_weights = self.for_modules(self.weights)
-        self.load_into_modules(self.module_weights, self.weights)
+        self.load_into_modules(self.weights)
 
     def make_groups(self, whole: bool) -> list[list[torch.nn.Parameter]]:
         """Return the parameters of the UNet and of the text encoders, with gradients: views of the vectors.
@@ -3395,42 +3373,34 @@ class Adapter:
 
     def find_dora_layers(self) -> None:
         """Let the layers with a DoRA compute by `dora_forward`, and note the square of each frozen norm."""
-        self.is_magnitude = torch.zeros_like(self.weights, dtype=torch.uint8)
-        self.norms = torch.ones_like(self.weights)  # They stay 1 where there is no magnitude, as do their squares.
-        self.frozen_squares = torch.ones_like(self.weights)
-        marks, squares = self.split(self.is_magnitude), self.split(self.frozen_squares)
         places = {id(module): place for place, module in enumerate(self.modules)}
-        self.dora_layers = []
-        for layer in itertools.chain.from_iterable(component.modules() for component in self.components):
-            if isinstance(layer, peft.tuners.lora.LoraLayer):
-                use_own_dora(layer)
-                parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
-                down, up, magnitude = (places[id(part["default"].weight)] for part in parts)
-                self.dora_layers.append((layer, down, up, magnitude))
-                marks[magnitude].fill_(1)
-                squares[magnitude].view(-1).copy_(frozen_weight(layer).float().square().sum(1))
+        indices = self.split(torch.arange(len(self.weights), device=self.device))
+        layers: Iterator[Any] = itertools.chain.from_iterable(component.modules() for component in self.components)
+        for layer in (layer for layer in layers if hasattr(layer, "lora_variant")):
+            layer.lora_variant["default"] = SimpleNamespace(forward=dora_forward)
+            parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+            down, up, magnitude = (places[id(part["default"].weight)] for part in parts)
+            self.dora_layers.append((layer, down, up, magnitude))
+        self.magnitudes = torch.cat([indices[place].flatten() for *_, place in self.dora_layers])
+        self.frozen_squares = torch.cat([frozen_weight(row[0]).float().square().sum(1) for row in self.dora_layers])
 
-    def for_modules(self, weights: Tensor) -> Tensor:
-        """Return a vector in the modules' dtype: the weights themselves where the modules compute with these."""
-        return weights.to(self.module_dtype, copy=self.is_dora)
-
-    def load_into_modules(self, vector: Tensor, weights: Tensor) -> None:
-        """Let the modules compute with this vector, and fill it from the weights."""
-        for module, view in zip(self.modules, self.split(vector), strict=True):
+    def load_into_modules(self, weights: Tensor) -> None:
+        """Let the modules compute with these weights: with a copy, unless they compute in fp32 with the weights."""
+        self.module_weights = weights.to(self.module_dtype, copy=bool(self.dora_layers))
+        for module, view in zip(self.modules, self.split(self.module_weights), strict=True):
             module.data = view
-        self.fill(vector, weights)
+        self.refresh_modules(weights)
 
-    def fill(self, vector: Tensor, weights: Tensor) -> None:
+    def refresh_modules(self, weights: Tensor) -> None:
         """Bring up to date what the modules compute with: see `dora_forward` for a DoRA's magnitudes."""
-        if vector is not weights:
-            vector.copy_(weights)
-        if self.is_dora:
-            growth = torch.zeros_like(weights)
-            factors, growths = self.split(weights), self.split(growth)
-            for layer, down, up, magnitude in self.dora_layers:
-                growths[magnitude].view(-1).copy_(dora_growth(layer, factors[down], factors[up]))
-            self.norms = (self.frozen_squares + growth).sqrt()
-            vector.copy_(weights / self.norms - self.is_magnitude)
+        if self.module_weights is not weights:
+            self.module_weights.copy_(weights)
+        if self.dora_layers:
+            factors = self.split(weights)
+            growth = [dora_growth(layer, factors[down], factors[up]) for layer, down, up, _ in self.dora_layers]
+            self.norms = (self.frozen_squares + torch.cat(growth)).sqrt()
+            excess = weights[self.magnitudes] / self.norms - 1
+            self.module_weights[self.magnitudes] = excess.to(self.module_dtype)
 
     def set_rates(self, factor: float) -> dict[str, float]:
         """Set this step's learning rates; return them, with prodigy's own factor d."""
@@ -3443,8 +3413,8 @@ class Adapter:
         """Run the backward pass; the gradients, in fp32, replace the step's so far, or are added to them."""
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.modules, materialize_grads=True)
         torch._foreach_copy_(self.gradient_views if first else self.incoming_views, gradients)
-        if self.is_dora:  # These are gradients of m/norm - 1.
-            (self.gradient if first else self.incoming).div_(self.norms)
+        if self.dora_layers:  # These are gradients of m/norm - 1.
+            (self.gradient if first else self.incoming)[self.magnitudes] /= self.norms
         if not first:
             self.gradient += self.incoming
 
@@ -3476,7 +3446,7 @@ class Adapter:
             self.optimizer.step()
         elif bool(is_good):  # This waits for the GPU, once a step.
             self.optimizer.step()
-        self.fill(self.module_weights, self.weights)
+        self.refresh_modules(self.weights)
         if self.average is not None and self.config.ema_decay:
             share = 1 - ema_decay_at(self.config.ema_decay, step)
             self.average.lerp_(self.weights, share * is_good)  # A bad step's share is 0.
@@ -3502,15 +3472,14 @@ class Adapter:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Let the modules compute with the result; afterwards they have the weights that train again."""
-        result = self.result()
-        self.load_into_modules(self.for_modules(result), result)
+        self.load_into_modules(self.result())
         for component in self.components:
             component.eval()  # Dropout is off.
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.load_into_modules(self.module_weights, self.weights)
+            self.load_into_modules(self.weights)
             for component in self.components:
                 component.train()
 
@@ -3549,7 +3518,7 @@ class Adapter:
         self.optimizer.load_state_dict(optimizer)
         if document["scaler"]:  # It is empty where the run had no loss scaler until now.
             self.scaler.load_state_dict(document["scaler"])
-        self.fill(self.module_weights, self.weights)
+        self.refresh_modules(self.weights)
 
 
 # ======================================================================================
@@ -3791,11 +3760,6 @@ def is_lora_as(path: Path, wanted: Mapping[str, str]) -> bool:
     keys = {"ss_steps", "train_lora.run_id", "train_lora.save_dtype", "train_lora.save_format"}
     keys |= {key for key in {**header, **wanted} if key.startswith("modelspec.")} - {"modelspec.date"}
     return all(header.get(key) == wanted.get(key) for key in keys)
-
-
-def has_rank(path: Path, rank: int | None) -> bool:
-    """Tell whether a LoRA file has this rank; None asks for no file."""
-    return rank is None or read_header(path).get("ss_network_dim") == str(rank)
 
 
 # ======================================================================================
@@ -4283,8 +4247,7 @@ def estimate_vram(
     """
     width, counts = 2 if half else 4, source.weight_counts
     encoders = sum(counts[row.folder] for row in source.family.text_encoders) * width
-    # The modules compute with a copy of the fp32 weights; a DoRA keeps two norms, and marks where its magnitudes are.
-    copies = {"lora": width * half, "dora": width + 9, "lokr": 0}
+    copies = {"lora": width * half, "dora": width, "lokr": 0}  # The modules compute with a copy of the fp32 weights.
     summed = 2 if config.gradient_accumulation_steps > 1 else 1
     terms = {
         "weights": unet_bytes(config, source, width) + encoders * config.train_text_encoder,
@@ -4918,15 +4881,14 @@ class EncodedDataset:
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
         """Encode prompts that came with a request, which loads the text encoders once more."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self.keys and not self.encoder]
+        known = self.cache.get
+        new = [text for text in dict.fromkeys(prompts) if known(self.keys.get(text, "")) is None and not self.encoder]
         if new:
             plan = dataclasses.replace(self.plan, captions=(), prompts=new)
             self.keys |= entry_keys(plan, self.device.type, str(self.dtype), str(self.vae_dtype))
             encoder = PromptEncoder(plan.config, plan.source, self.dtype, self.device)
             with torch.no_grad():
-                self.fill(
-                    "Encoding prompts.", [[text] for text in new], lambda texts: encoder.encode(texts, torch.half)
-                )
+                self.fill("Encoding prompts.", chunks(new, 1), lambda texts: encoder.encode(texts, torch.half))
 
     def image(self, variant: ImageVariant) -> CachedImage:
         return CachedImage(**self.cache[self.keys[variant]])
@@ -5246,6 +5208,7 @@ class Report:
 
     def _choose_samples(self, events: Sequence[JSON]) -> Samples:
         """Choose the samples of at most 12 evenly spaced steps, the first and the last among them."""
+        events = list({(event["step"], event["index"]): event for event in events}.values())  # The newest ones.
         steps = sorted({event["step"] for event in events})
         chosen = {steps[round(index * (len(steps) - 1) / 11)] for index in range(12) if steps}
         samples: Samples = {}
@@ -5375,8 +5338,13 @@ def resume_warnings(
     if changed := [key for key, value in record.environment.items() if environment[key] != value]:
         message = f"These differ from the last attempt: {', '.join(changed)}; results may differ in the last bits."
         yield "resume_not_exact", message, "Go back to the earlier ones for an exact resume."
-    if record.total_steps != config.steps and config.lr_scheduler != "constant":
-        message = f"The run was planned for {record.total_steps} steps and now has {config.steps}: the rate jumps."
+    yield from schedule_warnings(record.total_steps, config)
+
+
+def schedule_warnings(planned_steps: int | None, config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield (code, message, hint) where another length makes the learning rate jump."""
+    if planned_steps != config.steps and config.lr_scheduler != "constant":
+        message = f"The run was planned for {planned_steps} steps and now has {config.steps}: the rate jumps."
         hint = f"{config.lr_scheduler} is computed over the new length from here on; constant would not jump."
         yield "schedule_stretched", message, hint
 
@@ -5494,14 +5462,16 @@ class LoRATrainer:
             check_identity(self.identity, point.record.identity, same_base, self.folder.path)
             newest = next((str(path) for number, path in self.checkpoints.loras() if number <= step), None)
             self.saved = {"step": step, "path": newest, "state_path": str(point.path)}
+        self.write_config(self.config)
         facts: JSON = {"resumed_from": point.record.state.step if point else None, "label": self.config.label}
         self.events.emit("run", run_id=self.run_id, attempt=self.attempt, total_steps=self.plan.total_steps, **facts)
         return point
 
     def has_final_files(self, step: int) -> bool:
         """Tell whether the final files are on disk and whole, of this run and step, and as the config wants them."""
-        is_written = is_lora_as(self.final_path, self.lora_header(step, self.config))
-        return is_written and has_rank(self.as_lora_path, self.config.dora_as_lora_rank)
+        rank, plain = self.config.dora_as_lora_rank, read_header(self.as_lora_path)
+        has_plain = rank is None or plain.get("ss_network_dim") == str(rank)
+        return has_plain and is_lora_as(self.final_path, self.lora_header(step, self.config))
 
     def measure_prediction(self) -> str:
         """Return what the UNet predicts: as model or config say, else as it answers to pure noise."""
@@ -5549,9 +5519,8 @@ class LoRATrainer:
 
     @main_only
     def prepare_output(self) -> None:
-        """Write config.json, open the trackers, and warn when the files to come may not fit."""
+        """Open the trackers, and warn when the files to come may not fit."""
         config, folder, steps_left = self.config, self.folder.path, self.plan.total_steps - self.state.step
-        self.write_config(config)
         if config.report_to:
             self.events.info(f"Opening {' and '.join(config.report_to)}.", phase="tracking")
             self.trackers.open(config.report_to, folder, self.run_id, config, self.state.step)
@@ -5585,21 +5554,16 @@ class LoRATrainer:
         self.catch_up()
         self.show()
         self.last_save = self.clock = time.monotonic()
-        config = self.config
-        while (step := self.state.step) < (total := self.total_steps()):
-            rates = self.adapter.set_rates(
-                learning_rate_factor(config.lr_scheduler, step, total, config.lr_warmup_steps)
-            )
+        while (step := self.state.step) < (total := self.plan.total_steps):
+            factor = learning_rate_factor(self.config.lr_scheduler, step, total, self.config.lr_warmup_steps)
+            rates = self.adapter.set_rates(factor)
             loss = self.accumulate_in_memory(step)
             if self.group.any(loss is None) or loss is None:
                 return False  # A stop was asked for: this step is abandoned, and the state before it is whole.
             self.advance(step, self.adapter.add_up(loss, self.group), rates)
             self.periodic()
+            share_settings(self)
         return True
-
-    def total_steps(self) -> int:
-        """Return the run's length, which a request may have changed in the main process."""
-        return self.group.share(lambda: self.plan.total_steps) if self.requests else self.plan.total_steps
 
     @main_only
     def catch_up(self) -> None:
@@ -5627,7 +5591,7 @@ class LoRATrainer:
         return self.accumulate(step)
 
     def accumulate(self, step: int) -> Tensor | None:
-        """Run forward and backward over this process's micro-batches; return its share of the loss (stopped: None)."""
+        """Run forward and backward over this process's micro-batches; return its share of the loss, or None to stop."""
         losses: list[Tensor] = []
         for index in range(self.config.gradient_accumulation_steps):
             if self.stop.requested:
@@ -5735,9 +5699,10 @@ class LoRATrainer:
 
     @main_only
     def periodic(self) -> None:
-        """Do what is due after a step: save, then sample, then what was asked for."""
-        config, step = self.config, self.state.step
-        minutes, before = (time.monotonic() - self.last_save) / 60, self.last_save
+        """Do what is due after a step: what was asked for, then save, then sample."""
+        before = self.last_save
+        served = bool(self.requests and serve_requests(self, self.requests))  # A request may end the run at this step.
+        config, step, minutes = self.config, self.state.step, (time.monotonic() - self.last_save) / 60
         if self.stop.save_requested or is_due(step, config.checkpoint_steps):
             self.save_or_warn()
         elif config.autosave_minutes and minutes >= config.autosave_minutes:
@@ -5746,8 +5711,9 @@ class LoRATrainer:
             self.report_finished_steps()
             self.validate(step)
             self.sample(step, config.sample_prompts)
-        served = bool(self.requests and serve_requests(self, self.requests))
-        if (sampled or served or self.last_save != before) and not self.stop.requested:  # Then only the save counts.
+        if (
+            sampled or served or self.last_save != before
+        ) and not self.stop.requested:  # After a stop only the save counts.
             self.show()
 
     @main_only
@@ -5898,36 +5864,47 @@ class LoRATrainer:
 def serve_requests(trainer: LoRATrainer, requests: Requests) -> bool:
     """Serve the requests that wait, between two steps; return whether there were any."""
     served = False
-    while (request := requests.next()) and not trainer.stop.requested:
+    while not trainer.stop.requested and (request := requests.next()):
         served = True
         try:
             paths = serve_request(trainer, request)
-        except TrainerError as error:
-            requests.answer(request, "refused", f"{error.message} {error.hint}")
+        except (TrainerError, MemoryError, RuntimeError) as error:
+            failure = as_trainer_error(error, "serving a request")
+            if failure.code not in ("config_invalid", "disk_full", "output_not_writable", "out_of_memory"):
+                raise
+            requests.answer(request, "refused", failure.message)
         else:
-            if not trainer.stop.requested:  # A sample may be incomplete then; the request is answered at the end.
+            if paths is not None:
                 requests.answer(request, "done", f"It was done at step {trainer.state.step}.", paths)
     return served
 
 
-def serve_request(trainer: LoRATrainer, request: Request) -> list[str]:
-    """Do what a request asks for; return the files that it made. Raises TrainerError where it failed."""
+def serve_request(trainer: LoRATrainer, request: Request) -> list[str] | None:
+    """Do what a request asks for; return the files that it made, or None where a stop came before all were made."""
     if request.kind == "set":
         return change_settings(trainer, with_settings(trainer.config, request.settings))
     if request.kind == "save":
-        trainer.save_or_warn()
-        made, is_done = [trainer.saved["path"], trainer.saved["state_path"]], trainer.is_saved()
-    else:
-        step, prompts, first = trainer.state.step, request.settings.get("sample_prompts"), 0
-        if prompts:  # Their numbers follow those of the config's prompts.
-            numbers = itertools.count(len(trainer.config.sample_prompts))
-            first = next(n for n in numbers if not trainer.folder.sample(step, n).exists())
-        made = trainer.sample(step, prompts or trainer.config.sample_prompts, first) or []
-        is_done = len(made) == len(prompts or trainer.config.sample_prompts)
-    if not is_done and not trainer.stop.requested:
-        newest = trainer.events.warnings[-1]
-        raise TrainerError(newest["code"], newest["message"], newest["hint"])
-    return made
+        trainer.last_save = time.monotonic()
+        trainer.save()
+        return [trainer.saved["path"], trainer.saved["state_path"]]
+    step, prompts, first = trainer.state.step, request.settings.get("sample_prompts"), 0
+    if prompts:  # Their numbers follow those of the config's prompts.
+        numbers = itertools.count(len(trainer.config.sample_prompts))
+        first = next(n for n in numbers if not trainer.folder.sample(step, n).exists())
+    prompts = prompts or trainer.config.sample_prompts
+    made = trainer.sample(step, prompts, first) or []
+    if len(made) == len(prompts):
+        return made
+    if trainer.stop.requested:
+        return None
+    raise TrainerError("output_not_writable", trainer.events.warnings[-1]["message"])
+
+
+def share_settings(trainer: LoRATrainer) -> None:
+    """Take over in all processes what a request has changed in the main one."""
+    if trainer.requests and trainer.group.size > 1:
+        trainer.config = trainer.group.share(lambda: trainer.config)
+        trainer.plan = dataclasses.replace(trainer.plan, config=trainer.config)
 
 
 def change_settings(trainer: LoRATrainer, config: TrainingConfig) -> list[str]:
@@ -5935,6 +5912,8 @@ def change_settings(trainer: LoRATrainer, config: TrainingConfig) -> list[str]:
     if int(config.steps or 0) < trainer.state.step:
         raise TrainerError("config_invalid", f"steps: step {trainer.state.step} is done already.")
     trainer.write_config(config)
+    for warning in schedule_warnings(trainer.config.steps, config):
+        trainer.events.warning(*warning)
     trainer.config, trainer.plan = config, dataclasses.replace(trainer.plan, config=config)
     trainer.checkpoints = dataclasses.replace(trainer.checkpoints, lora_limit=config.checkpoint_limit)
     if trainer.report:
@@ -6001,11 +5980,8 @@ def describe() -> JSON:
     warnings = events["definitions"]["warning"]["properties"]["code"]["examples"] if events else None
     errors = {code: {"hint": hint, "retry": RETRY.get(code, "change")} for code, hint in HINTS.items()}
     families = {row.name: {"title": row.title, "source": row.source, "pipeline": row.pipeline} for row in FAMILIES}
-    packages: dict[str, str | None] = {}
-    for name in (*REQUIRED, *OPTIONAL):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-        packages.setdefault(name, None)
+    found = {name: importlib.metadata.distributions(name=name) for name in (*REQUIRED, *OPTIONAL)}
+    packages = {name: next((package.version for package in copies), None) for name, copies in found.items()}
     document: JSON = {"version": VERSION, "protocol": PROTOCOL, "python": sys.version.split()[0]}
     document |= {"config_schema": load_schema(), "events_schema": events, "requests": REQUESTS}
     document |= {"errors": errors, "warnings": warnings, "families": families, "packages": packages}
@@ -6014,7 +5990,10 @@ def describe() -> JSON:
 
 def describe_devices() -> list[JSON]:
     """Return the devices that torch sees. Each is tried, because a torch build can lack a card's kernels."""
-    torch: Any = importlib.import_module("torch")
+    try:
+        torch: Any = importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # A library of CUDA is missing, say.
+        return [{"device": "cpu", "name": "", "total_gb": None, "bf16": None, "fault": one_line(str(error))}]
 
     def row(device: str, name: str, total: int | None, bf16: bool | None) -> JSON:
         fault = None
@@ -6091,7 +6070,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.describe and not usage:
         answer = os.dup(1)
         os.dup2(2, 1)  # What a library prints while it is imported must not precede the answer.
-        write_all(answer, json.dumps(json_safe(describe())).encode() + b"\n")
+        write_all(answer, json_line(describe()))
         return 0
     if not options.debug:  # Libraries' advice is for people at a notebook; their failures are exceptions.
         names = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
@@ -6109,9 +6088,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if address and group.is_main:
             serve_health(*address, events, stop)
         run(options, events, stop, group)
-    except (
-        Exception
-    ) as error:  # What no narrower handler has turned into a TrainerError becomes one `error` event here.
+    except Exception as error:  # What is no TrainerError yet becomes one here, and then the one `error` event.
         if options.debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
         failure = as_trainer_error(error, events.phase)

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -97,7 +98,7 @@ def adapted(name: str, config: trainer.TrainingConfig, sizes: Mapping[str, Any],
             weight.data = weight.data.to(torch.float32 if config.lora_type == "lokr" else dtype)
         for layer in component.modules():
             if hasattr(layer, "lora_variant") and config.lora_type == "dora":
-                trainer.use_own_dora(layer)
+                layer.lora_variant["default"] = SimpleNamespace(forward=trainer.dora_forward)
     # In training mode LoKr's layers draw numbers that change nothing.
     return component.train(config.lora_type != "lokr")
 
