@@ -4701,7 +4701,7 @@ def test_the_estimate_knows_the_largest_sample(tmp_path: Path, tiny: TinyRuns) -
     small_one, large = plan(), plan(width=512, height=1024)
     assert large.memory["sampling"] > small_one.memory["sampling"]
     gpu = dataclasses.replace(large, hardware=trainer.Hardware("cuda:0", "x", "y"))
-    assert gpu.decode_pixels(512 * 1024) == trainer.TILE_SIDE**2 < 512 * 1024
+    assert gpu.vae_pixels([512 * 1024], "activations", decoding=True) == trainer.TILE_SIDE**2 < 512 * 1024
 
 
 @needs("tensorboard")
@@ -6886,6 +6886,7 @@ def test_a_fault_of_the_gpu_has_its_code_and_leaves_what_was_saved(
 def test_an_unusable_card_is_refused(tiny: TinyRuns, gpu: SimulatedGpu, card: Json, code: str, words: str) -> None:
     last = gpu.train(tiny, card={f"FAKECUDA_{name}": value for name, value in card.items()}).last
     assert (last["type"], last["code"], last["step"]) == ("error", code, None)
+    assert last["retry"] == ("same" if words == "busy" else "change")
     assert re.search(words, last["message"] + last["hint"], re.DOTALL)
 
 

@@ -811,6 +811,7 @@ class Terminal:
                 self.bar_title = title
                 self.bar = tqdm.tqdm(total=total, desc=title, initial=done, leave=False, dynamic_ncols=True)
             self.bar.set_postfix({} if loss is None else {"loss": f"{loss:.4f}"}, refresh=False)
+            self.bar.total = total
             self.bar.update(done - self.bar.n)
         elif title != self.logged_title or time.monotonic() - self.logged_at > self.LOG_S:
             self.logged_at, self.logged_title = time.monotonic(), title
@@ -2380,14 +2381,11 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
 
 def check_concepts(config: TrainingConfig, found: Collection[str]) -> None:
     """Raise `config_invalid` for concepts without an image; `found` are the folders that have one."""
-    folders = dict(enumerate(map(concept_folder, config.concepts)))
-    problems = [
-        problem(f"concepts[{number}].folder", f"there is no usable image in {Path(config.dataset_path, folder)}")
-        for number, folder in folders.items()
-        if folder not in found
-    ]
+    folders = enumerate(map(concept_folder, config.concepts))
+    empty = {f"concepts[{number}].folder": folder for number, folder in folders if folder not in found}
+    problems = [problem(path, f"has no usable image: {Path(config.dataset_path, empty[path])}") for path in empty]
     if problems:
-        raise TrainerError("config_invalid", listing([f"{p['path']}: {p['message']}" for p in problems]), "", problems)
+        raise TrainerError("config_invalid", listing([f"{p['path']} {p['message']}" for p in problems]), "", problems)
 
 
 @os_errors_as("dataset_unreadable")
@@ -4097,7 +4095,8 @@ def open_device(config: TrainingConfig, local_rank: int) -> tuple[Hardware, torc
         reason = str(error).partition("\n")[0]
         message = f"{name} cannot compute with torch {torch.__version__}{kernels}: {reason}"
         hint = "Close other programs that use it, or install a torch build for this card (README, Installation)."
-        raise TrainerError("device_unavailable", message, hint) from error
+        is_busy = "busy" in reason  # CUDA says so of a card in exclusive mode, too.
+        raise TrainerError("device_unavailable", message, hint, retry="same" if is_busy else "") from error
     return hardware, dtype
 
 
@@ -4343,17 +4342,14 @@ class Plan:
     def half(self) -> bool:
         return self.dtype_name != "float32"
 
-    def decode_pixels(self, pixels: int) -> int:
-        """Return how many of a sample's pixels are decoded at once, so that this takes no more than a step."""
-        options = {"half": self.half, "gpu": is_gpu(self.hardware), "decoding": True}
-        return pixels_at_once(self.source, [pixels], self.memory["activations"], **options)
+    def vae_pixels(self, choices: Sequence[int], term: str, *, decoding: bool) -> int:
+        """Return how many pixels the VAE works on at once, so that this takes no more than a term of the estimate."""
+        room, gpu = self.memory[term], is_gpu(self.hardware)
+        return pixels_at_once(self.source, choices, room, half=self.half, gpu=gpu, decoding=decoding)
 
     @property
     def encode_pixels(self) -> int:
-        """The pixels that are encoded at once, so that this takes no more than training does."""
-        options = {"half": self.half, "gpu": is_gpu(self.hardware), "decoding": False}
-        choices = encoding_choices(self.resolution, is_gpu(self.hardware))
-        return pixels_at_once(self.source, choices, self.memory["training"], **options)
+        return self.vae_pixels(encoding_choices(self.resolution, is_gpu(self.hardware)), "training", decoding=False)
 
     @property
     def batch_size(self) -> int:
@@ -4550,13 +4546,9 @@ def decide(
 
 def with_cadences(config: TrainingConfig, batches: int) -> TrainingConfig:
     """Return the config with steps for the cadences that are given in epochs of so many batches."""
-
-    def steps(epochs: int | None, steps: int) -> int:
-        return math.ceil(epochs * batches / config.gradient_accumulation_steps) if epochs else steps
-
-    every: JSON = {"validation_steps": steps(config.validation_epochs, config.validation_steps)}
-    every |= {"checkpoint_steps": steps(config.checkpoint_epochs, config.checkpoint_steps)}
-    return dataclasses.replace(config, **every)
+    epochs = {"validation_steps": config.validation_epochs, "checkpoint_steps": config.checkpoint_epochs}
+    steps = {key: math.ceil(n * batches / config.gradient_accumulation_steps) for key, n in epochs.items() if n}
+    return dataclasses.replace(config, **dict[str, Any](steps))
 
 
 def count_steps(config: TrainingConfig, batches: int) -> int:
@@ -4831,7 +4823,7 @@ class EncodedDataset:
         """Return the VAE for a sample of so many pixels. It waits in main memory, or is loaded now."""
         if self.vae is None:
             self.vae = load_component(self.plan.source, "vae", self.vae_dtype, torch.device("cpu"))
-        self.limit_tiles(self.vae, self.plan.decode_pixels(pixels), pixels)
+        self.limit_tiles(self.vae, self.plan.vae_pixels([pixels], "activations", decoding=True), pixels)
         return self.vae
 
     def limit_tiles(self, vae: Any, pixels: int, whole: int) -> None:
