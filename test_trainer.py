@@ -1062,7 +1062,7 @@ t.Path.unlink, t.LoRATrainer.save = stuck, slow_save
 PHASES = {"importing": "import_libraries", "loading": "PromptEncoder", "caching": "encode_images"}
 PHASES |= {"sampling": "decode_latents"}
 WAYS = {"patience": ("0.1", 3), "second signal": ("600", 3), "reader gone": ("600", 4)}  # The last is no second stop.
-WAITING = "t.load_config = lambda *_: (print('ready', file=sys.stderr, flush=True), time.sleep(600))"
+WAITING = "t.load_config = lambda *_: (print('ready', file=sys.stderr, flush=True), time.sleep(9999))"
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -1611,7 +1611,7 @@ def test_stdin_and_one_gpu_are_no_settings_of_several_processes(tmp_path: Path, 
 # ======================================================================================
 
 HUNG = "import ctypes; t.STALLED_S = 0.2\n"  # A signal ends C's sleep.
-HUNG += WAITING.replace("time.sleep(600)", "[ctypes.CDLL(None).sleep(600) for _ in range(99)]")
+HUNG += WAITING.replace("time.sleep(9999)", "[ctypes.CDLL(None).sleep(600) for _ in range(99)]")
 HOSTS = {"localhost": 200, "localhost:8080": 200, "127.0.0.1:80": 200, "[::1]:80": 200, "": 403}
 HOSTS |= dict.fromkeys(["rebound.example.com", "127.0.0.1.example.com:80", "localhost.example.com"], 403)
 BROKEN = {
@@ -2707,8 +2707,12 @@ def test_captions_come_from_metadata_sidecars_and_folders_and_get_the_trigger_wo
         "g.png": (3, "zorb", "trigger words"),
     }
     assert [(issue.code, issue.path) for issue in dataset.issues] == [("folder_left_out", "0_off")]
-    assert trainer.with_trigger_words("a zorbing ball", ["zorb", "Ball"], ",") == "zorb, a zorbing ball"
-    assert trainer.with_trigger_words("", ["a b", "c"], ";") == "a b; c"
+    config, other = (parse(tmp_path, REQUIRED | {"caption_separator": separator}) for separator in ",;")
+    assert trainer.with_trigger_words("a zorbing ball", ["zorb", "Ball"], config) == "zorb, a zorbing ball"
+    assert trainer.with_trigger_words("", ["a b", "c"], other) == "a b; c"
+    assert trainer.with_trigger_words("{zorb|{a|b}} ball", ["zorb", "ball"], config) == "{zorb|{a|b}} ball"
+    choosing = dataclasses.replace(config, caption_choices=True)
+    assert trainer.with_trigger_words("{zorb|{a|b}} ball", ["zorb", "ball"], choosing) == "zorb, {zorb|{a|b}} ball"
 
 
 def test_lines_of_metadata_that_cannot_be_used_are_one_warning(tmp_path: Path) -> None:
@@ -3155,7 +3159,7 @@ def test_each_image_has_the_words_repeats_and_weight_of_its_concept_only(tmp_pat
     (folder / "anna/2_x").rename(folder / "anna/more")
     bare = {e.name: e.caption for e in scan_quietly(config).examples}["anna/more/2.png"]
     assert bare == "ohwx, anna woman", "an image without a caption gets the class too"
-    claimed = parse(tmp_path, REQUIRED | keys | {"trigger_words": ["skx dog"]})
+    claimed = parse(tmp_path, REQUIRED | keys | {"trigger_words": ["SKX dog"]})
     assert {e.name: e.caption for e in scan_quietly(claimed).examples}["6.png"] == ""
     assert claimed.sample_prompts == ("ohwx, anna", "skx dog")
 
@@ -3196,6 +3200,7 @@ def test_a_run_weights_counts_and_names_its_concepts(tiny: TinyRuns) -> None:
     header = trainer.read_header(made.final_path)
     words = [made.config.trigger_words[0], "annax", "rexx"]
     assert json.loads(header["train_lora.trigger_words"]) == words
+    assert "trigger_words_unused" not in warning_codes(made)
     assert header["modelspec.trigger_phrase"] == ", ".join(words)
 
 
@@ -3258,6 +3263,27 @@ def test_which_caption_an_image_has_in_an_epoch_is_written_down_by_hand(tmp_path
 
 CAPTIONED: Json = {"caption_lines": "each", "caption_choices": True, "tag_dropout": 0.3, "shuffle_tags": True}
 CAPTIONED |= {"keep_tokens": 1, "caption_dropout": 0.2, "validation_split": 0.2, "steps": 7, "sample_prompts": ["a"]}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True}])
+def test_held_out_images_are_measured_with_their_first_line_and_choices(tiny: TinyRuns, changes: Json) -> None:
+    folder = Path(shutil.copytree(tiny.images, tiny.folder / "images"))
+    for path in folder.glob("*.txt"):
+        path.write_text("zorb, {red|green} hat\nzorb, other", "utf-8")
+    keys: Json = {"dataset_path": str(folder), "caption_lines": "each", "caption_choices": True, **changes}
+    made = tiny.set_up(validation_split=0.4, **keys)
+    asked = mock.Mock(side_effect=made.data.embeddings)
+    vars(made.data)["embeddings"] = asked
+    made.validate(0)
+    assert {text for call in asked.mock_calls for text in call.args[0]} == {"zorb, red hat"}
+    assert len(emitted(made, "validation")) == 1
+
+
+def test_a_run_that_draws_its_captions_once_or_drops_their_words_says_so(tiny: TinyRuns) -> None:
+    made = tiny.set_up(epochs=1, steps=None, repeats=9, shuffle_tags=True, tag_dropout=0.1)
+    assert {"captions_drawn_once", "trigger_words_dropped"} <= {*warning_codes(made)}
+    other = tiny.set_up(output="other", epochs=2, steps=None, shuffle_tags=True, tag_dropout=0.1, keep_tokens=1)
+    assert not {"captions_drawn_once", "trigger_words_dropped"} & {*warning_codes(other)}
 
 
 def test_a_stop_in_an_epoch_with_every_rule_for_captions_ends_in_equal_bits(tiny: TinyRuns) -> None:
@@ -3629,6 +3655,19 @@ def dora_pair(
 
 
 DORA_INPUTS = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0)) if "torch" in sys.modules else None
+
+
+def test_a_dora_starts_as_the_base_in_16_bits_and_a_row_of_zeros_stays_finite(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(64, 64).requires_grad_(False)
+    layer.weight[3] = 0
+    layers = torch.nn.Sequential(layer.bfloat16())
+    inputs = batch_of(0).bfloat16()
+    before = layers(inputs)
+    config = load(tmp_path, small(tmp_path, tmp_path, tmp_path / "out", lora_type="dora"))
+    adapter = trainer.Adapter([layers], trainer.add_adapter("unet", layers, config, r"\d"), config, torch.bfloat16)
+    assert torch.equal(layers(inputs)[:, :3], before[:, :3])
+    adapter.backward(layers(inputs).float().square().mean(), first=True)
+    assert bool(layers(inputs).isfinite().all() and adapter.gradient.isfinite().all())
 
 
 @pytest.mark.parametrize("dropout", [0, 0.5])
@@ -4690,7 +4729,22 @@ def test_a_cadence_in_epochs_is_one_in_steps_and_both_are_too_much(tmp_path: Pat
     assert (plan.config.validation_steps, plan.config.checkpoint_steps) == (steps, math.ceil(plan.batches_per_epoch))
     assert plan.memory["sampling"] > 0
     both = problems_of(tmp_path, REQUIRED | {"validation_epochs": 1, "training_params": {"validation_steps": 9}})
-    assert both == {"validation_epochs": "counts the same as validation_steps: keep one"}
+    assert both == {"validation_epochs": "cannot be combined with validation_steps: remove one of the two"}
+    by_epochs, by_steps = ({f"checkpoint_{unit}": 9} for unit in ("epochs", "steps"))
+    set_steps = parse(tmp_path, REQUIRED | by_epochs, ("checkpoint_steps=7",))
+    assert (set_steps.checkpoint_steps, set_steps.checkpoint_epochs) == (7, None)
+    assert parse(tmp_path, REQUIRED | by_steps, ("checkpoint_epochs=3",)).checkpoint_epochs == 3
+    again = REQUIRED | {key: getattr(plan.config, key) for key in ("validation_steps", "validation_epochs")}
+    assert parse(tmp_path, again).validation_steps == steps, "config.json can be used as a config"
+
+
+def test_whole_numbers_in_objects_are_integers_as_they_are_at_the_top(tmp_path: Path) -> None:
+    item = {"prompt": "a", "width": 64.0, "seed": 5.0, "guidance_scale": 2}
+    concepts = [{"folder": "a", "trigger_words": ["x"], "repeats": 2.0, "loss_weight": 1}]
+    config = parse(tmp_path, REQUIRED | {"sample_prompts": [item], "concepts": concepts})
+    (settings,) = trainer.sample_settings(config.sample_prompts, config)
+    values = (settings.width, settings.seed, settings.guidance_scale, config.concepts[0]["repeats"])
+    assert values == (64, 5, 2.0, 2) and [type(value) for value in values] == [int, int, float, int]
 
 
 def test_the_estimate_knows_the_largest_sample(tmp_path: Path, tiny: TinyRuns) -> None:
@@ -5201,10 +5255,10 @@ def test_each_attempt_says_which_run_it_is(tiny: TinyRuns) -> None:
         runs.append(made.run_id)
     assert facts == [[1, None, 4, None], [2, 2, 4, None], [3, 4, 6, "job 17"], [1, None, 4, None]]
     assert runs[0] == runs[1] == runs[2] != runs[3]
-    for attempt in (2, 3):  # It is finished, and still these are attempts.
-        made = tiny.start(make_trainer)
-        assert made.setup() and emitted(made, "run")[0]["attempt"] == attempt
-        release(made.folder)
+    files = (tiny.output / "config.json").read_bytes()
+    made = tiny.start(make_trainer)
+    assert made.setup() and emitted(made, "run")[0]["attempt"] == 2
+    assert (tiny.output / "config.json").read_bytes() == files, "a finished run's files stay as they are"
 
 
 def test_files_carry_their_size_and_hash(tiny: TinyRuns) -> None:

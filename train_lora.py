@@ -482,9 +482,11 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     for prefix, layer, folder in (("training_params.", nested, base), ("", top, base), ("--set ", changed, Path.cwd())):
         problems += [unknown_key(prefix + key, key) for key in layer if key not in definitions]
         values |= {key: resolve_value(layer[key], definitions[key], folder) for key in layer if key in definitions}
-    for key in ("validation", "checkpoint"):
-        if values[f"{key}_epochs"] is not None and f"{key}_steps" in {**top, **nested, **changed}:
-            problems.append(problem(f"{key}_epochs", f"counts the same as {key}_steps: keep one"))
+    for steps, epochs in (("validation_steps", "validation_epochs"), ("checkpoint_steps", "checkpoint_epochs")):
+        if steps in changed and epochs not in changed:
+            values[epochs] = None  # --set counts more than the file.
+        if values[epochs] is not None and steps in (changed if epochs in changed else {**top, **nested}):
+            problems.append(problem(epochs, f"cannot be combined with {steps}: remove one of the two"))
     # A key that is missing may have been meant to be in training_params.
     checked = check_values(values, definitions)
     wrong_values = [item for item in checked if is_whole or not item["message"].startswith("is required")]
@@ -506,8 +508,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 
 def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
     """Return the trigger words that no concept has."""
-    claimed = {word for concept in values["concepts"] for word in concept["trigger_words"]}
-    return [word for word in values["trigger_words"] if word not in claimed]
+    claimed = {word.casefold() for concept in values["concepts"] for word in concept["trigger_words"]}
+    return [word for word in values["trigger_words"] if word.casefold() not in claimed]
 
 
 def concept_folder(concept: Mapping[str, Any]) -> str:
@@ -635,10 +637,15 @@ def resolve_value(value: Any, definition: JSON, base: Path) -> Any:
         path = os.path.normpath(base / os.path.expanduser(value))  # noqa: PTH111  # Path's raises for an unknown ~user.
         # Path.exists raises an error for a name that is too long.
         return path if role == "path" or looks_like_path or os.path.exists(path) else value  # noqa: PTH110
-    if isinstance(value, float) and "integer" in definition["type"] and value.is_integer():
+    if isinstance(value, list) and "items" in definition:
+        return [resolve_value(item, definition["items"], base) for item in value]
+    if isinstance(value, dict) and (inner := definition.get("properties")):
+        return {key: resolve_value(item, inner.get(key, {}), base) for key, item in value.items()}
+    kinds = definition.get("type", "")
+    if isinstance(value, float) and "integer" in kinds and value.is_integer():
         return int(value)
     is_exact = type(value) is int and abs(value) < 2**53  # The schema refuses what is larger.
-    return float(value) if "number" in definition["type"] and is_exact else value
+    return float(value) if "number" in kinds and is_exact else value
 
 
 def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
@@ -682,11 +689,11 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     folders = [concept_folder(concept) for concept in values["concepts"]]
     for number, folder in enumerate(folders):
         path, is_outside = f"concepts[{number}].folder", re.match(r"\.$|\.\.(/|$)|/|[A-Za-z]:", folder)
-        rules.append((is_outside, path, "must be a folder inside dataset_path"))
+        rules.append((is_outside, path, "must be a path below dataset_path and relative to it, such as anna"))
         near = (
             f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in folders[:number]
         )
-        rules.append((not is_outside and any(near), path, "must not be, hold or lie in another concept's folder"))
+        rules.append((not is_outside and any(near), path, "overlaps with the folder of another concept"))
     yield from (problem(path, message) for broken, path, message in rules if broken)
     packages = [("report_to", name) for name in values["report_to"]]
     packages += [("quantize_base", "bitsandbytes")] if nf4 else []
@@ -720,7 +727,7 @@ def config_warnings(config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     unused = {key: f"this {USED_WITH[key]}" for key in off}
     unused |= dict.fromkeys([] if row.adam else ["adam_beta1", "adam_beta2", "adam_epsilon"], name)
     unused |= dict.fromkeys(["text_encoder_learning_rate"] if row.adapts else [], name)
-    unused |= {} if config.shuffle_tags or config.tag_dropout else {"keep_tokens": "this shuffle_tags and tag_dropout"}
+    unused |= {} if config.shuffle_tags or config.tag_dropout else {"keep_tokens": "shuffle_tags and tag_dropout off"}
     for key, reason in unused.items():
         if getattr(config, key) != defaults[key]["default"]:
             yield "setting_unused", f"{key} has no effect with {reason}.", f"Remove {key}, or change what it needs."
@@ -926,16 +933,15 @@ class EventStream:
         with self.lock:
             if self.ended:
                 return
-            if event_type in LAST_TYPES:
+            if is_last := event_type in LAST_TYPES:
                 self.before_last()
-                self.ended = event_type
-            if self._muted:
-                return
-            if self.ended and self._dropped:
-                fields["dropped"] = self._dropped
+                fields |= {"dropped": self._dropped} if self._dropped else {}
             self._emitted_at, is_progress = time.monotonic(), event_type == "progress"
             body: JSON = {"type": event_type, "seq": self._seq, "timestamp": utc_now()}
             line = json_line({**body, "elapsed": round(self._emitted_at - STARTED, 3), **fields})
+            self.ended = event_type if is_last else ""  # A line that cannot be made has ended nothing.
+            if self._muted:
+                return
             self._seq += 1
             log_error: OSError | None = None
             try:
@@ -2239,8 +2245,8 @@ REPEATS_FOLDER = re.compile(r"(?s:.*/)?(\d{1,4})_([^/]+)/")  # In kohya's tools,
 ROOT_WITH_REPEATS = re.compile(r"([1-9]\d?)_(.+)")  # A root such as 2024_garden is more likely a year.
 REGULARIZATION_FOLDER = re.compile(r"(?s:.*/)?reg(ularization)?(_images)?/\d{1,4}_[^/]+/", re.IGNORECASE)
 PROMPT_FLAGS = re.compile(r"(?:^|\s)--[a-z]{1,2}\s+-?[\d.]")  # Prompt files of kohya's tools have --w 512 --s 28.
-CAPTION_WEIGHTS = re.compile(r"\([^()]+:\s*\d*\.?\d+\)|\bBREAK\b")
-CAPTION_CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+CAPTION_WEIGHTS = re.compile(r"\([^():]+:[01]?\.\d{1,3}\)|\bBREAK\b")  # A1111's and kohya's; (ratio 16:9) is text.
+CAPTION_CHOICE = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 CAPTION_VARIANTS = 16  # A caption has at most this many variants, because each one is encoded.
 DATASET_HINTS = {
     "image_skipped": "Repair or remove the file that is named; a picture can be saved again as PNG or JPEG.",
@@ -2260,6 +2266,7 @@ DATASET_HINTS = {
     "prompt_flags": "Remove them: an item of sample_prompts can be an object with settings of its own.",
     "captions_weighted": "Remove them: (word:1.2) and BREAK are instructions of other programs, and train as words.",
     "masks_missing": f"They train whole. A mask is an alpha channel, or a file NAME{MASK_SUFFIX}.",
+    "trigger_words_unused": "Remove them, or add images outside of the concepts' folders.",
     "captions_multiline": "Set caption_lines to what they are: join, first or each.",
     "validation_empty": "validation_split needs two images of different content.",
 }
@@ -2363,8 +2370,8 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
     Image.MAX_IMAGE_PIXELS = 60_000_000  # Pillow raises an error above twice this number.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # ComfyUI's workflows can be over a megabyte.
     examples, issues = scan_folder(config, Path(config.dataset_path), events)
-    check_concepts(config, {example.concept for example in examples})
     examples = hold_out(examples, config.validation_split, config.seed)
+    check_concepts(config, {example.concept for example in examples if example.role == "train"})
     if config.regularization_path:
         prior, prior_issues = scan_folder(config, Path(config.regularization_path), events)
         held_out = {example.digest for example in examples if example.role == "validation"}
@@ -2380,10 +2387,10 @@ def scan_dataset(config: TrainingConfig, events: EventStream) -> Dataset:
 
 
 def check_concepts(config: TrainingConfig, found: Collection[str]) -> None:
-    """Raise `config_invalid` for concepts without an image; `found` are the folders that have one."""
+    """Raise `config_invalid` for concepts of which nothing trains; `found` are the folders with an image that does."""
     folders = enumerate(map(concept_folder, config.concepts))
     empty = {f"concepts[{number}].folder": folder for number, folder in folders if folder not in found}
-    problems = [problem(path, f"has no usable image: {Path(config.dataset_path, empty[path])}") for path in empty]
+    problems = [problem(path, f"has no image that trains: {folder}") for path, folder in empty.items()]
     if problems:
         raise TrainerError("config_invalid", listing([f"{p['path']} {p['message']}" for p in problems]), "", problems)
 
@@ -2537,8 +2544,9 @@ def check_image(
     lines = [line.strip() for line in caption.splitlines() if line.strip()]
     texts = {"join": [caption], "first": lines[:1], "each": lines}[config.caption_lines]
     if role == "train":
-        bare = " ".join(filter(None, [f"{config.caption_separator} ".join(words), concept.get("class_words", "")]))
-        texts = [with_trigger_words(text or bare, words, config.caption_separator) for text in texts or [""]]
+        all_words = f"{config.caption_separator} ".join(words)
+        uncaptioned = " ".join(filter(None, [all_words, concept.get("class_words", "")]))
+        texts = [with_trigger_words(text or uncaptioned, words, config) for text in texts or [""]]
     has_alpha = alpha is not None and alpha.getextrema() != (255, 255)
     facts = (source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest, fault)
     place = concept_folder(concept) if "folder" in concept else ""
@@ -2551,15 +2559,18 @@ def concept_of(name: str, config: TrainingConfig) -> Mapping[str, Any]:
     return next(found, {"trigger_words": unclaimed_words(vars(config))})
 
 
-def with_trigger_words(caption: str, words: Sequence[str], separator: str) -> str:
-    """Put the trigger words that a caption lacks (as whole words, in any case) in front of it."""
-    missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)]
-    return f"{separator} ".join(filter(None, [*missing, caption]))
+def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfig) -> str:
+    """Put the trigger words that a caption lacks (as whole words, in any case) in front; a choice may lack one."""
+    certain = caption
+    while config.caption_choices and CAPTION_CHOICE.search(certain):
+        certain = CAPTION_CHOICE.sub(" ", certain)
+    missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", certain, re.IGNORECASE)]
+    return f"{config.caption_separator} ".join(filter(None, [*missing, caption]))
 
 
-def caption_texts(caption: str, config: TrainingConfig) -> list[str]:
-    """Return the alternatives of a caption: its lines, or itself."""
-    return caption.split("\n") if config.caption_lines == "each" else [caption]
+def caption_texts(caption: str, config: TrainingConfig) -> tuple[str, ...]:
+    """Return the texts of a caption whose tokens and tags count: its lines, with choices that are drawn."""
+    return caption_variants(caption, dataclasses.replace(config, shuffle_tags=False, tag_dropout=0.0), CAPTION_VARIANTS)
 
 
 def caption_variants(caption: str, config: TrainingConfig, epochs: int) -> tuple[str, ...]:
@@ -2567,13 +2578,13 @@ def caption_variants(caption: str, config: TrainingConfig, epochs: int) -> tuple
 
     Variant n depends on (seed, caption, n) only. Without epochs there are no draws: the first line and choices count.
     """
-    lines = caption_texts(caption, config)
+    lines = caption.split("\n") if config.caption_lines == "each" else [caption]
     if not epochs:
         return (choose(lines[0], config, None),)
     order = random.Random(draw_key("caption lines", config.seed, caption)).sample(lines, len(lines))
     is_drawn = config.shuffle_tags or config.tag_dropout or (config.caption_choices and CAPTION_CHOICE.search(caption))
     count = min(epochs, CAPTION_VARIANTS) if is_drawn or len(lines) > 1 else 1
-    return tuple(vary(order[number % len(order)], config, (config.seed, caption, number)) for number in range(count))
+    return tuple(draw_variant(order[n % len(order)], config, (config.seed, caption, n)) for n in range(count))
 
 
 def choose(text: str, config: TrainingConfig, draw: random.Random | None) -> str:
@@ -2584,7 +2595,7 @@ def choose(text: str, config: TrainingConfig, draw: random.Random | None) -> str
     return text
 
 
-def vary(text: str, config: TrainingConfig, key: tuple[int, str, int]) -> str:
+def draw_variant(text: str, config: TrainingConfig, key: tuple[int, str, int]) -> str:
     """Draw choices, the order of tags, and which tags are left out."""
     text = choose(text, config, random.Random(draw_key("choices", *key)))
     if not (config.shuffle_tags or config.tag_dropout):
@@ -2672,10 +2683,11 @@ def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) 
     tiny = [e.name for e in examples if min(e.width, e.height) < resolution / 2]
     prompts = [item.prompt for item in sample_settings(config.sample_prompts, config)]
     text = "\n".join(prompts)
-    triggered = any(with_trigger_words(text, [word], "") == text for word in all_trigger_words(config))
+    triggered = any(with_trigger_words(text, [word], config) == text for word in all_trigger_words(config))
     flagged = [prompt for prompt in prompts if PROMPT_FLAGS.search(prompt)]
     done = {"join": "read as one caption", "first": "only the first one trains", "each": "one line per epoch, up to 16"}
     several = [e.name for e in examples if e.line_count > 1]
+    unused = [] if any(not e.concept for e in dataset.of_role("train")) else unclaimed_words(vars(config))
     unsplit = config.validation_split > 0 and not dataset.of_role("validation")
     rows = {
         "colour_profile_unusable": ("Pictures whose colour profile is left out", faults),
@@ -2686,6 +2698,7 @@ def dataset_warnings(config: TrainingConfig, dataset: Dataset, resolution: int) 
             "Captions with weights or BREAK",
             [e.name for e in examples if CAPTION_WEIGHTS.search(e.caption)],
         ),
+        "trigger_words_unused": ("Trigger words that no image has", unused),
         "images_tiny": (f"Images smaller than half the resolution {resolution}", tiny),
         "duplicates": ("Images that are there more than once", [" = ".join(names) for names in duplicates(dataset)]),
         "validation_empty": ("Too few different images to hold one out", [e.name for e in examples if unsplit]),
@@ -3396,7 +3409,7 @@ class Adapter:
         if self.dora_layers:
             factors = self.split(weights)
             growth = [dora_growth(layer, factors[down], factors[up]) for layer, down, up, _ in self.dora_layers]
-            self.norms = (self.frozen_squares + torch.cat(growth)).sqrt()
+            self.norms = (self.frozen_squares + torch.cat(growth)).clamp(min=1e-12).sqrt()  # A row may be all zeros.
             excess = weights[self.magnitudes] / self.norms - 1
             self.module_weights[self.magnitudes] = excess.to(self.module_dtype)
 
@@ -3660,7 +3673,7 @@ def closest_lora(
         down, up, magnitude = (weights[f"{module}/{name}"].float() for name in names)
         frozen = frozen_weight(layer).float()
         moved = frozen + adapter_scale(config) * up.flatten(1) @ down.flatten(1)
-        change = magnitude.view(-1, 1) / moved.norm(dim=1, keepdim=True) * moved - frozen
+        change = magnitude.view(-1, 1) / moved.norm(dim=1, keepdim=True).clamp(min=1e-6) * moved - frozen
         seed_global(draw_key("closest lora", module), change.device)
         left, values, right = torch.svd_lowrank(change, q=min(rank + 8, *change.shape), niter=4)
         root = values[:rank].sqrt()
@@ -4021,16 +4034,16 @@ def choose_device(requested: str, local_rank: int = 0) -> Hardware:
         free = min(total, free + CUDA_CONTEXT)  # The estimate counts the context, which now exists.
         name, why = torch.cuda.get_device_name(index), f"{requested}: torch can use this GPU"
         return Hardware(f"cuda:{index}", name, why, total, free)
-    main = available_memory_bytes()
+    memory = available_memory_bytes()
     if backend == "mps" and mps:
         total = torch.mps.recommended_max_memory()
         free = total - torch.mps.driver_allocated_memory()
-        free = free if main is None else min(free, main)  # This GPU has no memory of its own.
+        free = free if memory is None else min(free, memory)  # This GPU has no memory of its own.
         return Hardware("mps", "Apple GPU", f"{requested}: torch can use this GPU", total, free)
     if backend == "cpu":
         why = "auto: there is no GPU that torch can use" if requested == "auto" else requested
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, main and main // processes)
+        return Hardware("cpu", f"{os.cpu_count()} CPU cores", why, None, memory and memory // processes)
     reason = unusable_gpu() or f"torch {torch.__version__} sees {counted(torch.cuda.device_count(), 'CUDA GPU')} here"
     raise TrainerError("device_unavailable", f"device {requested!r} cannot be used: {reason}.")
 
@@ -4258,12 +4271,15 @@ def estimate_vram(
     }
     resident = sum(terms.values())
     activations = activation_bytes(config, source, resolution, lora_weights, half=half, checkpointing=checkpointing)
-    # Without gradients the UNet takes less than in training, so the peak of a sample is its decoding.
+    # Up to the training's resolution a sample's peak is its decoding, beyond it the UNet's pass over two latents.
     options: JSON = {"half": half, "gpu": gpu}
     sizes = sample_settings(config.sample_prompts, dataclasses.replace(config, resolution=resolution))
     largest = max(item.width * item.height for item in sizes)
     pixels = pixels_at_once(source, [largest], activations, decoding=True, **options)
-    sampling = vae_bytes(source, pixels, decoding=True, **options) if draws_samples(config) else 0
+    pair = dataclasses.replace(config, batch_size=2, train_text_encoder=False)
+    denoising = activation_bytes(pair, source, math.isqrt(largest), 0, half=half, checkpointing=True)
+    sampling = max(vae_bytes(source, pixels, decoding=True, **options), denoising * (largest > resolution**2))
+    sampling *= draws_samples(config)
     finishing = 0 if gpu else lora_weights * 8  # The final file is written and read back in main memory.
     choices = encoding_choices(resolution, gpu)
     pixels = pixels_at_once(source, choices, resident + activations, decoding=False, **options)
@@ -4422,9 +4438,8 @@ class Plan:
         report |= {"regularization_images": len(dataset.of_role("prior"))}
         report |= {"skipped": [problem(issue.path, issue.message) for issue in dataset.issues]}
         report |= {"captions": dict(count(example.caption_source for example in own))}
-        report |= {
-            "concepts": {concept_folder(c): 0 for c in config.concepts} | count(e.concept for e in own if e.concept)
-        }
+        trained = count(example.concept for example in dataset.of_role("train") if example.concept)
+        report |= {"concepts": {folder: trained[folder] for folder in map(concept_folder, config.concepts)}}
         report |= {"repeats": {str(times): number for times, number in repeats}}
         report |= {"buckets": {f"{width}x{height}": len(items) for (width, height), items in self.buckets.items()}}
         report |= {"steps_per_epoch": math.ceil(self.batches_per_epoch / config.gradient_accumulation_steps)}
@@ -4547,8 +4562,8 @@ def decide(
 def with_cadences(config: TrainingConfig, batches: int) -> TrainingConfig:
     """Return the config with steps for the cadences that are given in epochs of so many batches."""
     epochs = {"validation_steps": config.validation_epochs, "checkpoint_steps": config.checkpoint_epochs}
-    steps = {key: math.ceil(n * batches / config.gradient_accumulation_steps) for key, n in epochs.items() if n}
-    return dataclasses.replace(config, **dict[str, Any](steps))
+    steps: JSON = {key: math.ceil(n * batches / config.gradient_accumulation_steps) for key, n in epochs.items() if n}
+    return dataclasses.replace(config, **steps, validation_epochs=None, checkpoint_epochs=None)
 
 
 def count_steps(config: TrainingConfig, batches: int) -> int:
@@ -4586,6 +4601,14 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
+    if math.ceil(plan.epoch(plan.total_steps)) == 1 and any(len(texts) == 1 for texts in plan.variants):
+        rules = {"shuffle_tags", "tag_dropout", "caption_choices"}
+        if used := sorted(key for key in rules if getattr(config, key)):
+            message = f"The run has one epoch, and so one variant of each caption: {', '.join(used)}."
+            yield "captions_drawn_once", message, "Use fewer repeats and more epochs."
+    if config.tag_dropout and not config.keep_tokens:
+        message = "tag_dropout leaves out trigger words too, because keep_tokens is 0."
+        yield "trigger_words_dropped", message, "Set keep_tokens to the number of tags that stay, such as 1."
     if config.lora_type == "dora":
         message = "ComfyUI and Forge apply a DoRA about 14 % off, A1111 and InvokeAI much worse (docs/output.md)."
         yield "dora_support", message, "Set dora_as_lora_rank for a plain LoRA beside it, or lora_type to lora."
@@ -4948,7 +4971,8 @@ class EncodedDataset:
     def held_out_batch(self, indices: Sequence[int], timestep: int) -> tuple[Batch, Tensor]:
         """Put held-out images together, each with a noise [B, C, h, w] of its own for this timestep."""
         variants = [self.plan.variant(index) for index in indices]
-        batch = self.batch(variants, [item.example.caption for item in variants], [1.0] * len(variants))
+        texts = [self.plan.variants[index][0] for index in indices]
+        batch = self.batch(variants, texts, [1.0] * len(variants))
         sources = [generator("validation", self.plan.config.seed, index, timestep) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         return batch, noise.to(self.device)
@@ -5454,7 +5478,8 @@ class LoRATrainer:
             check_identity(self.identity, point.record.identity, same_base, self.folder.path)
             newest = next((str(path) for number, path in self.checkpoints.loras() if number <= step), None)
             self.saved = {"step": step, "path": newest, "state_path": str(point.path)}
-        self.write_config(self.config)
+        if not point or point.record.state.step < self.plan.total_steps:  # A finished run's files stay as they are.
+            self.write_config(self.config)
         facts: JSON = {"resumed_from": point.record.state.step if point else None, "label": self.config.label}
         self.events.emit("run", run_id=self.run_id, attempt=self.attempt, total_steps=self.plan.total_steps, **facts)
         return point
@@ -6080,7 +6105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if address and group.is_main:
             serve_health(*address, events, stop)
         run(options, events, stop, group)
-    except Exception as error:  # What is no TrainerError yet becomes one here, and then the one `error` event.
+    except (Exception, SystemExit) as error:  # What is no TrainerError yet becomes one, and then the `error` event.
         if options.debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
         failure = as_trainer_error(error, events.phase)
