@@ -3,10 +3,12 @@
     python benchmarks/quality.py lora demo/output/lora_final.safetensors [--samples 32]
     python benchmarks/quality.py rows [--rows base snr_gamma=5] [--seeds 3] >> quality.jsonl
     python benchmarks/quality.py table quality.jsonl
+    python benchmarks/quality.py concepts [--seeds 3]
 
 `lora` draws samples with and without a LoRA from the same noise, and prints one JSON object. `rows` trains the demo's
 config once per row of ROWS and seed (a minute each), measures the LoRA files, and prints one JSON object per run.
-`table` makes the table of docs/defaults.md from these.
+`table` makes the table of docs/defaults.md from these. `concepts` teaches two words at once, with and without the key
+of this name, puts a table into the same page, and leaves pictures, LoRA files and samples in CONCEPTS_OUTPUT.
 
 - **closeness**: the intersection over union of a sample's figure with the named shape, both cut out, centred and scaled
   to 48x48 pixels. 1 is a perfect drawing; the six old shapes have 0.34 to 0.63 with the concept's.
@@ -41,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
 from make_base import ALL_SHAPES, BACKGROUNDS, COLOURS, CONCEPT, draw, random_picture, to_signal  # noqa: E402
-from models import JSON, table  # noqa: E402
+from models import JSON, put_table, table  # noqa: E402
 from speed import run_script  # noqa: E402
 
 Array = np.ndarray[Any, Any]
@@ -238,12 +240,16 @@ def measure_model(lora: Path | None) -> JSON:
     }
 
 
+def train_demo(keys: JSON) -> list[JSON]:
+    """Train the demo's config with changed keys; return the events."""
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    return run_script(ROOT / "demo/config.json", "--fresh", *words)[0]
+
+
 def measure_row(row: str, seed: int) -> JSON:
     """Train one row with one seed, and measure the LoRA files that it leaves."""
     with tempfile.TemporaryDirectory() as folder:
-        keys = COMMON | ROWS[row] | {"seed": seed, "output_path": folder}
-        words = [word for key, value in keys.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        events, _ = run_script(ROOT / "demo/config.json", "--fresh", *words)
+        events = train_demo(COMMON | ROWS[row] | {"seed": seed, "output_path": folder})
         files = {step: Path(folder, f"checkpoints/lora_step_{step}.safetensors") for step in MEASURED_STEPS}
         by_step = {str(step): measure_model(file) for step, file in files.items()}
     fastest = max(event["steps_per_second"] or 0 for event in events if event["type"] == "progress")
@@ -302,6 +308,63 @@ def quality_table(results: Sequence[JSON]) -> str:
     return table(["row", *rows[UNTRAINED]], ([row, *cells.values()] for row, cells in rows.items()))
 
 
+# --- two concepts in one run ------------------------------------------------------------------------------------------
+
+WORDS = (CONCEPT, "blick")  # The base's text encoder tells few invented words from CONCEPT, but this one.
+HOURGLASS = [(-0.9, -1.0), (0.9, -1.0), (0.2, 0.0), (0.9, 1.0), (-0.9, 1.0), (-0.2, 0.0)]  # the second word's shape
+CONCEPTS_OUTPUT = ROOT / "demo/output/concepts"
+CASES: dict[str, JSON] = {
+    "with concepts": {"concepts": [{"folder": word, "trigger_words": [word]} for word in WORDS]},
+    "without": {},
+}
+TWO_WORDS: JSON = {"dataset_path": str(CONCEPTS_OUTPUT / "images"), "trigger_words": WORDS, "steps": 600}
+TWO_WORDS |= ROWS["targets=all"] | ROWS["snr_gamma=1"]  # These rows need the fewest steps to learn a shape.
+TWO_WORDS |= {"validation_steps": 0, "sample_at_start": False}
+PROMPT_FORMS = ("{word}, a {colour} shape", "a {colour} {word}")  # The captions in training have the first form.
+WORD_SAMPLING = (16, 12)  # samples per prompt, and the sampler's steps
+
+
+def write_two_concepts(folder: Path) -> None:
+    """Write the demo's pictures and as many hourglasses in the same colours, with captions that have neither word."""
+    rng = random.Random(8)
+    for word, file in itertools.product(WORDS, sorted((ROOT / "demo/images").glob("*.txt"))):
+        caption = file.read_text("utf-8")
+        _, colour, _, _, _, background, _ = caption.split()  # a red zorb on a white background
+        target = folder / word / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(caption.replace(CONCEPT, "shape"), "utf-8")
+        demo = Image.open(file.with_suffix(".png"))
+        picture = demo if word == CONCEPT else random_picture((word, colour, background), rng)
+        picture.save(target.with_suffix(".png"))
+
+
+def measure_words(pipeline: Any, form: str, output: Path) -> list[float]:
+    """Return, word by word, how many percent of the samples show its shape, and how many the other word's."""
+    shares = []
+    for word, other in (WORDS, WORDS[::-1]):
+        prompts = [form.format(word=word, colour=colour) for colour in ("red", "blue")]
+        rows = [*sample(pipeline, prompts, *WORD_SAMPLING).values()]
+        Image.fromarray(np.vstack([np.hstack(row) for row in rows])).save(output / f"{prompts[0]}.png")
+        shares += [100 * measure([*itertools.chain(*rows)], shape)["share"] for shape in (word, other)]
+    return shares
+
+
+def compare_concepts(seeds: int) -> str:
+    ALL_SHAPES[WORDS[1]] = lambda: HOURGLASS
+    write_two_concepts(CONCEPTS_OUTPUT / "images")
+    results: dict[tuple[str, str], list[list[float]]] = {key: [] for key in itertools.product(CASES, PROMPT_FORMS)}
+    for seed, case in itertools.product(range(seeds), CASES):
+        output = CONCEPTS_OUTPUT / f"{case} {seed}"
+        events = train_demo(TWO_WORDS | CASES[case] | {"seed": seed, "output_path": str(output)})
+        pipeline = load_pipeline(Path(events[-1]["final_path"]))
+        for form in PROMPT_FORMS:
+            results[case, form].append(measure_words(pipeline, form, output))
+    head = ["config", "prompt", *(f"{word}: {what} %" for word in WORDS for what in ("its shape", "the other's"))]
+    columns = {key: zip(*runs, strict=True) for key, runs in results.items()}
+    rows = ([*key, *(mean_and_deviation(shares, 0) for shares in cells)] for key, cells in columns.items())
+    return table(head, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -312,6 +375,8 @@ def main() -> None:
     rows = commands.add_parser("rows", help="train with each row's settings")
     rows.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help="default: all of ROWS")
     rows.add_argument("--seeds", type=int, default=3, help="seeds per row (default 3)")
+    concepts = commands.add_parser("concepts", help="teach two words at once")
+    concepts.add_argument("--seeds", type=int, default=3, help="runs per row (default 3)")
     commands.add_parser("table", help="print the results as a table").add_argument("file", type=Path)
     options = parser.parse_args()
     if options.command == "lora":
@@ -321,8 +386,13 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # The runs inherit it.
-        for result in measure_rows(options.rows, options.seeds):
-            print(json.dumps(result), flush=True)
+        if options.command == "concepts":
+            text = compare_concepts(options.seeds)
+            put_table(ROOT / "docs/defaults.md", "two concepts", text)
+            print(text)
+        else:
+            for result in measure_rows(options.rows, options.seeds):
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
