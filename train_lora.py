@@ -4601,11 +4601,10 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
-    if math.ceil(plan.epoch(plan.total_steps)) == 1 and any(len(texts) == 1 for texts in plan.variants):
-        rules = {"shuffle_tags", "tag_dropout", "caption_choices"}
-        if used := sorted(key for key in rules if getattr(config, key)):
-            message = f"The run has one epoch, and so one variant of each caption: {', '.join(used)}."
-            yield "captions_drawn_once", message, "Use fewer repeats and more epochs."
+    drawn = [key for key in ("shuffle_tags", "tag_dropout", "caption_choices") if getattr(config, key)]
+    if drawn and plan.epoch(plan.total_steps) <= 1:
+        message = f"The run has one epoch, and so one variant of each caption: {', '.join(drawn)}."
+        yield "captions_drawn_once", message, "Use fewer repeats and more epochs."
     if config.tag_dropout and not config.keep_tokens:
         message = "tag_dropout leaves out trigger words too, because keep_tokens is 0."
         yield "trigger_words_dropped", message, "Set keep_tokens to the number of tags that stay, such as 1."
