@@ -1482,10 +1482,10 @@ def test_two_processes_go_on_to_the_steps_that_were_asked_for(tmp_path: Path, im
     code = "if rank == 0: os.dup2(os.open(os.environ['STDIN'], os.O_RDONLY), 0)\n"
     pair = start_pair(config, "--listen", code=f"os.environ['STDIN'] = {str(stdin)!r}\n{code}")
     lines = read_until(pair[0], step=2)
-    os.write(pipe, request(1, "set", values={"steps": 300}) + b"\n" + request(2, "sample") + b"\n")
+    os.write(pipe, request(1, "set", values={"steps": 150}) + b"\n" + request(2, "sample") + b"\n")
     result, code_of_other, errors = finish_pair(pair, lines)
     os.close(pipe)
-    assert (result.code, code_of_other, result.last["type"], result.last["step"]) == (0, 0, "complete", 300), errors
+    assert (result.code, code_of_other, result.last["type"], result.last["step"]) == (0, 0, "complete", 150), errors
     assert [event["state"] for event in result.of("response")].count("done") == 2
 
 
@@ -6586,7 +6586,6 @@ def test_a_language_model_checks_starts_watches_asks_and_stops_a_run(tiny: TinyR
             assert (answer["type"], answer["code"]) == ("error", "config_invalid")
             assert {row["path"] for row in answer["problems"]} == {*broken}
             assert not (await call(client, "start", config=config, settings=broken, dry_run=False))["started"]
-            assert (await call(client, "check_config", config=config))["type"] == "validated"
             answer = await call(client, "start", config=config)
             assert (answer["started"], answer["checked"]["type"]) == (False, "validated")
             assert "No run has written events" in await call(client, "status", output=output)
@@ -6607,11 +6606,7 @@ def test_a_language_model_checks_starts_watches_asks_and_stops_a_run(tiny: TinyR
             assert "No run that this server started" in await call(client, "sample", output=output)
             answer = await call(client, "stop", output=output)
             assert (answer["running"], answer["last_events"][-1]["type"]) == (False, "interrupted")
-            run = await call(client, "start", config=config, dry_run=False)
-            assert run["run_id"] == run_id
-            answer = await call(client, "stop", output=output)
-            assert (answer["running"], answer["last_events"][-1]["type"]) == (False, "interrupted")
-            assert (answer["run"]["attempt"], answer["run"]["run_id"]) == (2, run_id)
+            assert (answer["run"]["attempt"], answer["run"]["run_id"]) == (1, run_id)
 
     try:
         asyncio.run(second(asyncio.run(first())))

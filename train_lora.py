@@ -4601,7 +4601,7 @@ def plan_warnings(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if host is not None and plan.memory["host"] > host:
         message = f"Loading needs about {gigabytes(plan.memory['host'])} GB of main memory, and {gigabytes(host)} GB "
         yield "memory_short", f"{message}are free.", "Close other programs."
-    drawn = [key for key in ("shuffle_tags", "tag_dropout", "caption_choices") if getattr(config, key)]
+    drawn = [key for key in ["shuffle_tags", "tag_dropout", "caption_choices"] if getattr(config, key)]
     if drawn and plan.epoch(plan.total_steps) <= 1:
         message = f"The run has one epoch, and so one variant of each caption: {', '.join(drawn)}."
         yield "captions_drawn_once", message, "Use fewer repeats and more epochs."
