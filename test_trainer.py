@@ -1300,7 +1300,7 @@ def random_requests(seed: int, count: int, steps: int) -> dict[int, list[bytes]]
         kind = draw.choice(["sample", "save", "set", "prompts", "junk"])
         junk = draw.choice([line for line, known, _ in REFUSED.values() if known is None])
         rows = {"set": request(key, "set", values=draw.choice(values)), "junk": junk}
-        own = {"prompt": "b", "negative_prompt": "c", "width": 72, "height": 64, "steps": 1, "lora_scale": 0.5}
+        own = {"prompt": "b", "negative_prompt": "c", "width": 72.0, "height": 64, "steps": 1, "lora_scale": 0.5}
         rows["prompts"] = request(key, "sample", prompts=draw.choices(["a", "b", "some other", "", own], k=2))
         lines[draw.randrange(1, steps)].append(rows.get(kind) or request(key, kind))
     return lines

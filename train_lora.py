@@ -5897,17 +5897,17 @@ def serve_requests(trainer: LoRATrainer, requests: Requests) -> bool:
 
 def serve_request(trainer: LoRATrainer, request: Request) -> list[str] | None:
     """Do what a request asks for; return the files that it made, or None where a stop came before all were made."""
+    config = with_settings(trainer.config, request.settings)
     if request.kind == "set":
-        return change_settings(trainer, with_settings(trainer.config, request.settings))
+        return change_settings(trainer, config)
     if request.kind == "save":
         trainer.last_save = time.monotonic()
         trainer.save()
         return [trainer.saved["path"], trainer.saved["state_path"]]
-    step, prompts, first = trainer.state.step, request.settings.get("sample_prompts"), 0
-    if prompts:  # Their numbers follow those of the config's prompts.
+    step, prompts, first = trainer.state.step, config.sample_prompts, 0
+    if request.settings:  # Their numbers follow those of the config's prompts.
         numbers = itertools.count(len(trainer.config.sample_prompts))
         first = next(n for n in numbers if not trainer.folder.sample(step, n).exists())
-    prompts = prompts or trainer.config.sample_prompts
     made = trainer.sample(step, prompts, first) or []
     if len(made) == len(prompts):
         return made
