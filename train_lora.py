@@ -227,6 +227,11 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", re.sub(r"[\t\r\n]+", " ", text))
 
 
+def composed(name: str) -> str:
+    """Return a name in composed Unicode, in which two spellings of an accent are the same."""
+    return unicodedata.normalize("NFC", name)
+
+
 def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
@@ -515,10 +520,6 @@ def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
 def concept_folder(concept: Mapping[str, Any]) -> str:
     """Return the folder of a concept, relative to dataset_path, as names of images have it."""
     return composed(posixpath.normpath(concept["folder"].replace("\\", "/")))
-
-
-def composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 class SampleSettings(NamedTuple):
@@ -1145,7 +1146,7 @@ class StopWatcher:
         if self._rescue is None or is_second:
             self.leave()
         self._leave_at = min(self._leave_at, time.monotonic() + self.PATIENCE_S)
-        threading.Thread(target=self.announce, daemon=True).start()  # Here it could wait for a disk that hangs.
+        threading.Thread(target=self.announce, daemon=True).start()  # This thread must not wait for a disk that hangs.
 
     def announce(self) -> None:
         self._events.emit("info", message="A stop was asked for.", phase="stopping")
@@ -4845,6 +4846,7 @@ class EncodedDataset:
         """Return the VAE for a sample of so many pixels. It waits in main memory, or is loaded now."""
         if self.vae is None:
             self.vae = load_component(self.plan.source, "vae", self.vae_dtype, torch.device("cpu"))
+            self.vae.encoder = self.vae.quant_conv = None
         self.limit_tiles(self.vae, self.plan.vae_pixels([pixels], "activations", decoding=True), pixels)
         return self.vae
 
@@ -5727,9 +5729,8 @@ class LoRATrainer:
             self.report_finished_steps()
             self.validate(step)
             self.sample(step, config.sample_prompts)
-        if (
-            sampled or served or self.last_save != before
-        ) and not self.stop.requested:  # After a stop only the save counts.
+        has_news = sampled or served or self.last_save != before
+        if has_news and not self.stop.requested:  # After a stop only the save counts.
             self.show()
 
     @main_only
