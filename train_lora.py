@@ -346,6 +346,7 @@ class TrainingConfig:
     output_path: str
     trigger_words: tuple[str, ...]
     concepts: tuple[Mapping[str, Any], ...]
+    class_words: str | None
     model_type: str
     revision: str | None
     variant: str | None
@@ -381,7 +382,8 @@ class TrainingConfig:
     lora_targets: str
     dora_as_lora_rank: int | None
     train_text_encoder: bool
-    text_encoder_learning_rate: float
+    text_encoder_learning_rate: float | tuple[float, ...]
+    text_encoder_stop: float
     loss_type: str
     huber_c: float
     snr_gamma: float | None
@@ -389,9 +391,13 @@ class TrainingConfig:
     min_timestep: int
     max_timestep: int | None
     regularization_path: str | None
+    regularization_target: str
     prior_loss_weight: float
+    class_preservation_weight: float
+    change_penalty: float
     masked_loss: bool
     unmasked_weight: float
+    unmasked_target: str
     ema_decay: float | None
     aspect_ratio_bucketing: bool
     bucket_step: int
@@ -666,10 +672,19 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
             yield problem(key, "has half a character (a lone surrogate), which no text can hold")
 
 
+# These hold the LoRA to what the base model predicts, except with these values.
+WITHOUT_BASE = {"class_preservation_weight": (0,), "regularization_target": ("image",), "unmasked_target": ("none",)}
+
+
 def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
-    lokr, first, end = values["lora_type"] == "lokr", values["min_timestep"], values["max_timestep"]
+    kind, first, end = values["lora_type"], values["min_timestep"], values["max_timestep"]
+    lokr, has_class_words = (
+        kind == "lokr",
+        values["class_words"]
+        or (not unclaimed_words(values) and all(concept.get("class_words") for concept in values["concepts"])),
+    )
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
@@ -678,7 +693,17 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         (same_folder, "regularization_path", "must be another folder than dataset_path"),
         (no_file, "init_lora_path", "must be an existing .safetensors file"),
         (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
-        (values["dora_as_lora_rank"] and values["lora_type"] != "dora", "dora_as_lora_rank", "needs lora_type dora"),
+        (values["dora_as_lora_rank"] and kind != "dora", "dora_as_lora_rank", "needs lora_type dora"),
+        (
+            values["change_penalty"] and kind != "lora",
+            "change_penalty",
+            f"must be 0 with lora_type {kind}: only a plain LoRA's change has a size that is cheap to compute",
+        ),
+        (
+            values["class_preservation_weight"] and not has_class_words,
+            "class_words",
+            "is needed by class_preservation_weight, here or in each concept",
+        ),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (lokr and nf4, "quantize_base", "must be none with lora_type lokr"),
@@ -695,6 +720,9 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
             f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in folders[:number]
         )
         rules.append((not is_outside and any(near), path, "overlaps with the folder of another concept"))
+    frozen = "needs train_text_encoder false: the base's own text encoders are not kept beside those that train"
+    trained = values["train_text_encoder"]
+    rules += [(trained and values[key] not in off, key, frozen) for key, off in WITHOUT_BASE.items()]
     yield from (problem(path, message) for broken, path, message in rules if broken)
     packages = [("report_to", name) for name in values["report_to"]]
     packages += [("quantize_base", "bitsandbytes")] if nf4 else []
@@ -713,10 +741,13 @@ def unused_packages(config: TrainingConfig) -> list[str]:
 
 USED_WITH = {
     "unmasked_weight": "masked_loss",
+    "unmasked_target": "masked_loss",
     "prior_loss_weight": "regularization_path",
+    "regularization_target": "regularization_path",
     "validation_split": "validation_steps",
     "huber_c": "loss_type",
     "text_encoder_learning_rate": "train_text_encoder",
+    "text_encoder_stop": "train_text_encoder",
 }
 
 
@@ -2248,6 +2279,17 @@ REGULARIZATION_FOLDER = re.compile(r"(?s:.*/)?reg(ularization)?(_images)?/\d{1,4
 PROMPT_FLAGS = re.compile(r"(?:^|\s)--[a-z]{1,2}\s+-?[\d.]")  # Prompt files of kohya's tools have --w 512 --s 28.
 CAPTION_WEIGHTS = re.compile(r"\([^():]+:[01]?\.\d{1,3}\)|\bBREAK\b")  # A1111's and kohya's; (ratio 16:9) is text.
 CAPTION_CHOICE = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
+DRIFT_PROMPTS = (  # The drift is measured with these, which are about nothing in particular.
+    "a photo of a person",
+    "a portrait of an old man",
+    "a photo of a dog in a park",
+    "a red car on a street",
+    "a landscape with mountains and a lake",
+    "a bowl of fruit on a table",
+    "an oil painting of ships at sea",
+    "a drawing of a blue house",
+)
+DRIFT_STEPS = 4
 CAPTION_VARIANTS = 16  # A caption has at most this many variants, because each one is encoded.
 DATASET_HINTS = {
     "image_skipped": "Repair or remove the file that is named; a picture can be saved again as PNG or JPEG.",
@@ -2546,7 +2588,7 @@ def check_image(
     texts = {"join": [caption], "first": lines[:1], "each": lines}[config.caption_lines]
     if role == "train":
         all_words = f"{config.caption_separator} ".join(words)
-        uncaptioned = " ".join(filter(None, [all_words, concept.get("class_words", "")]))
+        uncaptioned = " ".join(filter(None, [all_words, concept["class_words"]]))
         texts = [with_trigger_words(text or uncaptioned, words, config) for text in texts or [""]]
     has_alpha = alpha is not None and alpha.getextrema() != (255, 255)
     facts = (source, repeats, *image.size, digest, role, has_alpha, mask, mask_digest, fault)
@@ -2557,7 +2599,7 @@ def check_image(
 def concept_of(name: str, config: TrainingConfig) -> Mapping[str, Any]:
     """Return the concept whose folder an image is in; the others have the words that no concept has."""
     found = (concept for concept in config.concepts if name.startswith(f"{concept_folder(concept)}/"))
-    return next(found, {"trigger_words": unclaimed_words(vars(config))})
+    return {"class_words": config.class_words, **next(found, {"trigger_words": unclaimed_words(vars(config))})}
 
 
 def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfig) -> str:
@@ -2567,6 +2609,27 @@ def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfi
         certain = CAPTION_CHOICE.sub(" ", certain)
     missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", certain, re.IGNORECASE)]
     return f"{config.caption_separator} ".join(filter(None, [*missing, caption]))
+
+
+def class_caption(caption: str, concept: Mapping[str, Any], config: TrainingConfig) -> str:
+    """Return a caption with the class words for its first trigger word, and without the others.
+
+    In "a photo of ohwx woman", with the word ohwx and the class words woman, both words are replaced.
+    """
+    words = "|".join(re.escape(word) for word in sorted(concept["trigger_words"], key=len, reverse=True))
+    named = rf"(?<!\w)(?:{words})(?!\w)(?:\W+{re.escape(concept['class_words'])}(?!\w))?"
+    replacement = itertools.chain([concept["class_words"]], itertools.repeat(""))
+    caption = re.sub(named, lambda _: next(replacement), caption, flags=re.IGNORECASE)
+    tags = (tag.strip() for tag in caption.split(config.caption_separator))
+    return f"{config.caption_separator} ".join(filter(None, tags))
+
+
+def class_captions(config: TrainingConfig, dataset: Dataset, variants: Sequence[Sequence[str]]) -> Iterator[str]:
+    """List the texts that class preservation needs besides the captions; `variants` has each example's texts."""
+    for example, texts in zip(dataset.examples, variants, strict=True):
+        if config.class_preservation_weight and example.role == "train":
+            concept = concept_of(f"{example.concept}/", config)
+            yield from (class_caption(text, concept, config) for text in texts)
 
 
 def caption_texts(caption: str, config: TrainingConfig) -> tuple[str, ...]:
@@ -2802,6 +2865,16 @@ def sample_error(
     if huber_c is not None:
         error = 2 * huber_c * error / ((error + huber_c**2).sqrt() + huber_c)  # This form keeps small errors' digits.
     return (error if mask is None else error * mask).mean(dim=(1, 2, 3))
+
+
+def change_gradient(down: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ||scaling * up @ down||² by down [..., rank, inputs] and up [..., outputs, rank].
+
+    The squared size of a change of weights bounds how far the model can leave its base (Kim et al. 2025, arXiv
+    2505.19519). It is scaling² tr(upᵀup downdownᵀ), so its gradients need products of the rank's size only.
+    """
+    factor = 2 * scaling**2
+    return factor * (up.mT @ up) @ down, factor * up @ (down @ down.mT)
 
 
 def ema_decay_at(decay: float, step: int) -> float:
@@ -3257,9 +3330,15 @@ def adapter_shapes(config: TrainingConfig, source: ModelSource) -> dict[str, tor
 
 
 def learning_rates(config: TrainingConfig) -> dict[str, float]:
-    """Return the rate of each parameter group."""
+    """Return the rate of each parameter group; the text encoders have one together, or one each."""
     text = config.learning_rate if OPTIMIZERS[config.optimizer].adapts else config.text_encoder_learning_rate
-    return {"unet": config.learning_rate} | ({"text_encoder": text} if config.train_text_encoder else {})
+    rates = dict(zip(("text_encoder", "text_encoder_2"), text if isinstance(text, tuple) else [text], strict=False))
+    return {"unet": config.learning_rate} | (rates if config.train_text_encoder else {})
+
+
+def backward_passes(config: TrainingConfig) -> int:
+    """Return how many gradients are added up for one step; class preservation has its own backward pass."""
+    return config.gradient_accumulation_steps * (2 if config.class_preservation_weight else 1)
 
 
 def make_optimizer(config: TrainingConfig, groups: Sequence[JSON], device: torch.device) -> Any:
@@ -3330,6 +3409,8 @@ class Adapter:
         dtype: torch.dtype,
     ) -> None:
         self.components, self.config, self.step_incomplete = components, config, False
+        kind: Any = peft.tuners.tuners_utils.BaseTunerLayer
+        self.layers = [layer for part in components for layer in part.modules() if isinstance(layer, kind)]
         self.updated: Any = None  # The event on a CUDA device at which the last step's weights were whole.
         self.names, self.modules = list(parameters), list(parameters.values())
         self.shapes = [weight.shape for weight in self.modules]
@@ -3339,11 +3420,12 @@ class Adapter:
         self.summed = torch.zeros(len(self.weights) + 1, device=self.device)  # The last number is for the loss.
         self.gradient = self.summed[:-1]
         self.gradient_views = self.split(self.gradient)
-        # With accumulation, the gradient of a later micro-batch is written here and then added.
-        self.incoming = torch.zeros_like(self.weights) if config.gradient_accumulation_steps > 1 else self.gradient
+        # The gradient of a step's later backward passes is written here and then added.
+        self.incoming = torch.zeros_like(self.weights) if backward_passes(config) > 1 else self.gradient
         self.incoming_views = self.split(self.incoming)
         self.rates = learning_rates(config)
         self.trained = self.make_groups(OPTIMIZERS[config.optimizer].elementwise)
+        self.gradients = {weight: weight.grad for part in self.trained for weight in part}
         groups = [{"params": part, "lr": rate} for part, rate in zip(self.trained, self.rates.values(), strict=True)]
         self.optimizer = make_optimizer(config, groups, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
@@ -3357,15 +3439,20 @@ class Adapter:
         self.load_into_modules(self.weights)
 
     def make_groups(self, whole: bool) -> list[list[torch.nn.Parameter]]:
-        """Return the parameters of the UNet and of the text encoders, with gradients: views of the vectors.
+        """Return the parameters of each group that has a rate, with gradients: views of the vectors.
 
         An optimizer that treats each number by itself gets one parameter (`whole`) for each group, and so launches
         one kernel where it would launch one for each layer.
         """
-        views = [*zip(self.names, self.split(self.weights), self.gradient_views, strict=True)]
+
+        def group_of(row: tuple[str, Tensor, Tensor]) -> str:
+            part = row[0].partition(".")[0]
+            return part if part in self.rates else "text_encoder"
+
+        views = zip(self.names, self.split(self.weights), self.gradient_views, strict=True)
         groups, start = [], 0
-        for name in self.rates:  # The vectors hold the UNet's numbers before the text encoders'.
-            pairs = [(view, grad) for key, view, grad in views if key.startswith("unet.") == (name == "unet")]
+        for rows in grouped(views, group_of).values():  # The order of the names is that of the rates.
+            pairs = [(view, gradient) for _, view, gradient in rows]
             end = start + sum(view.numel() for view, _ in pairs)
             if whole:
                 pairs = [(self.weights[start:end], self.gradient[start:end])]
@@ -3387,8 +3474,7 @@ class Adapter:
         """Let the layers with a DoRA compute by `dora_forward`, and note the square of each frozen norm."""
         places = {id(module): place for place, module in enumerate(self.modules)}
         indices = self.split(torch.arange(len(self.weights), device=self.device))
-        layers: Iterator[Any] = itertools.chain.from_iterable(component.modules() for component in self.components)
-        for layer in (layer for layer in layers if hasattr(layer, "lora_variant")):
+        for layer in self.layers:
             layer.lora_variant["default"] = SimpleNamespace(forward=dora_forward)
             parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
             down, up, magnitude = (places[id(part["default"].weight)] for part in parts)
@@ -3414,10 +3500,14 @@ class Adapter:
             excess = weights[self.magnitudes] / self.norms - 1
             self.module_weights[self.magnitudes] = excess.to(self.module_dtype)
 
-    def set_rates(self, factor: float) -> dict[str, float]:
-        """Set this step's learning rates; return them, with prodigy's own factor d."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
-            group["lr"] = rate * factor
+    def set_rates(self, factor: float, text_rests: bool = False) -> dict[str, float]:
+        """Set this step's learning rates, and let text encoders rest; return the rates, with prodigy's own factor d."""
+        for (name, rate), group in zip(self.rates.items(), self.optimizer.param_groups, strict=True):
+            rests = text_rests and name != "unet"
+            group["lr"] = 0.0 if rests else rate * factor
+            for parameter in group["params"]:
+                # Every optimizer leaves a parameter without a gradient, and what it keeps for it, as they are.
+                parameter.grad = None if rests else self.gradients[parameter]
         pairs = zip(self.rates, self.optimizer.param_groups, strict=True)
         return {name: group["lr"] * group.get("d", 1.0) for name, group in pairs}
 
@@ -3429,6 +3519,16 @@ class Adapter:
             (self.gradient if first else self.incoming)[self.magnitudes] /= self.norms
         if not first:
             self.gradient += self.incoming
+
+    def add_change_penalty(self) -> None:
+        """Add the gradient of change_penalty * ||sBA||², summed over all layers; those of one shape go together."""
+        scaling, weights = adapter_scale(self.config), self.split(self.weights)
+        pairs = range(0, len(self.names), 2)  # A layer's A stands before its B.
+        for places in grouped(pairs, lambda place: (self.shapes[place], self.shapes[place + 1])).values():
+            down, up = (torch.stack([weights[place + side].flatten(1) for place in places]) for side in (0, 1))
+            for side, gradients in enumerate(change_gradient(down, up, scaling)):
+                views = [self.gradient_views[place + side].flatten(1) for place in places]
+                torch._foreach_add_(views, gradients.unbind(), alpha=self.config.change_penalty)
 
     def add_up(self, loss: Tensor, group: Group) -> Tensor:
         """Add gradient and loss up over all processes, in one message; return the loss."""
@@ -3444,6 +3544,8 @@ class Adapter:
         Returns [loss, gradient norm before clipping] on the device.
         """
         self.scaler.unscale_(self.optimizer)
+        if self.config.change_penalty:
+            self.add_change_penalty()
         norm = self.gradient.norm()
         if limit := self.config.max_grad_norm:
             self.gradient *= (limit / (norm + 1e-6)).clamp(max=1)
@@ -3496,6 +3598,18 @@ class Adapter:
                 component.train()
 
     @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the modules compute as the base model does. PEFT's own switch would also turn gradients off for good."""
+        for layer in self.layers:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
+
+    @contextlib.contextmanager
     def strength(self, scale: float) -> Iterator[None]:
         """Let each layer compute with W + scale * (W' - W), where W' is its weight with the adapter."""
 
@@ -3503,9 +3617,7 @@ class Adapter:
             frozen: Tensor = layer.get_base_layer()(*inputs)
             return frozen + scale * (output - frozen)
 
-        kind: Any = peft.tuners.tuners_utils.BaseTunerLayer
-        layers = itertools.chain.from_iterable(component.modules() for component in self.components)
-        hooks = [layer.register_forward_hook(blend) for layer in layers if scale != 1 and isinstance(layer, kind)]
+        hooks = [layer.register_forward_hook(blend) for layer in self.layers if scale != 1]
         try:  # Compiled blocks do not see new hooks.
             with torch.compiler.set_stance("force_eager") if hooks else contextlib.nullcontext():
                 yield
@@ -4232,6 +4344,11 @@ def draws_samples(config: TrainingConfig) -> bool:
     return bool(config.validation_steps or config.sample_at_start)
 
 
+def drift_prompts(config: TrainingConfig) -> tuple[str, ...]:
+    """Return the texts with which validations measure the drift, where there are any."""
+    return DRIFT_PROMPTS if draws_samples(config) else ()
+
+
 def pixels_at_once(source: ModelSource, choices: Sequence[int], room: int, **options: bool) -> int:
     """Return the first choice of pixels with which the VAE takes no more than `room`; none fits: those of a tile."""
     return next((pixels for pixels in choices if vae_bytes(source, pixels, **options) <= room), TILE_SIDE**2)
@@ -4261,7 +4378,7 @@ def estimate_vram(
     width, counts = 2 if half else 4, source.weight_counts
     encoders = sum(counts[row.folder] for row in source.family.text_encoders) * width
     copies = {"lora": width * half, "dora": width, "lokr": 0}  # The modules compute with a copy of the fp32 weights.
-    summed = 2 if config.gradient_accumulation_steps > 1 else 1
+    summed = 2 if backward_passes(config) > 1 else 1
     terms = {
         "weights": unet_bytes(config, source, width) + encoders * config.train_text_encoder,
         "lora": lora_weights * (4 + copies[config.lora_type]),
@@ -4485,7 +4602,13 @@ def check_settings(config: TrainingConfig, source: ModelSource, device: str | No
     undefined = config.zero_terminal_snr is True and source.prediction_type == "epsilon"
     epsilon = "a model that predicts epsilon is undefined there; if it predicts v, set prediction_type"
     not_cuda = config.quantize_base == "nf4" and device is not None and not device.startswith("cuda")
+    encoders, rate = len(source.family.text_encoders), config.text_encoder_learning_rate
     rules = [
+        (
+            isinstance(rate, tuple) and len(rate) != encoders,
+            "text_encoder_learning_rate",
+            f"must be one number: {source.family.title} has one text encoder",
+        ),
         (config.clip_skip and penultimate, "clip_skip", f"must be 0: {source.family.title} leaves out a layer anyway"),
         (undefined, "zero_terminal_snr", f"must not be true: {epsilon}"),
         (config.min_timestep >= count, "min_timestep", f"must be less than the model's {count} timesteps"),
@@ -4521,8 +4644,8 @@ def decide(
     steps = count_steps(config, batches)
     epochs = math.ceil(steps * config.gradient_accumulation_steps / batches)
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
-    captions = list(dict.fromkeys(itertools.chain([""], *variants)))
-    prompts = sorted({*sample_texts(config)} - {*captions})
+    captions = list(dict.fromkeys(itertools.chain([""], *variants, class_captions(config, dataset, variants))))
+    prompts = sorted({*sample_texts(config), *drift_prompts(config)} - {*captions})
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
     needed = cache_bytes(config, source, sizes, texts) * processes
     cache_folder, cache_why = choose_cache(config, needed)
@@ -4770,12 +4893,22 @@ class Cache:
         return folder / key[:2] / f"{key}.safetensors"
 
 
+class Shown(NamedTuple):
+    """One sample of a micro-batch: an image, its text, its loss's weight, and what it teaches."""
+
+    variant: ImageVariant
+    text: str
+    weight: float = 1.0
+    to_base: bool = False  # It teaches what the base model predicts for it, and not what is in it.
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device: latents' mean and std [B, C, h, w], the UNet's conditions, the loss's weights.
 
-    `weights` [B] belong to whole samples, `mask` [B, 1, h, w] to their pixels. Of the `total` samples of all
-    processes' micro-batch, these are the ones in `part`.
+    `weights` [B] belong to whole samples. Masks [B, 1, h, w], or with sides of 1, say how much each pixel's image
+    counts there (None: all of it), and how much the base's prediction: only in the samples in `base_rows`. Of the
+    `total` samples of all processes' micro-batch, these are the ones in `part`.
     """
 
     mean: Tensor
@@ -4783,8 +4916,10 @@ class Batch:
     conditions: Conditions
     weights: Tensor
     mask: Tensor | None
+    base_mask: Tensor | None
+    base_rows: Tensor | None
     total: int
-    part: slice
+    part: Sequence[int]
 
 
 class EncodedDataset:
@@ -4800,6 +4935,7 @@ class EncodedDataset:
         self.cache = Cache(plan.cache_folder)
         self.keys: Any = group.share(lambda: entry_keys(plan, device.type, str(self.dtype), str(self.vae_dtype)))
         self.encoder: PromptEncoder | None = None
+        self.text_rests = False  # Text encoders that trained have stopped.
         self.vae: Any = None
         order = functools.partial(epoch_batches, plan.buckets, plan.batch_size, plan.config.seed)
         self.order = functools.lru_cache(maxsize=2)(order)  # An epoch is not shuffled again at each step.
@@ -4912,7 +5048,8 @@ class EncodedDataset:
     def embeddings(self, texts: Sequence[str]) -> list[TextEmbedding]:
         """Return texts' embeddings from the cache, or from the encoders where these train."""
         if self.encoder:
-            with autocast(self.plan.config, self.dtype, self.device):
+            learns = torch.is_grad_enabled() and not self.text_rests
+            with autocast(self.plan.config, self.dtype, self.device), torch.set_grad_enabled(learns):
                 return self.encoder.encode(texts, self.dtype)
         return [TextEmbedding(**self.cache[self.keys[text]]) for text in texts]
 
@@ -4938,24 +5075,22 @@ class EncodedDataset:
         pooled = to_device(pooled, self.device).to(self.dtype)
         return context, {"text_embeds": pooled, "time_ids": to_device(time_ids, self.device)}
 
-    def batch(
-        self,
-        variants: Sequence[ImageVariant],
-        texts: Sequence[str],
-        weights: Sequence[float],
-        part: slice = slice(None),
-    ) -> Batch:
-        """Put a micro-batch together, or one process's part of it."""
-        longest = max(map(self.context_length, texts)) if self.group.size > 1 else 0
-        images = [self.image(variant) for variant in variants[part]]
+    def batch(self, samples: Sequence[Shown], part: Sequence[int]) -> Batch:
+        """Put the samples at these places of a micro-batch together."""
+        longest = max(self.context_length(sample.text) for sample in samples) if self.group.size > 1 else 0
+        shown = [samples[place] for place in part]
+        images = [self.image(sample.variant) for sample in shown]
         time_ids = torch.stack([image.time_ids for image in images])
+        mask, base_mask = self.masks(images, [sample.to_base for sample in shown])
+        rows = None if base_mask is None else base_mask.flatten(1).any(1).nonzero().flatten()
+        masks = {"mask": mask, "base_mask": base_mask, "base_rows": rows}
         return Batch(
             mean=to_device(torch.stack([image.mean for image in images]), self.device).float(),
             std=to_device(torch.stack([image.std for image in images]), self.device).float(),
-            conditions=self.conditions(texts[part], time_ids, longest),
-            weights=to_device(torch.tensor(weights[part]), self.device),
-            mask=self.masks(images) if self.plan.config.masked_loss else None,
-            total=len(variants),
+            conditions=self.conditions([sample.text for sample in shown], time_ids, longest),
+            weights=to_device(torch.tensor([sample.weight for sample in shown]), self.device),
+            **{name: None if part is None else to_device(part, self.device) for name, part in masks.items()},
+            total=len(samples),
             part=part,
         )
 
@@ -4971,18 +5106,26 @@ class EncodedDataset:
 
     def held_out_batch(self, indices: Sequence[int], timestep: int) -> tuple[Batch, Tensor]:
         """Put held-out images together, each with a noise [B, C, h, w] of its own for this timestep."""
-        variants = [self.plan.variant(index) for index in indices]
-        texts = [self.plan.variants[index][0] for index in indices]
-        batch = self.batch(variants, texts, [1.0] * len(variants))
+        samples = [Shown(self.plan.variant(index), self.plan.variants[index][0]) for index in indices]
+        batch = self.batch(samples, range(len(samples)))
         sources = [generator("validation", self.plan.config.seed, index, timestep) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         return batch, noise.to(self.device)
 
-    def masks(self, images: Sequence[CachedImage]) -> Tensor:
-        """Stack masks [B, 1, h, w]; an image without one counts in full, and the rest by unmasked_weight."""
+    def masks(self, images: Sequence[CachedImage], to_base: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Return a batch's two masks. An image without a mask counts in full, and what a mask leaves out by
+        unmasked_weight; there and where a whole image is `to_base`, the base's prediction counts.
+        """
+        config = self.plan.config
+        if not (config.masked_loss or any(to_base)):
+            return None, None
+        whole = torch.tensor(to_base).float().view(-1, 1, 1, 1)
+        if not config.masked_loss:
+            return 1 - whole, whole
         full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
-        trained = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
-        return to_device(trained + (1 - trained) * self.plan.config.unmasked_weight, self.device)
+        inside = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
+        base = torch.maximum(whole, (1 - inside) * (config.unmasked_target == "base"))
+        return (inside + (1 - inside) * config.unmasked_weight) * (1 - whole), base if base.any() else None
 
     def batch_at(self, micro_batch: int) -> tuple[int, list[int]]:
         """Return (epoch, image indices) of a micro-batch, counted from the run's start; a resume needs no replay."""
@@ -4995,21 +5138,29 @@ class EncodedDataset:
         indices = [i for index in range(step * count, (step + 1) * count) for i in self.batch_at(index)[1]]
         return listing([self.plan.dataset.examples[index].name for index in indices])
 
-    def collate(self, micro_batch: int) -> Batch | None:
-        """Put this process's part of a micro-batch together; None where it has none, in a small last batch."""
-        plan, variants, texts, weights = self.plan, [], [], []
+    def collate(self, micro_batch: int) -> list[Batch]:
+        """Put this process's part of a micro-batch together; there is none where a small last batch has too few.
+
+        With class preservation the training images follow once more, with the class words' texts. As their places
+        are the same, so are their noise and timesteps.
+        """
+        config, samples, again = self.plan.config, list[Shown](), dict[int, Shown]()
         epoch, indices = self.batch_at(micro_batch)
-        part = self.group.part(len(indices))
-        if part.start == part.stop:
-            return None
         for position, index in enumerate(indices):
-            mirrored, dropped = draw_augmentation(plan.config, micro_batch, position)
-            captions = plan.variants[index]
-            variants.append(plan.variant(index, mirrored))
-            texts.append("" if dropped else captions[epoch % len(captions)])
-            example = variants[-1].example
-            weights.append(plan.config.prior_loss_weight if example.role == "prior" else example.loss_weight)
-        return self.batch(variants, texts, weights, part)
+            mirrored, dropped = draw_augmentation(config, micro_batch, position)
+            variant, captions = self.plan.variant(index, mirrored), self.plan.variants[index]
+            example, text = variant.example, captions[epoch % len(captions)]
+            is_prior = example.role == "prior"
+            weight = config.prior_loss_weight if is_prior else example.loss_weight
+            to_base = is_prior and config.regularization_target == "base"
+            samples.append(Shown(variant, "" if dropped else text, weight, to_base))
+            if config.class_preservation_weight and not is_prior:
+                text = class_caption(text, concept_of(f"{example.concept}/", config), config)
+                again[position] = Shown(variant, text, weight * config.class_preservation_weight, True)
+        part = range(len(indices))[self.group.part(len(indices))]
+        held = [again.get(position, sample) for position, sample in enumerate(samples)]
+        batches = [(samples, part), (held, [position for position in part if position in again])]
+        return [self.batch(shown, places) for shown, places in batches if places]
 
 
 # ======================================================================================
@@ -5017,6 +5168,7 @@ class EncodedDataset:
 # ======================================================================================
 
 Samples = dict[tuple[int, str], dict[int, Path]]  # It is {(number, prompt): {step: file}}.
+DriftPoint = tuple[Sequence[str], "Tensor", "Tensor", "Tensor"]  # It has texts, latents, a timestep, a prediction.
 STYLE = """:root{color-scheme:light dark}svg,img{display:block;width:100%}pre{white-space:pre-wrap}
 body{max-width:72rem;margin:auto;padding:2rem;font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 figure,a{display:inline-block;width:11rem;margin:0 1rem 1rem 0;color:inherit}figure{width:32rem;max-width:100%}
@@ -5034,20 +5186,65 @@ class Sampler:
     device: torch.device
     predict: Predict
     conditions: Callable[[Sequence[str], Tensor], Conditions]  # It encodes two texts with SDXL's time ids [2, 6].
+    base_walk: Sequence[DriftPoint] = ()
+
+    def scheduler(self, steps: int, *, trailing: bool) -> Any:
+        # Latents have no fixed range, so they must not be clipped to one.
+        changes = {"prediction_type": self.prediction_type, "clip_sample": False}
+        spacing = {"timestep_spacing": "trailing"} if trailing else {}
+        scheduler_class: Any = diffusers.DDIMScheduler
+        scheduler = scheduler_class.from_config({**self.source.scheduler, **changes, **spacing})
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    def noise(self, count: int, width: int, height: int, source: torch.Generator) -> Tensor:
+        """Return latents to start from. They come from the CPU's generator, so they are the same on every device."""
+        factor, channels = self.source.vae_factor, int(self.source.unet.get("in_channels", 4))
+        return torch.randn((count, channels, height // factor, width // factor), generator=source).to(self.device)
+
+    def walk(self, side: int, stop: StopWatcher) -> Iterator[DriftPoint]:
+        """Go the model's way from noise to a picture, in few steps, for the prompts that measure the drift."""
+        for number, texts in enumerate(chunks(DRIFT_PROMPTS, 2)):
+            scheduler = self.scheduler(DRIFT_STEPS, trailing=True)
+            latents = self.noise(len(texts), side, side, generator("drift", number))
+            for timestep in scheduler.timesteps:
+                if stop.requested:
+                    return
+                prediction = self.predict_texts(texts, latents, timestep)
+                yield texts, latents, timestep, prediction
+                latents = scheduler.step(prediction, timestep, latents).prev_sample
+
+    def predict_texts(self, texts: Sequence[str], latents: Tensor, timestep: Tensor) -> Tensor:
+        height, width = (side * self.source.vae_factor for side in latents.shape[2:])
+        conditions = self.conditions(texts, whole_image_ids(width, height).repeat(len(texts), 1))
+        return self.predict(latents, timestep, conditions).float()
+
+    def drift(
+        self, side: int, as_base: Callable[[], contextlib.AbstractContextManager[None]], stop: StopWatcher
+    ) -> float | None:
+        """Return ||prediction - base's|| / ||base's|| over all points of the base's walk; None after a stop.
+
+        The first call finds out what the base predicts: with `as_base`, the UNet computes as the base does.
+        """
+        if not self.base_walk:
+            with as_base():
+                walk = [*self.walk(side, stop)]
+            self.base_walk = [] if stop.requested else walk
+        numbers = []
+        for texts, latents, timestep, base in self.base_walk:
+            if stop.requested:
+                return None
+            error = self.predict_texts(texts, latents, timestep) - base
+            numbers.append(torch.stack([error.square().sum(), base.square().sum()]))
+        error_sum, base_sum = torch.stack(numbers).sum(0).tolist() if numbers else (0.0, 0.0)
+        return math.sqrt(error_sum / base_sum) if base_sum else None
 
     def draw(self, settings: SampleSettings, events: EventStream, title: str, stop: StopWatcher) -> Image.Image | None:
         """Return an image, or None when a stop was asked for before a denoising step."""
         # Other spacings leave out the last timestep, which is pure noise (Lin et al. 2023, section 3.3).
-        spacing = {"timestep_spacing": "trailing"} if self.source.scheduler["rescale_betas_zero_snr"] else {}
-        # Latents have no fixed range, so they must not be clipped to one.
-        changes = {"prediction_type": self.prediction_type, "clip_sample": False, **spacing}
-        scheduler_class: Any = diffusers.DDIMScheduler
-        scheduler = scheduler_class.from_config({**self.source.scheduler, **changes})
-        scheduler.set_timesteps(settings.steps, device=self.device)
-        factor, (width, height) = self.source.vae_factor, (settings.width, settings.height)
-        shape = (1, int(self.source.unet.get("in_channels", 4)), height // factor, width // factor)
-        # The noise comes from the CPU's generator, so a seed starts from the same noise on every device.
-        latents = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed)).to(self.device)
+        scheduler = self.scheduler(settings.steps, trailing=self.source.scheduler["rescale_betas_zero_snr"])
+        width, height = settings.width, settings.height
+        latents = self.noise(1, width, height, torch.Generator().manual_seed(settings.seed))
         with torch.no_grad():
             texts = [settings.negative_prompt, settings.prompt]
             conditions = self.conditions(texts, whole_image_ids(width, height).repeat(2, 1))
@@ -5144,7 +5341,7 @@ def log_event(tracker: Any, kind: str, fields: JSON) -> None:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # Wandb expects that order.
         tracker.log_images({f"samples/{fields['index']}": pixels}, step=fields["step"], **layout)
     else:
-        numbers = {name: fields.get(name) for name in ("loss", "loss_avg", "grad_norm", "vram_gb")}
+        numbers = {name: fields.get(name) for name in ("loss", "loss_avg", "grad_norm", "vram_gb", "drift")}
         numbers |= {f"learning_rate/{name}": rate for name, rate in fields.get("learning_rates", {}).items()}
         present = {f"{kind}/{name}": number for name, number in numbers.items() if number is not None}
         tracker.log(present, step=fields["step"])
@@ -5167,6 +5364,26 @@ def read_history(path: Path, last_step: int) -> list[JSON]:
                 history.pop()  # A step that comes again replaces all that followed it.
             history.append(event)
     return history
+
+
+def recommend(log: Path, last_step: int, loras: Mapping[int, Path]) -> JSON | None:
+    """Return which of a run's LoRA files ({step: path}) to use, and why; None where its log has no held-out loss.
+
+    It is the one with the lowest held-out loss; of those within 1 % of that, the one that drifted least.
+    """
+    try:
+        history = read_history(log, last_step)
+    except OSError:
+        return None
+    measured = {e["step"]: e for e in history if e["type"] == "validation" and e["loss"] is not None}
+    usable = [measured[step] for step in loras if step in measured]
+    if not usable:
+        return None
+    lowest = min(event["loss"] for event in usable)
+    close = [event for event in usable if event["loss"] <= 1.01 * lowest]
+    best = min(close, key=lambda event: event.get("drift") or 0)
+    why = "the lowest loss of the held-out images" if len(close) == 1 else "the least drift among the lowest losses"
+    return {"step": best["step"], "path": str(loras[best["step"]]), "why": f"It has {why}: {best['loss']:.4g}."}
 
 
 def draw_grid(samples: Samples) -> Image.Image:
@@ -5256,6 +5473,7 @@ class Report:
 {"".join(f"<p>{html.escape(text)}</p>" for text in texts)}<p>Written at {utc_now("seconds")}.</p>
 {chart(history, "Loss, as the mean of 50 steps", "progress", "loss_avg")}
 {chart(history, "Loss of the held-out images", "validation", "loss")}
+{chart(history, "Drift from the base model", "validation", "drift")}
 {chart(history, "Learning rate of the UNet", "progress", "learning_rate")}
 <h2>Samples</h2>{gallery}<h2>Config</h2>
 <pre>{html.escape(json.dumps(dataclasses.asdict(plan.config), indent=2, ensure_ascii=False))}</pre></body></html>"""
@@ -5377,6 +5595,33 @@ def with_sizes(error: Exception, phase: str, plan: Plan) -> TrainerError:
     return TrainerError("out_of_memory", message, memory_hint(config, plan.checkpointing, is_gpu(plan.hardware)))
 
 
+@contextlib.contextmanager
+def tolerated(code: str, events: EventStream) -> Iterator[None]:
+    """Let a failure be a warning: a picture or a measured number is not worth a run."""
+    try:
+        yield
+    except (TrainerError, RuntimeError, MemoryError) as error:
+        failure = as_trainer_error(error, events.phase)
+        if failure.code == "device_failed":
+            raise
+        events.warning(code, failure.message, failure.hint)
+
+
+def judge(trainer: LoRATrainer, step: int, loss: float, norm: float) -> bool | None:
+    """Tell whether a step was good (None: the loss scaler still seeks its scale). Raises `loss_not_finite`."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return True
+    scaler, bad_steps = trainer.adapter.scaler, trainer.state.bad_steps
+    if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() >= 1:
+        return None
+    message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({trainer.data.names_at(step)})."
+    trainer.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
+    if bad_steps >= trainer.MOST_BAD_STEPS:
+        message = f"{bad_steps + 1} steps in a row were not finite; the run has diverged."
+        raise TrainerError("loss_not_finite", message)
+    return False
+
+
 @dataclass(eq=False)
 class LoRATrainer:
     """One run. `setup`, `train`, `loss`, `sample`, `save` and `finish` are the points to change.
@@ -5459,6 +5704,8 @@ class LoRATrainer:
             self.prediction_type = self.measure_prediction()
         self.weight_of = loss_weights(self.alpha_bar, self.prediction_type, self.config.snr_gamma).float()
         self.make_adapter()
+        parts = (self.data.decoder, self.device, self.predict, self.data.conditions)
+        self.sampler = Sampler(self.source, self.prediction_type, *parts)
         if point:
             self.restore(point)
         self.prepare_output()
@@ -5574,7 +5821,8 @@ class LoRATrainer:
         self.last_save = self.clock = time.monotonic()
         while (step := self.state.step) < (total := self.plan.total_steps):
             factor = learning_rate_factor(self.config.lr_scheduler, step, total, self.config.lr_warmup_steps)
-            rates = self.adapter.set_rates(factor)
+            self.data.text_rests = step >= self.config.text_encoder_stop * total
+            rates = self.adapter.set_rates(factor, self.data.text_rests)
             loss = self.accumulate_in_memory(step)
             if self.group.any(loss is None) or loss is None:
                 return False  # A stop was asked for: this step is abandoned, and the state before it is whole.
@@ -5615,7 +5863,7 @@ class LoRATrainer:
             if self.stop.requested:
                 return None
             seed_global(draw_key("dropout", self.config.seed, step, index, self.group.rank), self.device)
-            if batch := self.data.collate(step * self.config.gradient_accumulation_steps + index):
+            for batch in self.data.collate(step * self.config.gradient_accumulation_steps + index):
                 loss = self.loss(batch, step, index) / self.config.gradient_accumulation_steps
                 self.adapter.backward(loss, first=not losses)
                 losses.append(loss.detach())
@@ -5649,10 +5897,27 @@ class LoRATrainer:
     def sample_losses(
         self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, huber_c: float | None = None
     ) -> Tensor:
-        """Return each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU)."""
+        """Return each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU).
+
+        It is the mean of mask * error(f(x), target) + base_mask * error(f(x), f0(x)), where f0 is the base model: the
+        prior of Ruiz et al. 2022 (arXiv 2208.12242, eq. 2), with the base's prediction for its pictures.
+        """
         noisy, target = diffuse(latents, noise, self.alpha_bar, timesteps, self.prediction_type)
-        prediction = self.predict(noisy, to_device(timesteps, self.device), batch.conditions)
-        return sample_error(prediction, target, batch.mask, huber_c)
+        timesteps = to_device(timesteps, self.device)
+        base = self.predict_base(noisy, timesteps, batch)
+        prediction = self.predict(noisy, timesteps, batch.conditions)
+        losses = sample_error(prediction, target, batch.mask, huber_c)
+        return losses if base is None else losses + sample_error(prediction, base, batch.base_mask, huber_c)
+
+    def predict_base(self, latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor | None:
+        """Return what the base model predicts for the samples in which that counts, and 0 for the others."""
+        if (rows := batch.base_rows) is None:
+            return None
+        context, added = batch.conditions
+        conditions = context[rows], added and {key: value[rows] for key, value in added.items()}
+        with self.adapter.off():
+            base = self.predict(latents[rows], timesteps[rows], conditions).float()
+        return torch.zeros_like(latents).index_copy(0, rows, base)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Run the UNet in the compute dtype: [B, C, h, w] -> [B, C, h, w]."""
@@ -5680,25 +5945,11 @@ class LoRATrainer:
             pending, self.pending = self.pending, []
             values = torch.stack([numbers for *_, numbers in pending]).tolist() if pending else []
             for (step, _, _), (loss, norm) in zip(pending, values, strict=True):
-                self.state = self.state.with_loss(loss, self.judge(step, loss, norm))
+                self.state = self.state.with_loss(loss, judge(self, step, loss, norm))
         if pending:
             step, rates = pending[-1][0] + 1, pending[-1][1]
             if is_due(step, self.config.log_steps) or step == self.plan.total_steps:
                 self.report_progress(step, values[-1][0], values[-1][1], rates)
-
-    def judge(self, step: int, loss: float, norm: float) -> bool | None:
-        """Tell whether a step was good (None: the loss scaler still seeks its scale). Raises `loss_not_finite`."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            return True
-        scaler = self.adapter.scaler
-        if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() >= 1:
-            return None
-        message = f"Step {step + 1} was skipped: its loss or gradient is not finite ({self.data.names_at(step)})."
-        self.events.warning("step_not_finite", message, "No weight was changed. Look at these images.")
-        if self.state.bad_steps >= self.MOST_BAD_STEPS:
-            message = f"{self.state.bad_steps + 1} steps in a row were not finite; the run has diverged."
-            raise TrainerError("loss_not_finite", message)
-        return False
 
     @main_only
     def report_progress(self, step: int, loss: float, norm: float, rates: dict[str, float]) -> None:
@@ -5741,46 +5992,40 @@ class LoRATrainer:
 
     @main_only
     def validate(self, step: int) -> None:
-        """Report the held-out images' mean loss, at the same noise and in the middle of each quarter of the schedule.
-
-        The timesteps are fixed, because the loss varies more between timesteps than between images.
+        """Report the drift, and the held-out images' mean loss at fixed noise, in the middle of each quarter of the
+        schedule. The timesteps are fixed, because the loss varies more between timesteps than between images.
         """
-        if not (work := self.data.held_out_work(len(self.alpha_bar))):
-            return
         self.events.phase = "validating"
         losses: list[Tensor] = []
-        with self.adapter.evaluating():
+        work = self.data.held_out_work(len(self.alpha_bar))
+        with tolerated("validation_failed", self.events), self.adapter.evaluating():
+            self.data.encode_prompts(DRIFT_PROMPTS)
+            drift = self.sampler.drift(self.plan.resolution, self.adapter.off, self.stop)
             for indices, timestep in self.events.track("Validating.", work, len(work)):
                 if self.stop.requested:
                     return
                 batch, noise = self.data.held_out_batch(indices, timestep)
                 losses.append(self.sample_losses(batch, batch.mean, noise, torch.full((len(indices),), timestep)))
-        self.emit_and_track("validation", step=step, loss=float(torch.cat(losses).mean()))
+            loss = float(torch.cat(losses).mean()) if losses else None
+            if not self.stop.requested:
+                self.emit_and_track("validation", step=step, loss=loss, drift=drift)
 
     @main_only
     def sample(self, step: int, prompts: Sequence[str | Mapping[str, Any]], first: int = 0) -> list[str]:
         """Draw one image per prompt, numbered from `first`; return the files. No draw of the training changes."""
         self.events.phase, wanted, made = "sampling", sample_settings(prompts, self.config), list[str]()
-        try:
+        with tolerated("sample_not_written", self.events), self.adapter.evaluating():
             self.data.encode_prompts([text for item in wanted for text in (item.negative_prompt, item.prompt)])
-            parts = (self.data.decoder, self.device, self.predict, self.data.conditions)
-            sampler = Sampler(self.source, self.prediction_type, *parts)
-            with self.adapter.evaluating():
-                for index, item in enumerate(wanted, first):
-                    with self.adapter.strength(item.lora_scale):
-                        image = sampler.draw(item, self.events, f"Sampling at step {step}.", self.stop)
-                    if image is None:
-                        break
-                    path = self.folder.sample(step, index)
-                    write_file(path, png_bytes(image, sample_facts(item, self.source, step)))
-                    made.append(str(path))
-                    facts = {key: getattr(item, key) for key in ("prompt", "seed", "width", "height", "lora_scale")}
-                    self.emit_and_track("sample", step=step, image_path=str(path), index=index, **facts)
-        except (TrainerError, RuntimeError, MemoryError) as error:  # A picture is not worth a run.
-            failure = as_trainer_error(error, "sampling")
-            if failure.code == "device_failed":
-                raise
-            self.events.warning("sample_not_written", failure.message, failure.hint)
+            for index, item in enumerate(wanted, first):
+                with self.adapter.strength(item.lora_scale):
+                    image = self.sampler.draw(item, self.events, f"Sampling at step {step}.", self.stop)
+                if image is None:
+                    break
+                path = self.folder.sample(step, index)
+                write_file(path, png_bytes(image, sample_facts(item, self.source, step)))
+                made.append(str(path))
+                facts = {key: getattr(item, key) for key in ("prompt", "seed", "width", "height", "lora_scale")}
+                self.emit_and_track("sample", step=step, image_path=str(path), index=index, **facts)
         release_memory()
         self.events.info("Training.", phase="training")
         return made
@@ -5874,7 +6119,9 @@ class LoRATrainer:
 
     def complete(self) -> None:
         facts = fingerprint(self.final_path.read_bytes()) if self.group.is_main else {}
-        facts |= {"total_time": round(self.state.seconds, 3), "loss": self.state.loss_avg, "recommended": None}
+        facts |= {"total_time": round(self.state.seconds, 3), "loss": self.state.loss_avg}
+        loras = dict(self.checkpoints.loras()) | {self.state.step: self.final_path}
+        facts["recommended"] = recommend(self.folder.path / "events.jsonl", self.state.step, loras)
         self.events.emit("complete", step=self.state.step, final_path=str(self.final_path), **facts)
 
 
