@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
+from make_base import SHAPES as OLD_SHAPES
 from make_base import ALL_SHAPES, BACKGROUNDS, COLOURS, CONCEPT, draw, random_picture, to_signal  # noqa: E402
 from models import JSON, put_table, table  # noqa: E402
 from speed import run_script  # noqa: E402
@@ -363,6 +364,166 @@ def compare_concepts(seeds: int) -> str:
     columns = {key: zip(*runs, strict=True) for key, runs in results.items()}
     rows = ([*key, *(mean_and_deviation(shares, 0) for shares in cells)] for key, cells in columns.items())
     return table(head, rows)
+
+
+# --- what a LoRA forgets ----------------------------------------------------------------------------------------------
+
+LESSONS_OUTPUT = ROOT / "demo/output/lessons"
+STRIPED, PERIOD = "blick", 16  # the second lesson's word, and its stripes' period in pixels
+LIKENESSES = {CONCEPT: (0.7, 0.8), STRIPED: (0.5, 0.6)}  # What is forgotten is read off where a LoRA shows this much.
+RATES = (1e-3, 2e-3, 4e-3)
+LESSONS: dict[str, JSON] = {
+    CONCEPT: {"dataset_path": str(ROOT / "demo/images"), "class_words": "shape", "steps": 300},
+    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "plain", "steps": 400},
+}
+LESSON_PROMPTS = {CONCEPT: [*NEW_PROMPTS], STRIPED: [f"a red {STRIPED} circle", f"a blue {STRIPED} square"]}
+REGULARIZATION: JSON = {"regularization_path": str(LESSONS_OUTPUT / "regularization")}
+TO_BASE = REGULARIZATION | {"regularization_target": "base"}
+METHODS: dict[str, JSON] = {
+    "plain": {},
+    "regularization images": REGULARIZATION,
+    "regularization to base": TO_BASE,
+    "class preservation": {"class_preservation_weight": 1.0},
+    "change penalty 0.01": {"change_penalty": 0.01},
+    "change penalty 0.001": {"change_penalty": 0.001},
+    "to base and penalty": TO_BASE | {"change_penalty": 0.001},
+    "rank 4": {"lora_rank": 4},
+    "rank 16": {"lora_rank": 16},
+    "text encoder": ROWS["text_encoder"],
+    "lokr": {"lora_type": "lokr"},
+}
+
+
+def stripe(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """Cut stripes of background into a figure; the base's autoencoder draws such stripes, but no darker ones."""
+    pixels = np.array(picture)
+    columns = (np.arange(pixels.shape[1]) + rng.randrange(PERIOD)) % PERIOD < PERIOD // 2
+    pixels[:, columns] = pixels[0, 0]
+    return Image.fromarray(pixels)
+
+
+def write_lessons() -> None:
+    """Write ten striped figures of all old shapes, and twenty plain ones as regularization images."""
+    rng = random.Random(9)
+    old = [*itertools.islice(itertools.cycle(OLD_SHAPES), 30)]
+    for number, (shape, colour) in enumerate(zip(old, itertools.cycle(COLOURS), strict=False)):
+        background = rng.choice(["white", "black"])
+        picture, words = random_picture((shape, colour, background), rng), f"{colour} {shape}"
+        if number < 10:
+            picture, words = stripe(picture, rng), f"{colour} {STRIPED} {shape}"
+        file = LESSONS_OUTPUT / ("images" if number < 10 else "regularization") / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+        file.with_suffix(".txt").write_text(f"a {words} on a {background} background", "utf-8")
+
+
+def stripes(picture: Array) -> float:
+    """Return the amplitude of the stripes' wave along a figure, 0 to about 0.64, in the rows of its middle half."""
+    pixels = picture.astype(np.float64)
+    distance = np.linalg.norm(pixels - np.median(pixels[[0, -1]].reshape(-1, 3), axis=0), axis=-1)
+    rows, columns = np.nonzero(find_figure(picture))
+    if not rows.size or np.ptp(columns) < PERIOD:
+        return 0.0
+    top, bottom = (round(np.quantile(rows, share)) for share in (0.25, 0.75))
+    profile = distance[top : bottom + 1, columns.min() : columns.max() + 1].mean(axis=0)
+    wave = np.exp(2j * np.pi * np.arange(len(profile)) / PERIOD)
+    return float(2 * abs((profile / profile.max() * wave).mean()))
+
+
+@functools.cache
+def full_stripes() -> float:
+    """Return the stripes of the training pictures, as the base's autoencoder draws them."""
+    files = sorted((LESSONS_OUTPUT / "images").glob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.array(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
+    vae = load_pipeline().vae
+    with torch.no_grad():
+        drawn = vae.decode(vae.encode(to_signal(pixels)).latent_dist.mean).sample / 2 + 0.5
+    pictures = (drawn.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    return statistics.mean(stripes(picture) for picture in pictures)
+
+
+def likeness(lesson: str, pictures: Sequence[Array]) -> float:
+    """Return how much of the lesson the pictures show: the closeness to the shape, or the share of the stripes."""
+    if lesson == CONCEPT:
+        return measure(pictures, CONCEPT)["closeness"]
+    return statistics.mean(min(1.0, stripes(picture) / full_stripes()) for picture in pictures)
+
+
+def measure_lesson(lesson: str, lora: Path | None) -> JSON:
+    pipeline, prompts = load_pipeline(lora), LESSON_PROMPTS[lesson]
+    drawn = sample(pipeline, [*prompts, *OLD_PROMPTS], *ROW_SAMPLING)
+    moved = [np.abs(np.subtract(drawn[old], old_samples()[old], dtype=float)).mean() for old in OLD_PROMPTS]
+    return {
+        "likeness": likeness(lesson, [picture for prompt in prompts for picture in drawn[prompt]]),
+        "old share": statistics.mean(measure(drawn[old], shape)["share"] for old, shape in OLD_PROMPTS.items()),
+        "old change": float(np.mean(moved)) / 255,
+    }
+
+
+def measure_method(lesson: str, method: str, rate: float, seed: int) -> JSON:
+    """Train one lesson, and measure what the LoRA knows and what it has forgotten at each checkpoint."""
+    keys: JSON = {"learning_rate": rate, "seed": seed, "trigger_words": [lesson], "batch_size": 2, "log_steps": 25}
+    keys |= {"checkpoint_steps": 50, "validation_steps": 50, "sample_prompts": ["a red circle"], "sample_steps": 1}
+    keys |= {"autosave_minutes": 0, "sample_at_start": False, "lora_targets": "all", "snr_gamma": 1.0}
+    keys |= LESSONS[lesson] | METHODS[method]
+    if keys.get("train_text_encoder"):
+        keys["text_encoder_learning_rate"] = rate / 2
+    with tempfile.TemporaryDirectory() as folder:
+        events = train_demo(keys | {"output_path": folder})
+        drifts = {event["step"]: event["drift"] for event in events if event["type"] == "validation"}
+        by_step = [
+            {"step": step, "drift": drift}
+            | measure_lesson(lesson, Path(folder, f"checkpoints/lora_step_{step}.safetensors"))
+            for step, drift in drifts.items()
+        ]
+    return {"lesson": lesson, "method": method, "rate": rate, "seed": seed, "by_step": by_step}
+
+
+def at_likeness(result: JSON, wanted: float) -> JSON | None:
+    """Return what a run measured where its likeness first passes `wanted`, on straight lines between checkpoints."""
+    start = measured_untrained(result["lesson"])
+    for before, after in itertools.pairwise([start, *result["by_step"]]):
+        if before["likeness"] < wanted <= after["likeness"]:
+            part = (wanted - before["likeness"]) / (after["likeness"] - before["likeness"])
+            return {key: before[key] + part * (after[key] - before[key]) for key in after}
+    return None
+
+
+@functools.cache
+def measured_untrained(lesson: str) -> JSON:
+    return {"step": 0, "drift": 0.0} | measure_lesson(lesson, None)
+
+
+def best_rate(results: Sequence[JSON]) -> float:
+    """Return the rate that changes the old prompts least at the higher likeness that any of them reaches."""
+    for wanted in reversed(LIKENESSES[results[0]["lesson"]]):
+        reached = [(at["old change"], result["rate"]) for result in results if (at := at_likeness(result, wanted))]
+        if reached:
+            return float(min(reached)[1])
+    return float(max(results, key=lambda result: result["by_step"][-1]["likeness"])["rate"])
+
+
+def compare_methods(file: Path, lessons: Sequence[str], methods: Sequence[str], seeds: int) -> None:
+    """Measure what the file lacks, and add it: every rate with the first seed, and the best one with the others."""
+    write_lessons()
+    done = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+    def results(lesson: str, method: str, rates: Sequence[float], seed: int) -> list[JSON]:
+        found = []
+        for rate in rates:
+            key = {"lesson": lesson, "method": method, "rate": rate, "seed": seed}
+            result = next((row for row in done if key.items() <= row.items()), None)
+            if result is None:
+                result = measure_method(lesson, method, rate, seed)
+                with file.open("a", encoding="utf-8") as output:
+                    output.write(json.dumps(result) + "\n")
+            found.append(result)
+        return found
+
+    for lesson, method in itertools.product(lessons, methods):
+        best = best_rate(results(lesson, method, RATES, 0))
+        for seed in range(1, seeds):
+            results(lesson, method, [best], seed)
 
 
 def main() -> None:
