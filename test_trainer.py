@@ -688,6 +688,9 @@ def all_packages(monkeypatch: Patch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
 
 
+WITH_CLASS: Json = {"class_preservation_weight": 0.5, "class_words": "thing"}
+
+
 @pytest.mark.parametrize(
     ("path", "words", "changes"),
     [
@@ -706,6 +709,11 @@ def all_packages(monkeypatch: Patch) -> None:
         ("adam_beta1", "must be more than 0", {"optimizer": "schedulefree_adamw", "adam_beta1": 0}),
         ("init_lora_path", "must be an existing .safetensors file", {"init_lora_path": "missing.safetensors"}),
         ("regularization_path", "must be another folder", {"regularization_path": "./images"}),
+        ("change_penalty", "must be 0 with lora_type dora", {"change_penalty": 0.1, "lora_type": "dora"}),
+        ("class_words", "is needed by class_preservation_weight", {"class_preservation_weight": 1}),
+        ("class_preservation_weight", "needs train_text_encoder false", WITH_CLASS | {"train_text_encoder": True}),
+        ("unmasked_target", "needs train_text_encoder false", {"unmasked_target": "base", "train_text_encoder": True}),
+        ("text_encoder_learning_rate", "is too short", {"text_encoder_learning_rate": [1e-5]}),
     ],
 )
 @pytest.mark.usefixtures("all_packages")
@@ -714,6 +722,14 @@ def test_settings_that_cannot_be_or_work_together_are_named(
 ) -> None:
     problems = problems_of(tmp_path, REQUIRED | changes)
     assert ([*problems], words in problems[path]) == ([path], True)
+
+
+def test_each_concept_may_have_its_own_class_words(tmp_path: Path) -> None:
+    concept = {"folder": "anna", "trigger_words": ["zorb"], "class_words": "woman"}
+    changes: Json = {"class_preservation_weight": 1, "trigger_words": ["zorb"], "concepts": [concept]}
+    assert parse(tmp_path, REQUIRED | changes).class_words is None
+    for lacking in ({"trigger_words": ["zorb", "for all the rest"]}, {"concepts": [concept | {"class_words": ""}]}):
+        assert [*problems_of(tmp_path, REQUIRED | changes | lacking)] == ["class_words"]
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -748,6 +764,9 @@ def test_null_stands_for_what_the_schema_says_and_each_optimizer_has_a_rate_of_i
         ("schedule_not_needed", {"optimizer": "prodigy", "lr_scheduler": "cosine_with_restarts"}),
         ("learning_rate_high", {"learning_rate": 1.0}),
         ("setting_unused", {"huber_c": 0.5}),
+        ("setting_unused", {"regularization_target": "base"}),
+        ("setting_unused", {"unmasked_target": "base"}),
+        ("setting_unused", {"text_encoder_stop": 0.5}),
         ("setting_unused", {"optimizer": "lion", "adam_beta2": 0.99}),
     ],
 )
@@ -1531,12 +1550,19 @@ def train_together(tmp_path: Path, config: Json, *options: str) -> Run:
     return result
 
 
-@pytest.mark.parametrize(("kind", "batch_size", "changes"), [("sd15", 1, {}), ("sdxl", 2, ALL_DRAWS)])
+HELD_TO_BASE: Json = {"regularization_path": "prior", "regularization_target": "base", "change_penalty": 0.01}
+HELD_TO_BASE |= WITH_CLASS
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "changes"), [("sd15", 1, {}), ("sdxl", 2, ALL_DRAWS), ("sd15", 2, HELD_TO_BASE)]
+)
 def test_two_processes_end_where_one_does_that_has_the_whole_batch(
     tmp_path: Path, images: Path, models: Path, kind: str, batch_size: int, changes: Json
 ) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     (folder / "0.txt").write_text("ab " * 60, "utf-8")
+    make_dataset(tmp_path / "prior", [(72, 64), (64, 72)])
     config = small(folder, models / kind, tmp_path / "one", epochs=3, learning_rate=1e-4, **changes) | {"steps": None}
     one = train(tmp_path, config | {"batch_size": 2 * batch_size})
     # Buckets of one to three images: batches that are uneven, and that leave a process without samples.
@@ -3159,9 +3185,33 @@ def test_each_image_has_the_words_repeats_and_weight_of_its_concept_only(tmp_pat
     (folder / "anna/2_x").rename(folder / "anna/more")
     bare = {e.name: e.caption for e in scan_quietly(config).examples}["anna/more/2.png"]
     assert bare == "ohwx, anna woman", "an image without a caption gets the class too"
+    common = parse(tmp_path, REQUIRED | keys | {"class_words": "thing"})
+    captions = {e.name: e.caption for e in scan_quietly(common).examples}
+    assert [captions[name] for name in ("anna/more/2.png", "dogs/rex/4.png", "6.png")] == [
+        "ohwx, anna woman",
+        "skx dog thing",
+        "zorb thing",
+    ]
     claimed = parse(tmp_path, REQUIRED | keys | {"trigger_words": ["SKX dog"]})
     assert {e.name: e.caption for e in scan_quietly(claimed).examples}["6.png"] == ""
     assert claimed.sample_prompts == ("ohwx, anna", "skx dog")
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a photo of Ohwx woman, in a park", "a photo of woman, in a park"),
+        ("a photo of ohwx in a park", "a photo of woman in a park"),
+        ("ohwx, anna,  a woman at home", "woman, a woman at home"),
+        ("anna ohwx woman", "woman"),
+        ("ohwx womanly, annabel", "woman womanly, annabel"),
+        ("a park", "a park"),
+    ],
+)
+def test_class_words_stand_for_the_first_trigger_word_in_a_caption(tmp_path: Path, caption: str, expected: str) -> None:
+    config = parse(tmp_path, REQUIRED | {"trigger_words": ["ohwx", "anna"], "class_words": "woman"})
+    text = trainer.class_caption(caption, trainer.concept_of("1.png", config), config)
+    assert " ".join(text.split()) == expected
 
 
 WRONG_CONCEPTS: dict[str, tuple[list[str], list[str]]] = {  # The folders, and the ones that are refused by number.
@@ -3191,8 +3241,7 @@ def test_a_run_weights_counts_and_names_its_concepts(tiny: TinyRuns) -> None:
     concepts = [{"folder": name, "trigger_words": [f"{name}x"], "loss_weight": weight} for name, weight in rows]
     keys: Json = {"dataset_path": str(folder), "concepts": concepts, "batch_size": 4, "steps": 1}
     made = tiny.train(**keys)
-    batch = made.data.collate(0)
-    assert batch is not None
+    (batch,) = made.data.collate(0)
     weights = {"anna/1.png": 0.25, "rex/2.png": 4.0, "rex/3.png": 4.0, "4.png": 1.0}
     names = [made.plan.dataset.examples[index].name for index in made.data.batch_at(0)[1]]
     assert batch.weights.tolist() == [weights[name] for name in names]
@@ -3489,6 +3538,27 @@ def test_text_encoders_that_train_start_as_the_pipelines(prepared: Prepare, kind
     # SDXL uses the output of the last but one layer: the last layer of its first encoder has no effect.
     assert still == ({"text_encoder.text_model.encoder.2"} if kind == "sdxl" else set())
     assert emitted(made, "progress")[-1]["learning_rates"] == {"unet": 1e-2, "text_encoder": 2e-2}
+
+
+@pytest.mark.parametrize("optimizer", trainer.OPTIMIZERS)
+def test_two_text_encoders_have_rates_of_their_own_and_rest_after_their_share(tiny: TinyRuns, optimizer: str) -> None:
+    pytest.importorskip(trainer.OPTIMIZERS[optimizer].module.partition(".")[0])
+    adapts = trainer.OPTIMIZERS[optimizer].adapts
+    keys: Json = {"train_text_encoder": True, "text_encoder_stop": 0.5, "checkpoint_steps": 1, "optimizer": optimizer}
+    keys |= {"learning_rate": 1.0} if adapts else {"text_encoder_learning_rate": [1e-3, 2e-3]}
+    made = tiny.train(kind="sdxl", weight_decay=0.5, **keys)
+    names = ["text_encoder"] if adapts else ["text_encoder", "text_encoder_2"]
+    rates = [event["learning_rates"] for event in emitted(made, "progress")]
+    assert [list(row) for row in rates] == [["unet", *names]] * 4
+    assert [all(row[name] > 0 for name in names) for row in rates] == [True, True, False, False]
+    assert [any(row[name] > 0 for name in names) for row in rates] == [True, True, False, False]
+    if not adapts:
+        assert [rates[0][name] for name in names] == [1e-3, 2e-3]
+    states = [trainer.decode_state(path)[0]["weights"] for _, path in sorted(made.checkpoints.states())]
+    before, after = (made.adapter.named(state) for state in states)  # The newest two, of the steps 3 and 4.
+    moved = {key.partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"unet"}
+    assert any(part.any() for key, part in after.items() if key.startswith("text_encoder_2"))
 
 
 @needs("bitsandbytes")
@@ -5017,14 +5087,20 @@ def test_a_state_reads_back_bit_by_bit(tmp_path: Path) -> None:
 AUGMENTED: Json = {"caption_dropout": 0.3, "random_flip": True, "shuffle_tags": True, "max_caption_tokens": 150}
 AUGMENTED |= {"repeats": 2, "masked_loss": True, "validation_split": 0.2, "validation_steps": 3, "cache_dir": "cache"}
 AUGMENTED |= {"regularization_path": "prior", "prior_loss_weight": 0.5}
+PRESERVED: Json = WITH_CLASS | {"regularization_target": "base", "unmasked_target": "base", "change_penalty": 0.01}
 ACCUMULATED: Json = {"gradient_accumulation_steps": 2, "ema_decay": 0.8, "lr_scheduler": "cosine", "log_steps": 3}
 RESUMED: list[tuple[str, Json, str]] = [  # (model, settings, package)
     ("sd15", ACCUMULATED | {"lora_dropout": 0.3, "lr_warmup_steps": 2, "validation_steps": 1}, "torch"),
     ("sd15", {"gradient_checkpointing": True, "mixed_precision": "bf16", "batch_size": 1}, "torch"),
     ("sd15", {"mixed_precision": "fp16"}, "torch"),
-    ("sd15", AUGMENTED, "torch"),
+    ("sd15", AUGMENTED | PRESERVED, "torch"),
     ("sdxl", AUGMENTED, "torch"),
     ("sdxl", ACCUMULATED | {"train_text_encoder": True, "mixed_precision": "bf16", "snr_gamma": 5}, "torch"),
+    (
+        "sdxl",
+        {"train_text_encoder": True, "text_encoder_learning_rate": [1e-3, 1e-2], "text_encoder_stop": 0.5},
+        "torch",
+    ),
     ("sd15", {"optimizer": "adamw8bit", "lora_type": "dora", "lora_rank": 64}, "bitsandbytes"),
     ("sd15", {"optimizer": "adafactor", "lora_type": "lokr", "validation_steps": 3}, "transformers"),
     ("sd15", {"optimizer": "prodigy", "train_text_encoder": True, "lora_dropout": 0.2}, "prodigyopt"),
@@ -5338,7 +5414,14 @@ def test_epochs_give_the_length_if_steps_do_not(tiny: TinyRuns) -> None:
         assert plan.epoch(steps) == 2 * steps / 5
 
 
-@pytest.mark.parametrize(("kind", "key", "value"), [("sd15", "zero_terminal_snr", True), ("sdxl", "clip_skip", 1)])
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("sd15", "zero_terminal_snr", True),
+        ("sdxl", "clip_skip", 1),
+        ("sd15", "text_encoder_learning_rate", [1e-5, 1e-4]),
+    ],
+)
 def test_a_setting_that_cannot_work_with_the_model_is_named(tiny: TinyRuns, kind: str, key: str, value: Any) -> None:
     error = tiny.refusal(foresee, kind=kind, **{key: value})
     assert (error.code, [item["path"] for item in error.problems]) == ("config_invalid", [key])
@@ -5403,8 +5486,7 @@ def test_validation_says_from_where_a_start_would_go_on(tiny: TinyRuns) -> None:
 
 def diffusers_errors(made: trainer.LoRATrainer, kind: Path, step: int) -> tuple[trainer.Batch, Any, Any]:
     """Return (the step's batch, each latent pixel's error [B, C, h, w] and sample's SNR [B] by diffusers' own code)."""
-    config, batch = made.config, made.data.collate(step)
-    assert batch
+    config, (batch,) = made.config, made.data.collate(step)
     shape, key = batch.mean.shape, (config.seed, step, 0)
 
     def drawn(purpose: str, *size: int) -> Any:
@@ -5484,6 +5566,119 @@ def test_a_mask_weighs_each_latent_pixel_and_turns_with_its_image(tiny: TinyRuns
         assert made.loss(batch, step, 0).item() == pytest.approx(float((errors**2 * expected).mean()), abs=1e-6)
 
 
+def peft_model(made: trainer.LoRATrainer, base: Path) -> Any:
+    """Load a base UNet by diffusers, and put the trainer's LoRA on it by PEFT's own code."""
+    unet = cast(Any, diffusers).UNet2DConditionModel.from_pretrained(base / "unet")
+    peft: Any = importlib.import_module("peft")
+    pattern = trainer.TARGETS[made.config.lora_targets][0]
+    options: Json = {"r": 4, "lora_alpha": made.config.lora_alpha, "use_rslora": made.config.use_rslora}
+    model = peft.get_peft_model(unet, peft.LoraConfig(target_modules=pattern, **options))
+    weights = made.adapter.named(made.adapter.weights)
+    for name, weight in model.named_parameters():
+        if match := re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.default\.weight", name):
+            weight.data = weights[f"unet.{match[1]}/{match[2]}"].clone()
+    return model
+
+
+def stir(made: trainer.LoRATrainer) -> None:
+    """Give the LoRA weights as they are after a while."""
+    made.adapter.weights.copy_(0.2 * torch.randn(made.adapter.weights.shape, generator=trainer.generator("stir")))
+    made.adapter.refresh_modules(made.adapter.weights)
+
+
+HELD: list[tuple[str, Json]] = [
+    ("sd15", {"regularization_target": "base", "prior_loss_weight": 0.3}),
+    ("sd15", {"regularization_target": "base", **WITH_CLASS}),
+    ("sd21v", {"masked_loss": True, "unmasked_target": "base", "unmasked_weight": 0.25, "snr_gamma": 2.0}),
+    ("sdxl", WITH_CLASS | {"loss_type": "huber", "masked_loss": True}),
+    ("sd15", WITH_CLASS | {"unmasked_target": "base", "masked_loss": True, "gradient_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), HELD, ids=str)
+def test_what_holds_a_lora_to_its_base_equals_a_computation_with_peft(tiny: TinyRuns, kind: str, changes: Json) -> None:
+    """The base's predictions come from PEFT's disable_adapter, and masks and class captions are written by hand."""
+    images = make_dataset(tiny.folder / "images", [(64, 64)] * 3)
+    half = Image.new("L", (64, 64), 0)
+    half.paste(255, (0, 0, 32, 64))
+    half.save(images / "0-masklabel.png")
+    prior = make_dataset(tiny.folder / "prior", [(72, 64), (64, 72), (72, 72)])
+    keys: Json = {"dataset_path": str(images), "regularization_path": str(prior), "batch_size": 3, "resolution": 64}
+    made = tiny.set_up(kind=kind, lora_targets="all", aspect_ratio_bucketing=False, **keys, **changes)
+    stir(made)
+    model, roles = peft_model(made, tiny.models / kind), set()
+    huber_c = 0.1 if "loss_type" in changes else None
+    for step in range(3):
+        batch, key = made.data.collate(step)[0], (42, step, 0)
+        shape, timesteps = (
+            batch.mean.shape,
+            torch.randint(0, 1000, (3,), generator=trainer.generator("timesteps", *key)),
+        )
+        drawn = {what: torch.randn(shape, generator=trainer.generator(what, *key)) for what in ("posterior", "noise")}
+        latents = batch.mean + batch.std * drawn["posterior"]
+        ids = (batch.conditions[1] or {"time_ids": torch.zeros(3, 6)})["time_ids"]
+        noisy, target = trainer.diffuse(latents, drawn["noise"], made.alpha_bar, timesteps, made.prediction_type)
+        total = torch.zeros(())
+        for place, index in enumerate(made.data.batch_at(step)[1]):
+            example = made.plan.dataset.examples[index]
+            is_prior, masked = example.role == "prior", example.has_mask and "masked_loss" in changes
+            roles.add(example.role)
+            one, mask = slice(place, place + 1), torch.ones(8, 8)
+            if masked:
+                mask[:, 4:] = 0
+            inputs: Any = noisy[one], timesteps[one], made.data.conditions([example.caption], ids[one])
+            errors = torch.stack(compare(model, inputs, target[one], huber_c))
+            outside = mask + (1 - mask) * changes.get("unmasked_weight", 0.0)
+            of_base = (1 - mask) if changes.get("unmasked_target") == "base" else torch.zeros(8, 8)
+            if is_prior and changes.get("regularization_target") == "base":
+                outside, of_base = torch.zeros(8, 8), torch.ones(8, 8)
+            loss = (errors[0] * outside + errors[1] * of_base).mean()
+            if "class_words" in changes and not is_prior:
+                text = example.caption.replace("zorb", "thing")
+                inputs = *inputs[:2], made.data.conditions([text], ids[one])
+                loss = loss + 0.5 * compare(model, inputs, target[one], huber_c)[1].mean()
+            snr = made.alpha_bar[timesteps[one]] / (1 - made.alpha_bar[timesteps[one]])
+            weight = float(snr.clamp(max=2) / (snr + 1)) if "snr_gamma" in changes else 1.0
+            total = total + loss * weight * (changes.get("prior_loss_weight", 1.0) if is_prior else 1.0) / 3
+        assert float(cast(Any, made.accumulate(step))) == pytest.approx(float(total.detach()), abs=1e-6)
+        model.zero_grad()
+        cast(Any, total).backward()
+        named = {name.replace("base_model.model", "unet"): weight.grad for name, weight in model.named_parameters()}
+        for name, gradient in made.adapter.named(made.adapter.gradient).items():
+            right = named[name.replace("/", ".") + ".default.weight"]
+            torch.testing.assert_close(gradient, right, rtol=2e-4, atol=1e-6)
+    assert roles == {"train", "prior"}
+
+
+def compare(model: Any, inputs: Any, target: Any, huber_c: float | None) -> tuple[Any, Any]:
+    """Return each latent pixel's error against the target, and against the model without its adapter."""
+    latents, timesteps, (context, added) = inputs
+    with torch.no_grad(), model.disable_adapter():
+        base = model(latents, timesteps, context, added_cond_kwargs=added).sample
+    output = model(latents, timesteps, context, added_cond_kwargs=added).sample
+    squares = [(output - wanted).square()[0].mean(0) for wanted in (target, base)]
+    if huber_c is None:
+        return squares[0], squares[1]
+    pairs = [((output - wanted).square() + huber_c**2).sqrt() for wanted in (target, base)]
+    first, second = ((2 * huber_c * (root - huber_c))[0].mean(0) for root in pairs)
+    return first, second
+
+
+@pytest.mark.parametrize("changes", [{"lora_targets": "all"}, {"train_text_encoder": True, "use_rslora": True}])
+def test_the_change_penalty_is_the_size_of_the_full_matrices(tiny: TinyRuns, changes: Json) -> None:
+    made = tiny.set_up(change_penalty=0.3, **changes)
+    stir(made)
+    layers = [layer for part in made.adapter.components for layer in part.modules() if hasattr(layer, "lora_A")]
+    size = torch.stack([layer.get_delta_weight("default").square().sum() for layer in layers if layer.lora_A]).sum()
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(0.3 * size, made.adapter.modules)])
+    made.adapter.gradient.zero_()
+    made.adapter.add_change_penalty()
+    torch.testing.assert_close(made.adapter.gradient, expected, rtol=1e-5, atol=1e-6)
+    plain = tiny.train(output="plain", **changes)
+    held = tiny.train(output="held", change_penalty=10.0, **changes)
+    assert held.adapter.weights[: len(plain.adapter.weights)].norm() < plain.adapter.weights.norm()
+
+
 def test_the_held_out_loss_is_the_same_each_time_and_equals_an_independent_one(tiny: TinyRuns) -> None:
     made = tiny.train(validation_split=0.4, validation_steps=2, sample_at_start=True, lora_dropout=0.5)
     reported = {event["step"]: event["loss"] for event in emitted(made, "validation")}
@@ -5495,7 +5690,7 @@ def test_the_held_out_loss_is_the_same_each_time_and_equals_an_independent_one(t
     unet = library.UNet2DConditionModel.from_pretrained(tiny.models / "sd15/unet")
     scheduler = library.DDPMScheduler.from_pretrained(tiny.models / "sd15/scheduler")
     for index, timestep in itertools.product(held_out, (125, 375, 625, 875)):
-        batch = made.data.batch([made.plan.variant(index)], [examples[index].caption], [1.0])
+        batch = made.data.batch([trainer.Shown(made.plan.variant(index), examples[index].caption)], [0])
         source = trainer.generator("validation", 42, index, timestep)
         noise, timesteps = torch.randn(batch.mean.shape, generator=source), torch.tensor([timestep])
         with torch.no_grad():
@@ -5506,6 +5701,96 @@ def test_the_held_out_loss_is_the_same_each_time_and_equals_an_independent_one(t
     assert emitted(made, "validation")[-1]["loss"] == reported[4] != reported[2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("sd15", {"lora_targets": "all"}), ("sd21v", {"zero_terminal_snr": True}), ("sdxl", {"ema_decay": 0.5})],
+)
+def test_the_drift_is_how_far_the_unet_is_from_its_base(tiny: TinyRuns, kind: str, changes: Json) -> None:
+    made = tiny.train(kind=kind, validation_steps=2, sample_at_start=True, **changes)
+    reported = {event["step"]: (event["loss"], event["drift"]) for event in emitted(made, "validation")}
+    assert (list(reported), reported[0]) == ([0, 2, 4], (None, 0.0))
+    assert 0 < reported[2][1] != reported[4][1]
+    made.adapter.weights.copy_(made.adapter.result())
+    model, alpha_bar = peft_model(made, tiny.models / kind), made.alpha_bar.float()
+    errors, sizes, side = [], [], made.plan.resolution // 8
+    pairs = zip(trainer.DRIFT_PROMPTS[::2], trainer.DRIFT_PROMPTS[1::2], strict=True)
+    for number, texts in enumerate(pairs):
+        latents = torch.randn((2, 4, side, side), generator=trainer.generator("drift", number))
+        ids = torch.tensor([[made.plan.resolution] * 2 + [0, 0] + [made.plan.resolution] * 2] * 2).float()
+        context, added = made.data.conditions(texts, ids)
+        for timestep in (999, 749, 499, 249):
+            inputs: Any = latents, torch.tensor(timestep), context
+            with torch.no_grad():
+                output = model(*inputs, added_cond_kwargs=added).sample
+                with model.disable_adapter():
+                    base = model(*inputs, added_cond_kwargs=added).sample
+            errors.append((output - base).square().sum())
+            sizes.append(base.square().sum())
+            # DDIM (Song et al. 2021, equation 12) without noise: from (x0, epsilon) to the next timestep.
+            alpha, sigma = alpha_bar[timestep].sqrt(), (1 - alpha_bar[timestep]).sqrt()
+            if made.prediction_type == "epsilon":
+                clean, noise = (latents - sigma * base) / alpha, base
+            else:
+                clean, noise = alpha * latents - sigma * base, alpha * base + sigma * latents
+            following = alpha_bar[timestep - 250] if timestep > 250 else alpha_bar[0]
+            latents = following.sqrt() * clean + (1 - following).sqrt() * noise
+    expected = (torch.stack(errors).sum() / torch.stack(sizes).sum()).sqrt()
+    assert reported[4][1] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_drift_costs_less_than_a_sample_and_its_failure_is_a_warning(tiny: TinyRuns, monkeypatch: Patch) -> None:
+    made, counted = tiny.set_up(validation_steps=2), list[int]()
+    predict = made.sampler.predict
+
+    def count(latents: Any, *rest: Any) -> Any:
+        counted.append(len(latents))
+        return predict(latents, *rest)
+
+    made.sampler.predict = count
+    made.validate(0)
+    once = sum(counted)
+    made.validate(0)
+    assert sum(counted) - once == once / 2, "what the base predicts is found out once"
+    assert once / 2 < 2 * DEFINITIONS["sample_steps"]["default"], "guidance takes two predictions a step"
+    monkeypatch.setattr(trainer.Sampler, "drift", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    release(made.folder)
+    failed = tiny.train(validation_steps=2)
+    assert warning_codes(failed).count("validation_failed") == 2
+    assert (len(emitted(failed, "progress")), len(emitted(failed, "sample"))) == (4, 2)
+
+
+@pytest.mark.parametrize("polls", [1, 16, 30])
+def test_a_stop_while_the_drift_is_measured_leaves_no_half_of_it(tiny: TinyRuns, polls: int) -> None:
+    made = tiny.set_up(validation_steps=2)
+    made.stop = Quiet(after=polls)
+    made.validate(0)
+    assert (emitted(made, "validation"), len(made.sampler.base_walk)) == ([], 16 * (polls > 16))
+
+
+VALIDATED = [(100, 0.5, 0.1), (200, 0.4, 0.3), (300, 0.403, 0.2), (400, None, 0.05), (500, 0.6, 0.4)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "step", "why"),
+    [
+        ((100, 200, 300, 400, 500), 300, "the least drift among the lowest losses"),
+        ((100, 200, 500), 200, "the lowest loss of the held-out images"),
+        ((500,), 500, "the lowest loss of the held-out images"),
+        ((400, 600), None, ""),
+    ],
+)
+def test_the_recommended_file_has_the_lowest_loss_and_of_equals_the_least_drift(
+    tmp_path: Path, kept: tuple[int, ...], step: int | None, why: str
+) -> None:
+    log, loras = tmp_path / "events.jsonl", {number: tmp_path / f"{number}.safetensors" for number in kept}
+    assert trainer.recommend(log, 500, loras) is None
+    rows = [{"type": "validation", "step": at, "loss": loss, "drift": drift} for at, loss, drift in VALIDATED]
+    log.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    recommended = trainer.recommend(log, 500, loras)
+    assert recommended == (step and recommended | {"step": step, "path": str(loras[step])} if recommended else None)
+    assert (recommended is None) == (step is None) and why in (recommended or {"why": ""})["why"]
+
+
 def gradient_of(made: trainer.LoRATrainer, step: int = 0) -> Any:
     made.accumulate(step)
     return made.adapter.gradient.clone()
@@ -5514,7 +5799,7 @@ def gradient_of(made: trainer.LoRATrainer, step: int = 0) -> Any:
 def test_accumulating_equals_one_larger_batch(tiny: TinyRuns) -> None:
     made = tiny.set_up(gradient_accumulation_steps=2)
     total = made.accumulate(0)
-    batches: Any = [made.data.collate(index) for index in (0, 1)]
+    batches: Any = [batch for index in (0, 1) for batch in made.data.collate(index)]
     mean = torch.stack([made.loss(batch, 0, index) for index, batch in enumerate(batches)]).mean()
     assert total is not None and float(total) == pytest.approx(mean.item(), rel=1e-6)
     expected = torch.cat([part.flatten() for part in torch.autograd.grad(mean, made.adapter.modules)])
@@ -6863,6 +7148,7 @@ def narrow_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"gradient_checkpointing": True, "optimizer": "adamw", "lora_rank": 16},
         {"mixed_precision": "no", "ema_decay": 0.9, "lora_targets": "attention"},
         {"lora_type": "dora"},
+        {"class_preservation_weight": 1.0, "class_words": "thing", "batch_size": 2},
     ],
 )
 def test_the_peak_of_a_run_is_what_the_estimate_says(

@@ -42,8 +42,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
-from make_base import SHAPES as OLD_SHAPES
 from make_base import ALL_SHAPES, BACKGROUNDS, COLOURS, CONCEPT, draw, random_picture, to_signal  # noqa: E402
+from make_base import SHAPES as OLD_SHAPES  # noqa: E402
 from models import JSON, put_table, table  # noqa: E402
 from speed import run_script  # noqa: E402
 
