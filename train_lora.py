@@ -556,6 +556,28 @@ def sample_texts(config: TrainingConfig) -> list[str]:
     return list(dict.fromkeys([*(item.prompt for item in settings), *(item.negative_prompt for item in settings)]))
 
 
+DRIFT_PROMPTS = (  # The drift is measured with these, which are about nothing in particular.
+    "a photo of a person",
+    "a portrait of an old man",
+    "a photo of a dog in a park",
+    "a red car on a street",
+    "a landscape with mountains and a lake",
+    "a bowl of fruit on a table",
+    "an oil painting of ships at sea",
+    "a drawing of a blue house",
+)
+DRIFT_STEPS = 4
+
+
+def draws_samples(config: TrainingConfig) -> bool:
+    return bool(config.validation_steps or config.sample_at_start)
+
+
+def drift_prompts(config: TrainingConfig) -> tuple[str, ...]:
+    """Return the texts with which validations measure the drift, where there are any."""
+    return DRIFT_PROMPTS if draws_samples(config) else ()
+
+
 def with_settings(config: TrainingConfig, values: JSON) -> TrainingConfig:
     """Return the config with other values of keys that may change during a run. Raises `config_invalid`."""
     settable = {key: load_schema()["definitions"][key] for key in keys_marked("x-settable")}
@@ -680,11 +702,8 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
     kind, first, end = values["lora_type"], values["min_timestep"], values["max_timestep"]
-    lokr, has_class_words = (
-        kind == "lokr",
-        values["class_words"]
-        or (not unclaimed_words(values) and all(concept.get("class_words") for concept in values["concepts"])),
-    )
+    lokr, own_words = kind == "lokr", [concept.get("class_words") for concept in values["concepts"]]
+    has_class_words = values["class_words"] or (all(own_words) and not unclaimed_words(values))
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
@@ -2279,17 +2298,6 @@ REGULARIZATION_FOLDER = re.compile(r"(?s:.*/)?reg(ularization)?(_images)?/\d{1,4
 PROMPT_FLAGS = re.compile(r"(?:^|\s)--[a-z]{1,2}\s+-?[\d.]")  # Prompt files of kohya's tools have --w 512 --s 28.
 CAPTION_WEIGHTS = re.compile(r"\([^():]+:[01]?\.\d{1,3}\)|\bBREAK\b")  # A1111's and kohya's; (ratio 16:9) is text.
 CAPTION_CHOICE = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
-DRIFT_PROMPTS = (  # The drift is measured with these, which are about nothing in particular.
-    "a photo of a person",
-    "a portrait of an old man",
-    "a photo of a dog in a park",
-    "a red car on a street",
-    "a landscape with mountains and a lake",
-    "a bowl of fruit on a table",
-    "an oil painting of ships at sea",
-    "a drawing of a blue house",
-)
-DRIFT_STEPS = 4
 CAPTION_VARIANTS = 16  # A caption has at most this many variants, because each one is encoded.
 DATASET_HINTS = {
     "image_skipped": "Repair or remove the file that is named; a picture can be saved again as PNG or JPEG.",
@@ -4340,15 +4348,6 @@ def vae_bytes(source: ModelSource, pixels: int, *, half: bool, gpu: bool, decodi
     return int((kept * pixels * (WITH_CUDNN if gpu else 1) + share * source.weight_counts["vae"]) * width)
 
 
-def draws_samples(config: TrainingConfig) -> bool:
-    return bool(config.validation_steps or config.sample_at_start)
-
-
-def drift_prompts(config: TrainingConfig) -> tuple[str, ...]:
-    """Return the texts with which validations measure the drift, where there are any."""
-    return DRIFT_PROMPTS if draws_samples(config) else ()
-
-
 def pixels_at_once(source: ModelSource, choices: Sequence[int], room: int, **options: bool) -> int:
     """Return the first choice of pixels with which the VAE takes no more than `room`; none fits: those of a tile."""
     return next((pixels for pixels in choices if vae_bytes(source, pixels, **options) <= room), TILE_SIDE**2)
@@ -5899,8 +5898,9 @@ class LoRATrainer:
     ) -> Tensor:
         """Return each sample's loss [B] at given noise [B, C, h, w] and timesteps [B] (on the CPU).
 
-        It is the mean of mask * error(f(x), target) + base_mask * error(f(x), f0(x)), where f0 is the base model: the
-        prior of Ruiz et al. 2022 (arXiv 2208.12242, eq. 2), with the base's prediction for its pictures.
+        It is the mean of mask * error(f(x), target) + base_mask * error(f(x), f0(x)), where f0 is the base model. The
+        second part is that of Li & Hoiem 2016 (Learning without Forgetting, arXiv 1606.09282, section 3), here for
+        pictures of the class as in Ruiz et al. 2022 (arXiv 2208.12242, eq. 2), class captions and what masks leave out.
         """
         noisy, target = diffuse(latents, noise, self.alpha_bar, timesteps, self.prediction_type)
         timesteps = to_device(timesteps, self.device)

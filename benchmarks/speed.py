@@ -12,6 +12,7 @@ one thread, and all seconds are CPU time, so that other programs on the machine 
 - **run**: a whole run by its command line: 20 images, 30 steps. `peak_gb` is the most resident memory in GiB,
   `estimate_gb` the `total` of --validate-only.
 - **images, steps, lora_rank, resolution, batch_size**: the command line again with one of these growing.
+- **held**: the command line with each of the settings that hold a LoRA to its base, with a batch of 2.
 
 benchmarks/gpu.py measures the same loop on a card.
 """
@@ -55,7 +56,14 @@ GROWTH: dict[str, tuple[str, Sequence[int]]] = {  # what grows, with which model
     "resolution": ("mid", (256, 384, 512)),
     "batch_size": ("mid", (1, 2, 4)),
 }
-MEASURES = ("loop", "run", *GROWTH)
+MEASURES = ("loop", "run", *GROWTH, "held")
+HELD: dict[str, JSON] = {  # what holds a LoRA to its base
+    "plain": {},
+    "regularization images": {"regularization_path": "8_images_256"},
+    "regularization to base": {"regularization_path": "8_images_256", "regularization_target": "base"},
+    "class preservation": {"class_preservation_weight": 1.0, "class_words": "thing"},
+    "change penalty": {"change_penalty": 0.01},
+}
 
 
 def write_config(work: Path, model: str, steps: int, images: int = 8, **keys: Any) -> Path:
@@ -261,6 +269,10 @@ def measure(only: Sequence[str], sizes: Sequence[str], work: Path) -> Iterator[J
             config = write_config(work, size, 30, 20)
             estimate = run_script(config, "--validate-only")[0][-1]["memory"]
             yield {"measure": "run"} | about | measure_run(config) | {"estimate_gb": estimate["total_gb"]}
+    for method, keys in HELD.items() if "held" in only else ():
+        write_config(work, "mid", 8)  # Its eight images are the regularization images.
+        config = write_config(work, "mid", 8, 10, batch_size=2, **keys)
+        yield {"measure": "held", "model": "mid", "method": method} | measure_run(config)
     for by in [by for by in GROWTH if by in only]:
         yield from ({"measure": by, "model": GROWTH[by][0]} | row for row in measure_growth(work, by))
 
