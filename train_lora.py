@@ -520,7 +520,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
     """Return the trigger words that no concept has."""
     claimed = {word.casefold() for concept in values["concepts"] for word in concept["trigger_words"]}
-    return [word for word in values["trigger_words"] if word.casefold() not in claimed]
+    return [word for word in values.get("trigger_words", ()) if word.casefold() not in claimed]
 
 
 def concept_folder(concept: Mapping[str, Any]) -> str:
@@ -695,7 +695,9 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
 
 
 # These hold the LoRA to what the base model predicts, except with these values.
-WITHOUT_BASE = {"class_preservation_weight": (0,), "regularization_target": ("image",), "unmasked_target": ("none",)}
+WITHOUT_BASE = {"class_preservation_weight": 0, "regularization_target": "image", "unmasked_target": "none"}
+NO_TEXT_TRAINING = "needs train_text_encoder false: the base's own text encoders are not kept beside those that train"
+NO_PENALTY = "only a plain LoRA's change has a size that is cheap to compute"
 
 
 def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
@@ -703,7 +705,8 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     regularization, initial = values["regularization_path"], values["init_lora_path"]
     kind, first, end = values["lora_type"], values["min_timestep"], values["max_timestep"]
     lokr, own_words = kind == "lokr", [concept.get("class_words") for concept in values["concepts"]]
-    has_class_words = values["class_words"] or (all(own_words) and not unclaimed_words(values))
+    has_class = values["class_words"] or (all(own_words) and not unclaimed_words(values))
+    lacks_class, is_penalised = values["class_preservation_weight"] and not has_class, values["change_penalty"]
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
@@ -713,16 +716,8 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         (no_file, "init_lora_path", "must be an existing .safetensors file"),
         (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
         (values["dora_as_lora_rank"] and kind != "dora", "dora_as_lora_rank", "needs lora_type dora"),
-        (
-            values["change_penalty"] and kind != "lora",
-            "change_penalty",
-            f"must be 0 with lora_type {kind}: only a plain LoRA's change has a size that is cheap to compute",
-        ),
-        (
-            values["class_preservation_weight"] and not has_class_words,
-            "class_words",
-            "is needed by class_preservation_weight, here or in each concept",
-        ),
+        (is_penalised and kind != "lora", "change_penalty", f"must be 0 with lora_type {kind}: {NO_PENALTY}"),
+        (lacks_class, "class_words", "is needed by class_preservation_weight, here or in each concept"),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (lokr and nf4, "quantize_base", "must be none with lora_type lokr"),
@@ -739,9 +734,8 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
             f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in folders[:number]
         )
         rules.append((not is_outside and any(near), path, "overlaps with the folder of another concept"))
-    frozen = "needs train_text_encoder false: the base's own text encoders are not kept beside those that train"
     trained = values["train_text_encoder"]
-    rules += [(trained and values[key] not in off, key, frozen) for key, off in WITHOUT_BASE.items()]
+    rules += [(trained and values[key] != off, key, NO_TEXT_TRAINING) for key, off in WITHOUT_BASE.items()]
     yield from (problem(path, message) for broken, path, message in rules if broken)
     packages = [("report_to", name) for name in values["report_to"]]
     packages += [("quantize_base", "bitsandbytes")] if nf4 else []
@@ -4601,13 +4595,10 @@ def check_settings(config: TrainingConfig, source: ModelSource, device: str | No
     undefined = config.zero_terminal_snr is True and source.prediction_type == "epsilon"
     epsilon = "a model that predicts epsilon is undefined there; if it predicts v, set prediction_type"
     not_cuda = config.quantize_base == "nf4" and device is not None and not device.startswith("cuda")
-    encoders, rate = len(source.family.text_encoders), config.text_encoder_learning_rate
+    rate, one = config.text_encoder_learning_rate, f"must be one number: {source.family.title} has one text encoder"
+    differ = isinstance(rate, tuple) and len(rate) != len(source.family.text_encoders)
     rules = [
-        (
-            isinstance(rate, tuple) and len(rate) != encoders,
-            "text_encoder_learning_rate",
-            f"must be one number: {source.family.title} has one text encoder",
-        ),
+        (differ, "text_encoder_learning_rate", one),
         (config.clip_skip and penultimate, "clip_skip", f"must be 0: {source.family.title} leaves out a layer anyway"),
         (undefined, "zero_terminal_snr", f"must not be true: {epsilon}"),
         (config.min_timestep >= count, "min_timestep", f"must be less than the model's {count} timesteps"),
