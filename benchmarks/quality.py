@@ -374,9 +374,11 @@ LESSONS_OUTPUT = ROOT / "demo/output/lessons"
 STRIPED, PERIOD = "blick", 16  # the second lesson's word, and its stripes' period in pixels
 LIKENESSES = {CONCEPT: (0.7, 0.8), STRIPED: (0.5, 0.6)}  # What is forgotten is read off where a LoRA shows this much.
 RATES = (1e-3, 2e-3, 4e-3)
-LESSONS: dict[str, JSON] = {
-    CONCEPT: {"dataset_path": str(ROOT / "demo/images"), "class_words": "shape", "steps": 300},
-    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "plain", "steps": 400},
+LESSONS: dict[
+    str, JSON
+] = {  # The class words are words that the base knows; it tells unknown ones apart with difficulty.
+    CONCEPT: {"dataset_path": str(ROOT / "demo/images"), "class_words": "circle", "steps": 300},
+    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "small", "steps": 400},
 }
 LESSON_PROMPTS = {CONCEPT: [*NEW_PROMPTS], STRIPED: [f"a red {STRIPED} circle", f"a blue {STRIPED} square"]}
 # Half of what trains are then regularization images, so the run is longer.
