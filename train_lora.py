@@ -694,9 +694,9 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
             yield problem(key, "has half a character (a lone surrogate), which no text can hold")
 
 
-# These hold the LoRA to what the base model predicts, except with these values.
+# These settings need what the base model predicts; each has the value that turns it off.
 WITHOUT_BASE = {"class_preservation_weight": 0, "regularization_target": "image", "unmasked_target": "none"}
-NO_TEXT_TRAINING = "needs train_text_encoder false: the base's own text encoders are not kept beside those that train"
+NO_TEXT_TRAINING = "needs train_text_encoder false: the base predicts from the same text embeddings as the LoRA"
 NO_PENALTY = "only a plain LoRA's change has a size that is cheap to compute"
 
 
@@ -799,7 +799,7 @@ ANSI_COLOURS = {"warning": 33, "error": 31, "interrupted": 33, "complete": 32, "
 EVENT_TEXTS = {
     "info": "{message}",
     "warning": "{message} {hint}",
-    "validation": "Held-out loss at step {step}: {loss}",
+    "validation": "Drift from the base model at step {step}: {drift}; held-out loss: {loss}",
     "sample": "Sample: {image_path} ({prompt})",
     "checkpoint": "Saved: {state_path}",
     "response": "Request {id} ({request}) is {state}. {message}",
@@ -820,8 +820,8 @@ def event_text(kind: str, fields: JSON) -> str:
         head += f" Step {fields['step']} is saved." if fields["step"] else ""
         listed = (f"{item['path']}: {item['message']}" for item in fields["problems"])
         return "\n".join([head, *(f"  - {text}" for text in listed if text not in fields["message"])])
-    if isinstance(loss := fields.get("loss"), float):
-        fields = {**fields, "loss": f"{loss:.4f}"}
+    numbers = {key: fields[key] for key in ("loss", "drift") if key in fields}
+    fields = fields | {key: "none" if value is None else f"{value:.4f}" for key, value in numbers.items()}
     return EVENT_TEXTS.get(kind, "").format_map(fields)
 
 
@@ -2614,16 +2614,14 @@ def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfi
 
 
 def class_caption(caption: str, concept: Mapping[str, Any], config: TrainingConfig) -> str:
-    """Return a caption with the class words for its first trigger word, and without the others.
+    """Return a caption with the class words in place of trigger words; the same caption where it has none of them.
 
-    In "a photo of ohwx woman", with the word ohwx and the class words woman, both words are replaced.
+    "ohwx, anna, a photo of ohwx woman" becomes "woman, a photo of woman", with the class words woman.
     """
-    words = "|".join(re.escape(word) for word in sorted(concept["trigger_words"], key=len, reverse=True))
-    named = rf"(?<!\w)(?:{words})(?!\w)(?:\W+{re.escape(concept['class_words'])}(?!\w))?"
-    replacement = itertools.chain([concept["class_words"]], itertools.repeat(""))
-    caption = re.sub(named, lambda _: next(replacement), caption, flags=re.IGNORECASE)
-    tags = (tag.strip() for tag in caption.split(config.caption_separator))
-    return f"{config.caption_separator} ".join(filter(None, tags))
+    class_words, words = concept["class_words"] or "", "|".join(map(re.escape, concept["trigger_words"]))
+    separator = rf"[\s{re.escape(config.caption_separator)}]+"
+    several = rf"(?<!\w)(?:{words})(?!\w)(?:{separator}(?:{words})(?!\w))*(?:\s+{re.escape(class_words)}(?!\w))?"
+    return re.sub(several, lambda _: class_words, caption, flags=re.IGNORECASE) if words else caption
 
 
 def class_captions(config: TrainingConfig, dataset: Dataset, variants: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -3410,7 +3408,7 @@ class Adapter:
         config: TrainingConfig,
         dtype: torch.dtype,
     ) -> None:
-        self.components, self.config, self.step_incomplete = components, config, False
+        self.components, self.config, self.step_incomplete, self.text_rests = components, config, False, False
         kind: Any = peft.tuners.tuners_utils.BaseTunerLayer
         self.layers = [layer for part in components for layer in part.modules() if isinstance(layer, kind)]
         self.updated: Any = None  # The event on a CUDA device at which the last step's weights were whole.
@@ -3504,14 +3502,18 @@ class Adapter:
 
     def set_rates(self, factor: float, text_rests: bool = False) -> dict[str, float]:
         """Set this step's learning rates, and let text encoders rest; return the rates, with prodigy's own factor d."""
+        self.text_rests = text_rests
         for (name, rate), group in zip(self.rates.items(), self.optimizer.param_groups, strict=True):
-            rests = text_rests and name != "unet"
-            group["lr"] = 0.0 if rests else rate * factor
+            group["lr"] = 0.0 if self.rests(name) else rate * factor
             for parameter in group["params"]:
-                # Every optimizer leaves a parameter without a gradient, and what it keeps for it, as they are.
-                parameter.grad = None if rests else self.gradients[parameter]
+                # An optimizer changes neither a parameter without a gradient nor what it keeps for it.
+                parameter.grad = None if self.rests(name) else self.gradients[parameter]
         pairs = zip(self.rates, self.optimizer.param_groups, strict=True)
         return {name: group["lr"] * group.get("d", 1.0) for name, group in pairs}
+
+    def rests(self, name: str) -> bool:
+        """Tell whether a weight, or a group, is of a text encoder that rests."""
+        return self.text_rests and not name.startswith("unet")
 
     def backward(self, loss: Tensor, first: bool) -> None:
         """Run the backward pass; the gradients, in fp32, replace the step's so far, or are added to them."""
@@ -3525,7 +3527,8 @@ class Adapter:
     def add_change_penalty(self) -> None:
         """Add the gradient of change_penalty * ||sBA||², summed over all layers; those of one shape go together."""
         scaling, weights = adapter_scale(self.config), self.split(self.weights)
-        pairs = range(0, len(self.names), 2)  # A layer's A stands before its B.
+        # A layer's A stands before its B. Text encoders that rest have no gradient to add to.
+        pairs = [place for place in range(0, len(self.names), 2) if not self.rests(self.names[place])]
         for places in grouped(pairs, lambda place: (self.shapes[place], self.shapes[place + 1])).values():
             down, up = (torch.stack([weights[place + side].flatten(1) for place in places]) for side in (0, 1))
             for side, gradients in enumerate(change_gradient(down, up, scaling)):
@@ -4896,9 +4899,9 @@ class Shown(NamedTuple):
 class Batch:
     """One micro-batch on the device: latents' mean and std [B, C, h, w], the UNet's conditions, the loss's weights.
 
-    `weights` [B] belong to whole samples. Masks [B, 1, h, w], or with sides of 1, say how much each pixel's image
-    counts there (None: all of it), and how much the base's prediction: only in the samples in `base_rows`. Of the
-    `total` samples of all processes' micro-batch, these are the ones in `part`.
+    `weights` [B] belong to whole samples. Two masks [B, 1, h, w], or with sides of 1, weigh their pixels: `mask` the
+    error against the image (None: 1), `base_mask` the one against the base's prediction, which only the samples
+    in `base_rows` need. Of the `total` samples of all processes' micro-batch, these are the ones in `part`.
     """
 
     mean: Tensor
@@ -5065,9 +5068,10 @@ class EncodedDataset:
         pooled = to_device(pooled, self.device).to(self.dtype)
         return context, {"text_embeds": pooled, "time_ids": to_device(time_ids, self.device)}
 
-    def batch(self, samples: Sequence[Shown], part: Sequence[int]) -> Batch:
-        """Put the samples at these places of a micro-batch together."""
-        longest = max(self.context_length(sample.text) for sample in samples) if self.group.size > 1 else 0
+    def batch(self, samples: Mapping[int, Shown], part: Sequence[int], total: int) -> Batch:
+        """Put the samples at some places of a micro-batch together; `samples` has those of all processes."""
+        texts = [sample.text for sample in samples.values()]
+        longest = max(map(self.context_length, texts)) if self.group.size > 1 else 0
         shown = [samples[place] for place in part]
         images = [self.image(sample.variant) for sample in shown]
         time_ids = torch.stack([image.time_ids for image in images])
@@ -5080,7 +5084,7 @@ class EncodedDataset:
             conditions=self.conditions([sample.text for sample in shown], time_ids, longest),
             weights=to_device(torch.tensor([sample.weight for sample in shown]), self.device),
             **{name: None if part is None else to_device(part, self.device) for name, part in masks.items()},
-            total=len(samples),
+            total=total,
             part=part,
         )
 
@@ -5096,8 +5100,8 @@ class EncodedDataset:
 
     def held_out_batch(self, indices: Sequence[int], timestep: int) -> tuple[Batch, Tensor]:
         """Put held-out images together, each with a noise [B, C, h, w] of its own for this timestep."""
-        samples = [Shown(self.plan.variant(index), self.plan.variants[index][0]) for index in indices]
-        batch = self.batch(samples, range(len(samples)))
+        shown = [Shown(self.plan.variant(index), self.plan.variants[index][0]) for index in indices]
+        batch = self.batch(dict(enumerate(shown)), range(len(shown)), len(shown))
         sources = [generator("validation", self.plan.config.seed, index, timestep) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         return batch, noise.to(self.device)
@@ -5134,7 +5138,7 @@ class EncodedDataset:
         With class preservation the training images follow once more, with the class words' texts. As their places
         are the same, so are their noise and timesteps.
         """
-        config, samples, again = self.plan.config, list[Shown](), dict[int, Shown]()
+        config, samples, again = self.plan.config, dict[int, Shown](), dict[int, Shown]()
         epoch, indices = self.batch_at(micro_batch)
         for position, index in enumerate(indices):
             mirrored, dropped = draw_augmentation(config, micro_batch, position)
@@ -5143,14 +5147,14 @@ class EncodedDataset:
             is_prior = example.role == "prior"
             weight = config.prior_loss_weight if is_prior else example.loss_weight
             to_base = is_prior and config.regularization_target == "base"
-            samples.append(Shown(variant, "" if dropped else text, weight, to_base))
+            samples[position] = Shown(variant, "" if dropped else text, weight, to_base)
             if config.class_preservation_weight and not is_prior:
-                text = class_caption(text, concept_of(f"{example.concept}/", config), config)
-                again[position] = Shown(variant, text, weight * config.class_preservation_weight, True)
+                class_text = class_caption(text, concept_of(f"{example.concept}/", config), config)
+                if class_text != text:  # The same text cannot teach the image and the base's prediction.
+                    again[position] = Shown(variant, class_text, weight * config.class_preservation_weight, True)
         part = range(len(indices))[self.group.part(len(indices))]
-        held = [again.get(position, sample) for position, sample in enumerate(samples)]
-        batches = [(samples, part), (held, [position for position in part if position in again])]
-        return [self.batch(shown, places) for shown, places in batches if places]
+        parts = [(shown, [position for position in part if position in shown]) for shown in (samples, again)]
+        return [self.batch(shown, places, len(indices)) for shown, places in parts if places]
 
 
 # ======================================================================================
@@ -5210,18 +5214,23 @@ class Sampler:
         return self.predict(latents, timestep, conditions).float()
 
     def drift(
-        self, side: int, as_base: Callable[[], contextlib.AbstractContextManager[None]], stop: StopWatcher
+        self,
+        side: int,
+        as_base: Callable[[], contextlib.AbstractContextManager[None]],
+        events: EventStream,
+        stop: StopWatcher,
     ) -> float | None:
         """Return ||prediction - base's|| / ||base's|| over all points of the base's walk; None after a stop.
 
         The first call finds out what the base predicts: with `as_base`, the UNet computes as the base does.
         """
+        points = DRIFT_STEPS * len(DRIFT_PROMPTS) // 2
         if not self.base_walk:
             with as_base():
-                walk = [*self.walk(side, stop)]
+                walk = [*events.track("Finding out what the base predicts.", self.walk(side, stop), points)]
             self.base_walk = [] if stop.requested else walk
         numbers = []
-        for texts, latents, timestep, base in self.base_walk:
+        for texts, latents, timestep, base in events.track("Measuring the drift.", self.base_walk, points):
             if stop.requested:
                 return None
             error = self.predict_texts(texts, latents, timestep) - base
@@ -5371,9 +5380,10 @@ def recommend(log: Path, last_step: int, loras: Mapping[int, Path]) -> JSON | No
         return None
     lowest = min(event["loss"] for event in usable)
     close = [event for event in usable if event["loss"] <= 1.01 * lowest]
-    best = min(close, key=lambda event: event.get("drift") or 0)
-    why = "the lowest loss of the held-out images" if len(close) == 1 else "the least drift among the lowest losses"
-    return {"step": best["step"], "path": str(loras[best["step"]]), "why": f"It has {why}: {best['loss']:.4g}."}
+    best = min(close, key=lambda event: (math.inf if event.get("drift") is None else event["drift"], event["loss"]))
+    among = "" if len(close) == 1 else f", or within 1 % of it, and of {len(close)} such files the least drift"
+    why = f"It has the lowest loss of the held-out images{among}: {best['loss']:.4g}."
+    return {"step": best["step"], "path": str(loras[best["step"]]), "why": why}
 
 
 def draw_grid(samples: Samples) -> Image.Image:
@@ -5503,7 +5513,7 @@ def compile_blocks(unet: Any, gradient: Callable[[], Tensor], events: EventStrea
         if unet.device.type == "cuda":  # On a CPU, compiling the second class takes minutes.
             unet._repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
         unet.compile_repeated_blocks(dynamic=True)
-        error_share = float((gradient() - before).norm() / before.norm()) if before.any() else 0.0
+        error_share = float((gradient() - before).norm() / before.norm()) if before.norm() > 1e-6 else 0.0
         if not error_share < 0.05:
             raise ArithmeticError(f"the compiled gradient is off by {error_share:.0%}")
     except Exception as error:  # A missing compiler, Triton or right to run code in /tmp: each has its own class.
@@ -5991,8 +6001,8 @@ class LoRATrainer:
         work = self.data.held_out_work(len(self.alpha_bar))
         with tolerated("validation_failed", self.events), self.adapter.evaluating():
             self.data.encode_prompts(DRIFT_PROMPTS)
-            drift = self.sampler.drift(self.plan.resolution, self.adapter.off, self.stop)
-            for indices, timestep in self.events.track("Validating.", work, len(work)):
+            drift = self.sampler.drift(self.plan.resolution, self.adapter.off, self.events, self.stop)
+            for indices, timestep in self.events.track("Validating.", work, len(work)) if work else ():
                 if self.stop.requested:
                     return
                 batch, noise = self.data.held_out_batch(indices, timestep)
