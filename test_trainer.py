@@ -4736,12 +4736,14 @@ def test_a_stop_ends_a_sample_and_the_vae_leaves_the_device_also_when_it_fails(m
     source: Any = SimpleNamespace(scheduler=SCHEDULER | {"rescale_betas_zero_snr": False}, vae_factor=8, unet={})
     vae, predict, device = mock.Mock(), mock.Mock(side_effect=lambda latents, *_: latents), torch.device("cpu")
     monkeypatch.setattr(trainer, "decode_latents", mock.Mock(side_effect=MemoryError))
-    sampler = trainer.Sampler(source, "epsilon", lambda pixels: vae, device, predict, mock.Mock())
+    parts = (lambda pixels: vae, device, predict, mock.Mock(), Recorder())
+    sampler = trainer.Sampler(source, "epsilon", *parts, stop=Quiet(after=2))
     settings = trainer.SampleSettings("a", "", 64, 64, 1, 4, 3.0, 1.0)
-    assert sampler.draw(settings, Recorder(), "Sampling.", Quiet(after=2)) is None
+    assert sampler.draw(settings, "Sampling.") is None
     assert ([int(call.args[1]) for call in predict.mock_calls], vae.mock_calls) == ([751, 501], [])
+    sampler.stop = Quiet()
     with pytest.raises(MemoryError):
-        sampler.draw(settings, Recorder(), "Sampling.", Quiet())
+        sampler.draw(settings, "Sampling.")
     assert vae.to.call_args_list == [mock.call(device), mock.call("cpu")]
 
 
@@ -5785,7 +5787,7 @@ def test_a_drift_costs_less_than_a_sample_and_its_failure_is_a_warning(tiny: Tin
 @pytest.mark.parametrize("polls", [1, 16, 30])
 def test_a_stop_while_the_drift_is_measured_leaves_no_half_of_it(tiny: TinyRuns, polls: int) -> None:
     made = tiny.set_up(validation_steps=2)
-    made.stop = Quiet(after=polls)
+    made.stop = made.sampler.stop = Quiet(after=polls)
     made.validate(0)
     assert (emitted(made, "validation"), len(made.sampler.base_walk)) == ([], 16 * (polls > 16))
 

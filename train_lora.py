@@ -5180,6 +5180,8 @@ class Sampler:
     device: torch.device
     predict: Predict
     conditions: Callable[[Sequence[str], Tensor], Conditions]  # It encodes two texts with SDXL's time ids [2, 6].
+    events: EventStream
+    stop: StopWatcher
     base_walk: Sequence[DriftPoint] = ()
 
     def scheduler(self, steps: int, *, trailing: bool) -> Any:
@@ -5196,13 +5198,13 @@ class Sampler:
         factor, channels = self.source.vae_factor, int(self.source.unet.get("in_channels", 4))
         return torch.randn((count, channels, height // factor, width // factor), generator=source).to(self.device)
 
-    def walk(self, side: int, stop: StopWatcher) -> Iterator[DriftPoint]:
+    def walk(self, side: int) -> Iterator[DriftPoint]:
         """Go the model's way from noise to a picture, in few steps, for the prompts that measure the drift."""
         for number, texts in enumerate(chunks(DRIFT_PROMPTS, 2)):
             scheduler = self.scheduler(DRIFT_STEPS, trailing=True)
             latents = self.noise(len(texts), side, side, generator("drift", number))
             for timestep in scheduler.timesteps:
-                if stop.requested:
+                if self.stop.requested:
                     return
                 prediction = self.predict_texts(texts, latents, timestep)
                 yield texts, latents, timestep, prediction
@@ -5213,13 +5215,7 @@ class Sampler:
         conditions = self.conditions(texts, whole_image_ids(width, height).repeat(len(texts), 1))
         return self.predict(latents, timestep, conditions).float()
 
-    def drift(
-        self,
-        side: int,
-        as_base: Callable[[], contextlib.AbstractContextManager[None]],
-        events: EventStream,
-        stop: StopWatcher,
-    ) -> float | None:
+    def drift(self, side: int, as_base: Callable[[], contextlib.AbstractContextManager[None]]) -> float | None:
         """Return ||prediction - base's|| / ||base's|| over all points of the base's walk; None after a stop.
 
         The first call finds out what the base predicts: with `as_base`, the UNet computes as the base does.
@@ -5227,18 +5223,18 @@ class Sampler:
         points = DRIFT_STEPS * len(DRIFT_PROMPTS) // 2
         if not self.base_walk:
             with as_base():
-                walk = [*events.track("Finding out what the base predicts.", self.walk(side, stop), points)]
-            self.base_walk = [] if stop.requested else walk
+                walk = [*self.events.track("Finding out what the base predicts.", self.walk(side), points)]
+            self.base_walk = [] if self.stop.requested else walk
         numbers = []
-        for texts, latents, timestep, base in events.track("Measuring the drift.", self.base_walk, points):
-            if stop.requested:
+        for texts, latents, timestep, base in self.events.track("Measuring the drift.", self.base_walk, points):
+            if self.stop.requested:
                 return None
             error = self.predict_texts(texts, latents, timestep) - base
             numbers.append(torch.stack([error.square().sum(), base.square().sum()]))
         error_sum, base_sum = torch.stack(numbers).sum(0).tolist() if numbers else (0.0, 0.0)
         return math.sqrt(error_sum / base_sum) if base_sum else None
 
-    def draw(self, settings: SampleSettings, events: EventStream, title: str, stop: StopWatcher) -> Image.Image | None:
+    def draw(self, settings: SampleSettings, title: str) -> Image.Image | None:
         """Return an image, or None when a stop was asked for before a denoising step."""
         # Other spacings leave out the last timestep, which is pure noise (Lin et al. 2023, section 3.3).
         scheduler = self.scheduler(settings.steps, trailing=self.source.scheduler["rescale_betas_zero_snr"])
@@ -5247,8 +5243,8 @@ class Sampler:
         with torch.no_grad():
             texts = [settings.negative_prompt, settings.prompt]
             conditions = self.conditions(texts, whole_image_ids(width, height).repeat(2, 1))
-            for timestep in events.track(title, scheduler.timesteps, settings.steps, phase="sampling"):
-                if stop.requested:
+            for timestep in self.events.track(title, scheduler.timesteps, settings.steps, phase="sampling"):
+                if self.stop.requested:
                     return None
                 negative, positive = self.predict(torch.cat([latents] * 2), timestep, conditions).float().chunk(2)
                 guided = negative + settings.guidance_scale * (positive - negative)
@@ -5704,7 +5700,7 @@ class LoRATrainer:
             self.prediction_type = self.measure_prediction()
         self.weight_of = loss_weights(self.alpha_bar, self.prediction_type, self.config.snr_gamma).float()
         self.make_adapter()
-        parts = (self.data.decoder, self.device, self.predict, self.data.conditions)
+        parts = (self.data.decoder, self.device, self.predict, self.data.conditions, self.events, self.stop)
         self.sampler = Sampler(self.source, self.prediction_type, *parts)
         if point:
             self.restore(point)
@@ -6001,7 +5997,7 @@ class LoRATrainer:
         work = self.data.held_out_work(len(self.alpha_bar))
         with tolerated("validation_failed", self.events), self.adapter.evaluating():
             self.data.encode_prompts(DRIFT_PROMPTS)
-            drift = self.sampler.drift(self.plan.resolution, self.adapter.off, self.events, self.stop)
+            drift = self.sampler.drift(self.plan.resolution, self.adapter.off)
             for indices, timestep in self.events.track("Validating.", work, len(work)) if work else ():
                 if self.stop.requested:
                     return
@@ -6019,7 +6015,7 @@ class LoRATrainer:
             self.data.encode_prompts([text for item in wanted for text in (item.negative_prompt, item.prompt)])
             for index, item in enumerate(wanted, first):
                 with self.adapter.strength(item.lora_scale):
-                    image = self.sampler.draw(item, self.events, f"Sampling at step {step}.", self.stop)
+                    image = self.sampler.draw(item, f"Sampling at step {step}.")
                 if image is None:
                     break
                 path = self.folder.sample(step, index)
