@@ -531,33 +531,33 @@ def compare_methods(file: Path, lessons: Sequence[str], methods: Sequence[str], 
             results(lesson, method, [best], seed)
 
 
+FORGOTTEN = {  # Each column has what it is read from, its digits and its factor.
+    "step": ("step", 0, 1),
+    "old prompts right %": ("old share", 0, 100),
+    "old prompts' change %": ("old change", 1, 100),
+    "drift %": ("drift", 1, 100),
+}
+
+
 def lessons_table(results: Sequence[JSON], lesson: str) -> str:
     """Return a row per method, at its best rate: what its runs have forgotten at each likeness."""
-    rows = []
+    head, rows = ["method", "rate", "seeds"], []
+    head += [f"{column} at {wanted}" for wanted in LIKENESSES[lesson] for column in FORGOTTEN]
     for method in METHODS:
         own = [result for result in results if (result["lesson"], result["method"]) == (lesson, method)]
         first = [result for result in own if result["seed"] == 0]
         if len(first) < len(RATES):
             continue
-        rate = best_rate(first)
-        runs = [result for result in own if result["rate"] == rate]
-        cells = [method, f"{rate:g}"]
+        runs = [result for result in own if result["rate"] == best_rate(first)]
+        cells = [method, f"{best_rate(first):g}", str(len(runs))]
         for wanted in LIKENESSES[lesson]:
             reached = [at for run in runs if (at := at_likeness(run, wanted))]
-            for key, digits, scale in (
-                ("step", 0, 1),
-                ("old share", 0, 100),
-                ("old change", 1, 100),
-                ("drift", 1, 100),
-            ):
+            for key, digits, scale in FORGOTTEN.values():
                 text = mean_and_deviation([scale * at[key] for at in reached], digits) if reached else "-"
-                cells.append(
-                    text + (f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) and key == "step" else "")
-                )
+                some = key == "step" and 0 < len(reached) < len(runs)
+                cells.append(f"{text} ({len(reached)} of {len(runs)})" if some else text)
         rows.append(cells)
-    names = ("step", "old prompts right %", "old prompts' change %", "drift %")
-    columns = [f"{name} at {wanted}" for wanted in LIKENESSES[lesson] for name in names]
-    return table(["method", "rate", *columns], rows)
+    return table(head, rows)
 
 
 def main() -> None:
