@@ -508,7 +508,9 @@ def best_rate(results: Sequence[JSON]) -> float:
     return float(max(results, key=lambda result: result["by_step"][-1]["likeness"])["rate"])
 
 
-def compare_methods(file: Path, lessons: Sequence[str], methods: Sequence[str], seeds: int) -> None:
+def compare_methods(
+    file: Path, lessons: Sequence[str], methods: Sequence[str], rates: Sequence[float], seeds: int
+) -> None:
     """Measure what the file lacks, and add it: every rate with the first seed, and the best one with the others."""
     write_lessons()
     done = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
@@ -526,7 +528,7 @@ def compare_methods(file: Path, lessons: Sequence[str], methods: Sequence[str], 
         return found
 
     for lesson, method in itertools.product(lessons, methods):
-        best = best_rate(results(lesson, method, RATES, 0))
+        best = best_rate(results(lesson, method, rates, 0))
         for seed in range(1, seeds):
             results(lesson, method, [best], seed)
 
@@ -541,15 +543,15 @@ FORGOTTEN = {  # Each column has what it is read from, its digits and its factor
 
 def lessons_table(results: Sequence[JSON], lesson: str) -> str:
     """Return a row per method, at its best rate: what its runs have forgotten at each likeness."""
-    head, rows = ["method", "rate", "seeds"], []
+    head, rows = ["method", "rate", "of", "seeds"], []
     head += [f"{column} at {wanted}" for wanted in LIKENESSES[lesson] for column in FORGOTTEN]
     for method in METHODS:
         own = [result for result in results if (result["lesson"], result["method"]) == (lesson, method)]
         first = [result for result in own if result["seed"] == 0]
-        if len(first) < len(RATES):
+        if not first:
             continue
         runs = [result for result in own if result["rate"] == best_rate(first)]
-        cells = [method, f"{best_rate(first):g}", str(len(runs))]
+        cells = [method, f"{best_rate(first):g}", str(len(first)), str(len(runs))]
         for wanted in LIKENESSES[lesson]:
             reached = [at for run in runs if (at := at_likeness(run, wanted))]
             for key, digits, scale in FORGOTTEN.values():
@@ -576,6 +578,7 @@ def main() -> None:
     methods.add_argument("file", type=Path, help="results go here; what it has already is not measured again")
     methods.add_argument("--methods", nargs="*", choices=METHODS, default=[*METHODS], metavar="METHOD")
     methods.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
+    methods.add_argument("--rates", nargs="+", type=float, default=RATES, help="tried with the first seed")
     methods.add_argument("--seeds", type=int, default=3, help="runs per row (default 3)")
     commands.add_parser("table", help="print the results as a table").add_argument("file", type=Path)
     options = parser.parse_args()
@@ -587,7 +590,7 @@ def main() -> None:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # The runs inherit it.
         if options.command == "methods":
-            compare_methods(options.file, options.lessons, options.methods, options.seeds)
+            compare_methods(options.file, options.lessons, options.methods, options.rates, options.seeds)
             results = [json.loads(line) for line in options.file.read_text("utf-8").splitlines()]
             for lesson in LESSONS:
                 put_table(ROOT / "docs/defaults.md", f"lesson {lesson}", lessons_table(results, lesson))
