@@ -3212,6 +3212,9 @@ def test_each_image_has_the_words_repeats_and_weight_of_its_concept_only(tmp_pat
 def test_class_words_stand_for_trigger_words_in_a_caption(tmp_path: Path, caption: str, expected: str) -> None:
     config = parse(tmp_path, REQUIRED | {"trigger_words": ["ohwx", "anna"], "class_words": "woman"})
     assert trainer.class_caption(caption, trainer.concept_of("1.png", config), config) == expected
+    for text, rest in (("Ohwx, anna, a house", "a house"), ("a red ohwx house, anna", "a red house"), ("ohwx", "")):
+        no_class: Json = {"trigger_words": ["ohwx", "anna"], "class_words": ""}
+        assert trainer.class_caption(text, no_class, config) == rest
     without: Json = {"trigger_words": [], "class_words": "woman"}
     assert trainer.class_caption(caption, without, config) == caption
 

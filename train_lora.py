@@ -704,8 +704,8 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
     kind, first, end = values["lora_type"], values["min_timestep"], values["max_timestep"]
-    lokr, own_words = kind == "lokr", [concept.get("class_words") for concept in values["concepts"]]
-    has_class = values["class_words"] or (all(own_words) and not unclaimed_words(values))
+    lokr, own_words = kind == "lokr", all("class_words" in concept for concept in values["concepts"])
+    has_class = values["class_words"] is not None or (own_words and not unclaimed_words(values))
     lacks_class, is_penalised = values["class_preservation_weight"] and not has_class, values["change_penalty"]
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
@@ -2616,12 +2616,15 @@ def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfi
 def class_caption(caption: str, concept: Mapping[str, Any], config: TrainingConfig) -> str:
     """Return a caption with the class words in place of trigger words; the same caption where it has none of them.
 
-    "ohwx, anna, a photo of ohwx woman" becomes "woman, a photo of woman", with the class words woman.
+    "ohwx, anna, a photo of ohwx woman" becomes "woman, a photo of woman", with the class words woman. Without class
+    words the trigger words are left out.
     """
     class_words, words = concept["class_words"] or "", "|".join(map(re.escape, concept["trigger_words"]))
-    separator = rf"[\s{re.escape(config.caption_separator)}]+"
-    several = rf"(?<!\w)(?:{words})(?!\w)(?:{separator}(?:{words})(?!\w))*(?:\s+{re.escape(class_words)}(?!\w))?"
-    return re.sub(several, lambda _: class_words, caption, flags=re.IGNORECASE) if words else caption
+    between = rf"[\s{re.escape(config.caption_separator)}]"
+    behind = rf"(?:\s+{re.escape(class_words)}(?!\w))?" if class_words else f"{between}*"
+    several = rf"(?<!\w)(?:{words})(?!\w)(?:{between}+(?:{words})(?!\w))*{behind}"
+    text = re.sub(several, lambda _: class_words, caption, flags=re.IGNORECASE) if words else caption
+    return text if class_words else re.sub(rf"{between}+$", "", text)
 
 
 def class_captions(config: TrainingConfig, dataset: Dataset, variants: Sequence[Sequence[str]]) -> Iterator[str]:
