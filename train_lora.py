@@ -573,11 +573,6 @@ def draws_samples(config: TrainingConfig) -> bool:
     return bool(config.validation_steps or config.sample_at_start)
 
 
-def drift_prompts(config: TrainingConfig) -> tuple[str, ...]:
-    """Return the texts with which validations measure the drift, where there are any."""
-    return DRIFT_PROMPTS if draws_samples(config) else ()
-
-
 def with_settings(config: TrainingConfig, values: JSON) -> TrainingConfig:
     """Return the config with other values of keys that may change during a run. Raises `config_invalid`."""
     settable = {key: load_schema()["definitions"][key] for key in keys_marked("x-settable")}
@@ -4641,7 +4636,7 @@ def decide(
     epochs = math.ceil(steps * config.gradient_accumulation_steps / batches)
     variants = [caption_variants(e.caption, config, epochs * (e.role != "validation")) for e in dataset.examples]
     captions = list(dict.fromkeys(itertools.chain([""], *variants, class_captions(config, dataset, variants))))
-    prompts = sorted({*sample_texts(config), *drift_prompts(config)} - {*captions})
+    prompts = sorted({*sample_texts(config), *(DRIFT_PROMPTS if draws_samples(config) else ())} - {*captions})
     texts = 0 if config.train_text_encoder else len(captions) + len(prompts)
     needed = cache_bytes(config, source, sizes, texts) * processes
     cache_folder, cache_why = choose_cache(config, needed)
@@ -5227,15 +5222,17 @@ class Sampler:
         if not self.base_walk:
             with as_base():
                 walk = [*self.events.track("Finding out what the base predicts.", self.walk(side), points)]
-            self.base_walk = [] if self.stop.requested else walk
+            if self.stop.requested:
+                return None
+            self.base_walk = walk
         numbers = []
         for texts, latents, timestep, base in self.events.track("Measuring the drift.", self.base_walk, points):
             if self.stop.requested:
                 return None
             error = self.predict_texts(texts, latents, timestep) - base
             numbers.append(torch.stack([error.square().sum(), base.square().sum()]))
-        error_sum, base_sum = torch.stack(numbers).sum(0).tolist() if numbers else (0.0, 0.0)
-        return math.sqrt(error_sum / base_sum) if base_sum else None
+        error_sum, base_sum = torch.stack(numbers).sum(0)
+        return float((error_sum / base_sum).sqrt())
 
     def draw(self, settings: SampleSettings, title: str) -> Image.Image | None:
         """Return an image, or None when a stop was asked for before a denoising step."""
