@@ -378,7 +378,7 @@ LESSONS: dict[
     str, JSON
 ] = {  # The class words are words that the base knows; it tells unknown ones apart with difficulty.
     CONCEPT: {"dataset_path": str(ROOT / "demo/images"), "class_words": "circle", "steps": 300},
-    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "", "steps": 400},
+    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "small", "steps": 400},
 }
 LESSON_PROMPTS = {CONCEPT: [*NEW_PROMPTS], STRIPED: [f"a red {STRIPED} circle", f"a blue {STRIPED} square"]}
 # Half of what trains are then regularization images, so the run is longer.
