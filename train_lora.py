@@ -5989,9 +5989,7 @@ class LoRATrainer:
 
     @main_only
     def validate(self, step: int) -> None:
-        """Report the drift, and the held-out images' mean loss at fixed noise, in the middle of each quarter of the
-        schedule. The timesteps are fixed, because the loss varies more between timesteps than between images.
-        """
+        """Report the drift, and the held-out images' mean loss at the same noise and timesteps each time."""
         self.events.phase = "validating"
         losses: list[Tensor] = []
         work = self.data.held_out_work(len(self.alpha_bar))
