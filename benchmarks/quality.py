@@ -200,6 +200,12 @@ def old_samples() -> dict[str, list[Array]]:
     return sample(load_pipeline(), OLD_PROMPTS, *ROW_SAMPLING)
 
 
+def old_change(drawn: Mapping[str, Sequence[Array]]) -> float:
+    """Return how far the pixels of old prompts moved from what the base model draws, 0 to 1."""
+    moved = [np.abs(np.subtract(drawn[old], old_samples()[old], dtype=float)).mean() for old in OLD_PROMPTS]
+    return float(np.mean(moved)) / 255
+
+
 @functools.cache
 def held_out() -> tuple[list[str], torch.Tensor]:
     """Return captions and latents of pictures that no row trains with."""
@@ -233,12 +239,11 @@ def measure_model(lora: Path | None) -> JSON:
     pipeline, named = load_pipeline(lora), ROW_PROMPTS | OLD_PROMPTS
     drawn = sample(pipeline, named, *ROW_SAMPLING)
     scores = {prompt: measure(drawn[prompt], shape) for prompt, shape in named.items()}
-    moved = [np.abs(np.subtract(drawn[old], old_samples()[old], dtype=float)).mean() for old in OLD_PROMPTS]
     return {
         "closeness": statistics.mean(scores[prompt]["closeness"] for prompt in ROW_PROMPTS),
         "share": statistics.mean(scores[prompt]["share"] for prompt in ROW_PROMPTS),
         "old_closeness": statistics.mean(scores[prompt]["closeness"] for prompt in OLD_PROMPTS),
-        "old_change": float(np.mean(moved)) / 255,
+        "old_change": old_change(drawn),
         "held_out_loss": held_out_loss(pipeline),
     }
 
@@ -374,9 +379,8 @@ LESSONS_OUTPUT = ROOT / "demo/output/lessons"
 STRIPED, PERIOD = "blick", 16  # the second lesson's word, and its stripes' period in pixels
 LIKENESSES = {CONCEPT: (0.7, 0.8), STRIPED: (0.5, 0.6)}  # What is forgotten is read off where a LoRA shows this much.
 RATES = (1e-3, 2e-3, 4e-3)
-LESSONS: dict[
-    str, JSON
-] = {  # The class words are words that the base knows; it tells unknown ones apart with difficulty.
+# The class words are words that the base knows; it tells unknown ones apart with difficulty.
+LESSONS: dict[str, JSON] = {
     CONCEPT: {"dataset_path": str(ROOT / "demo/images"), "class_words": "circle", "steps": 300},
     STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "small", "steps": 400},
 }
@@ -457,11 +461,10 @@ def likeness(lesson: str, pictures: Sequence[Array]) -> float:
 def measure_lesson(lesson: str, lora: Path | None) -> JSON:
     pipeline, prompts = load_pipeline(lora), LESSON_PROMPTS[lesson]
     drawn = sample(pipeline, [*prompts, *OLD_PROMPTS], *ROW_SAMPLING)
-    moved = [np.abs(np.subtract(drawn[old], old_samples()[old], dtype=float)).mean() for old in OLD_PROMPTS]
     return {
         "likeness": likeness(lesson, [picture for prompt in prompts for picture in drawn[prompt]]),
         "old share": statistics.mean(measure(drawn[old], shape)["share"] for old, shape in OLD_PROMPTS.items()),
-        "old change": float(np.mean(moved)) / 255,
+        "old change": old_change(drawn),
     }
 
 
@@ -550,8 +553,9 @@ def lessons_table(results: Sequence[JSON], lesson: str) -> str:
         first = [result for result in own if result["seed"] == 0]
         if not first:
             continue
-        runs = [result for result in own if result["rate"] == best_rate(first)]
-        cells = [method, f"{best_rate(first):g}", str(len(first)), str(len(runs))]
+        rate = best_rate(first)
+        runs = [result for result in own if result["rate"] == rate]
+        cells = [method, f"{rate:g}", str(len(first)), str(len(runs))]
         for wanted in LIKENESSES[lesson]:
             reached = [at for run in runs if (at := at_likeness(run, wanted))]
             for key, digits, scale in FORGOTTEN.values():
