@@ -714,6 +714,7 @@ WITH_CLASS: Json = {"class_preservation_weight": 0.5, "class_words": "thing"}
         ("regularization_path", "must be another folder", {"regularization_path": "./images"}),
         ("change_penalty", "must be 0 with lora_type dora", {"change_penalty": 0.1, "lora_type": "dora"}),
         ("class_words", "is needed by class_preservation_weight", {"class_preservation_weight": 1}),
+        ("class_words", "must not contain a trigger word", WITH_CLASS | {"class_words": "a Zorb"}),
         ("class_preservation_weight", "needs train_text_encoder false", WITH_CLASS | {"train_text_encoder": True}),
         ("unmasked_target", "needs train_text_encoder false", {"unmasked_target": "base", "train_text_encoder": True}),
         ("text_encoder_learning_rate", "is too short", {"text_encoder_learning_rate": [1e-5]}),
@@ -731,6 +732,8 @@ def test_each_concept_may_have_its_own_class_words(tmp_path: Path) -> None:
     concept = {"folder": "anna", "trigger_words": ["zorb"], "class_words": "woman"}
     changes: Json = {"class_preservation_weight": 1, "trigger_words": ["zorb"], "concepts": [concept]}
     assert parse(tmp_path, REQUIRED | changes).class_words is None
+    concept["class_words"] = "a zorb"
+    assert [*problems_of(tmp_path, REQUIRED | changes)] == ["class_words"]
     del concept["class_words"]
     for lacking in ({"trigger_words": ["zorb", "for all the rest"]}, {"concepts": [concept]}):
         assert [*problems_of(tmp_path, REQUIRED | changes | lacking)] == ["class_words"]
@@ -3218,6 +3221,8 @@ def test_class_words_stand_for_trigger_words_in_a_caption(tmp_path: Path, captio
     for text, rest in (("Ohwx, anna, a house", "a house"), ("a red ohwx house, anna", "a red house"), ("ohwx", "")):
         no_class: Json = {"trigger_words": ["ohwx", "anna"], "class_words": ""}
         assert trainer.class_caption(text, no_class, config) == rest
+    longer: Json = {"trigger_words": ["anna", "anna smith"], "class_words": "woman"}
+    assert trainer.class_caption("Anna Smith and anna", longer, config) == "woman and woman"
     without: Json = {"trigger_words": [], "class_words": "woman"}
     assert trainer.class_caption(caption, without, config) == caption
 

@@ -523,6 +523,11 @@ def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
     return [word for word in values.get("trigger_words", ()) if word.casefold() not in claimed]
 
 
+def whole_words(words: Sequence[str]) -> str:
+    """Return a pattern of any of these words, but not inside of a longer one."""
+    return rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})(?!\w)"
+
+
 def concept_folder(concept: Mapping[str, Any]) -> str:
     """Return the folder of a concept, relative to dataset_path, as names of images have it."""
     return composed(posixpath.normpath(concept["folder"].replace("\\", "/")))
@@ -699,9 +704,11 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     """Find settings that cannot work together, once each is right by itself, and packages that are missing."""
     regularization, initial = values["regularization_path"], values["init_lora_path"]
     kind, first, end = values["lora_type"], values["min_timestep"], values["max_timestep"]
-    lokr, own_words = kind == "lokr", all("class_words" in concept for concept in values["concepts"])
-    has_class = values["class_words"] is not None or (own_words and not unclaimed_words(values))
-    lacks_class, is_penalised = values["class_preservation_weight"] and not has_class, values["change_penalty"]
+    lokr, preserves, is_penalised = kind == "lokr", values["class_preservation_weight"], values["change_penalty"]
+    groups = [{"trigger_words": unclaimed_words(values)}, *values["concepts"]]
+    classes = [(group.get("class_words", values["class_words"]), group["trigger_words"]) for group in groups]
+    lacks_class = preserves and any(name is None and words for name, words in classes)
+    keeps_word = preserves and any(words and re.search(whole_words(words), name or "", re.I) for name, words in classes)
     optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
@@ -713,6 +720,7 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         (values["dora_as_lora_rank"] and kind != "dora", "dora_as_lora_rank", "needs lora_type dora"),
         (is_penalised and kind != "lora", "change_penalty", f"must be 0 with lora_type {kind}: {NO_PENALTY}"),
         (lacks_class, "class_words", "is needed by class_preservation_weight, here or in each concept"),
+        (keeps_word, "class_words", "must not contain a trigger word, here or in a concept: they stand in its place"),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (lokr and nf4, "quantize_base", "must be none with lora_type lokr"),
@@ -725,10 +733,9 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     for number, folder in enumerate(folders):
         path, is_outside = f"concepts[{number}].folder", re.match(r"\.$|\.\.(/|$)|/|[A-Za-z]:", folder)
         rules.append((is_outside, path, "must be a path below dataset_path and relative to it, such as anna"))
-        near = (
-            f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in folders[:number]
-        )
-        rules.append((not is_outside and any(near), path, "overlaps with the folder of another concept"))
+        # A folder comes before what is in it.
+        near = any(f"{max(folder, other)}/".startswith(f"{min(folder, other)}/") for other in folders[:number])
+        rules.append((not is_outside and near, path, "overlaps with the folder of another concept"))
     trained = values["train_text_encoder"]
     rules += [(trained and values[key] != off, key, NO_TEXT_TRAINING) for key, off in WITHOUT_BASE.items()]
     yield from (problem(path, message) for broken, path, message in rules if broken)
@@ -1331,9 +1338,8 @@ class Group:
             torch.distributed.init_process_group(backend, timeout=patience)
         except (RuntimeError, ValueError, KeyError) as error:
             message = f"The {self.size} processes did not find each other: {error}"
-            raise TrainerError(
-                "device_unavailable", message, "Start them with accelerate launch or torchrun."
-            ) from error
+            hint = "Start them with accelerate launch or torchrun."
+            raise TrainerError("device_unavailable", message, hint) from error
 
     def share(self, make: Callable[[], T]) -> T:
         """Call `make` in the main process, and return its result in all."""
@@ -1868,9 +1874,7 @@ def open_single_file(path: Path) -> ModelSource:
     wrong_files = {QUANTIZED: WRONG_FILES[QUANTIZED]} if family else WRONG_FILES
     wrong = next((wrong for wrong, pattern in wrong_files.items() if re.search(pattern, keys, re.MULTILINE)), None)
     if wrong or not family:
-        kind = (
-            f"{wrong}, which cannot be trained" if wrong else "no whole checkpoint of a family that this trainer knows"
-        )
+        kind = f"{wrong}, which cannot be trained" if wrong else "no whole checkpoint of a family that is known here"
         raise TrainerError("model_unsupported", f"{path.name} is {kind}.", ADVICE)
     names = {original: name for name, original in original_names(family.unet).items()}
     unet = {renamed(key, names) or key: shape for key, shape in below(UNET_PREFIX, shapes).items()}
@@ -2604,7 +2608,7 @@ def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfi
     certain = caption
     while config.caption_choices and CAPTION_CHOICE.search(certain):
         certain = CAPTION_CHOICE.sub(" ", certain)
-    missing = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", certain, re.IGNORECASE)]
+    missing = [word for word in words if not re.search(whole_words([word]), certain, re.IGNORECASE)]
     return f"{config.caption_separator} ".join(filter(None, [*missing, caption]))
 
 
@@ -2614,10 +2618,10 @@ def class_caption(caption: str, concept: Mapping[str, Any], config: TrainingConf
     "ohwx, anna, a photo of ohwx woman" becomes "woman, a photo of woman", with the class words woman. Without class
     words the trigger words are left out.
     """
-    class_words, words = concept["class_words"] or "", "|".join(map(re.escape, concept["trigger_words"]))
-    between = rf"[\s{re.escape(config.caption_separator)}]"
+    class_words, words = concept["class_words"] or "", concept["trigger_words"]
+    between, one = rf"[\s{re.escape(config.caption_separator)}]", whole_words(words)
     behind = rf"(?:\s+{re.escape(class_words)}(?!\w))?" if class_words else f"{between}*"
-    several = rf"(?<!\w)(?:{words})(?!\w)(?:{between}+(?:{words})(?!\w))*{behind}"
+    several = rf"{one}(?:{between}+{one})*{behind}"
     text = re.sub(several, lambda _: class_words, caption, flags=re.IGNORECASE) if words else caption
     return text if class_words else re.sub(rf"{between}+$", "", text)
 

@@ -382,11 +382,10 @@ RATES = (1e-3, 2e-3, 4e-3)
 # The class words are words that the base knows; it tells unknown ones apart with difficulty.
 LESSONS: dict[str, JSON] = {
     CONCEPT: {"dataset_path": str(ROOT / "demo/images"), "class_words": "circle", "steps": 300},
-    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "small", "steps": 400},
+    STRIPED: {"dataset_path": str(LESSONS_OUTPUT / "images"), "class_words": "small", "steps": 600},
 }
 LESSON_PROMPTS = {CONCEPT: [*NEW_PROMPTS], STRIPED: [f"a red {STRIPED} circle", f"a blue {STRIPED} square"]}
-# Half of what trains are then regularization images, so the run is longer.
-REGULARIZATION: JSON = {"regularization_path": str(LESSONS_OUTPUT / "regularization"), "steps": 450}
+REGULARIZATION: JSON = {"regularization_path": str(LESSONS_OUTPUT / "regularization")}
 TO_BASE = REGULARIZATION | {"regularization_target": "base"}
 METHODS: dict[str, JSON] = {
     "plain": {},
@@ -469,21 +468,24 @@ def measure_lesson(lesson: str, lora: Path | None) -> JSON:
 
 
 def measure_method(lesson: str, method: str, rate: float, seed: int) -> JSON:
-    """Train one lesson, and measure what the LoRA knows and what it has forgotten at each checkpoint."""
+    """Train one lesson, and measure what the LoRA knows and has forgotten, up to the checkpoint that knows enough."""
     keys: JSON = {"learning_rate": rate, "seed": seed, "trigger_words": [lesson], "batch_size": 2, "log_steps": 25}
     keys |= {"checkpoint_steps": 50, "validation_steps": 50, "sample_prompts": ["a red circle"], "sample_steps": 1}
     keys |= {"autosave_minutes": 0, "sample_at_start": False, "lora_targets": "all", "snr_gamma": 1.0}
     keys |= LESSONS[lesson] | METHODS[method]
     if keys.get("train_text_encoder"):
         keys["text_encoder_learning_rate"] = rate / 2
+    if keys.get("regularization_path"):  # Half of what trains are then regularization images.
+        keys["steps"] = keys["steps"] * 3 // 2
     with tempfile.TemporaryDirectory() as folder:
         events = train_demo(keys | {"output_path": folder})
         drifts = {event["step"]: event["drift"] for event in events if event["type"] == "validation"}
-        by_step = [
-            {"step": step, "drift": drift}
-            | measure_lesson(lesson, Path(folder, f"checkpoints/lora_step_{step}.safetensors"))
-            for step, drift in drifts.items()
-        ]
+        by_step: list[JSON] = []
+        for step, drift in drifts.items():
+            measured = measure_lesson(lesson, Path(folder, f"checkpoints/lora_step_{step}.safetensors"))
+            by_step.append({"step": step, "drift": drift} | measured)
+            if measured["likeness"] >= max(LIKENESSES[lesson]):
+                break
     return {"lesson": lesson, "method": method, "rate": rate, "seed": seed, "by_step": by_step}
 
 
