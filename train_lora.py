@@ -499,9 +499,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
         if values[epochs] is not None and steps in (changed if epochs in changed else {**top, **nested}):
             problems.append(problem(epochs, f"cannot be combined with {steps}: remove one of the two"))
     # A key that is missing may have been meant to be in training_params.
-    checked = check_values(values, definitions)
-    wrong_values = [item for item in checked if is_whole or not item["message"].startswith("is required")]
-    problems += wrong_values or combination_problems(values)
+    wrong_values = [*check_values(values, definitions)] or [*combination_problems(values)]
+    problems += [item for item in wrong_values if is_whole or not item["message"].startswith("is required")]
     if problems:
         first = "; ".join(f"{item['path']}: {item['message']}" for item in problems[:3])
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -520,7 +519,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 def unclaimed_words(values: Mapping[str, Any]) -> list[str]:
     """Return the trigger words that no concept has."""
     claimed = {word.casefold() for concept in values["concepts"] for word in concept["trigger_words"]}
-    return [word for word in values.get("trigger_words", ()) if word.casefold() not in claimed]
+    return [word for word in values["trigger_words"] if word.casefold() not in claimed]
 
 
 def whole_words(words: Sequence[str]) -> str:
@@ -695,7 +694,7 @@ def check_values(values: JSON, definitions: JSON) -> Iterator[dict[str, str]]:
 
 
 # These settings need what the base model predicts; each has the value that turns it off.
-WITHOUT_BASE = {"class_preservation_weight": 0, "regularization_target": "image", "unmasked_target": "none"}
+NEEDS_BASE = {"class_preservation_weight": 0, "regularization_target": "image", "unmasked_target": "none"}
 NO_TEXT_TRAINING = "needs train_text_encoder false: the base predicts from the same text embeddings as the LoRA"
 NO_PENALTY = "only a plain LoRA's change has a size that is cheap to compute"
 
@@ -705,11 +704,12 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     regularization, initial = values["regularization_path"], values["init_lora_path"]
     kind, first, end = values["lora_type"], values["min_timestep"], values["max_timestep"]
     lokr, preserves, is_penalised = kind == "lokr", values["class_preservation_weight"], values["change_penalty"]
-    groups = [{"trigger_words": unclaimed_words(values)}, *values["concepts"]]
-    classes = [(group.get("class_words", values["class_words"]), group["trigger_words"]) for group in groups]
-    lacks_class = preserves and any(name is None and words for name, words in classes)
-    keeps_word = preserves and any(words and re.search(whole_words(words), name or "", re.I) for name, words in classes)
-    optimizer, device = OPTIMIZERS[values["optimizer"]], values["device"]
+    groups = [*values["concepts"], *([{}] if unclaimed_words(values) else [])]
+    classes = {group.get("class_words", values["class_words"]) for group in groups} if preserves else set()
+    any_word = whole_words([word for part in (values, *values["concepts"]) for word in part["trigger_words"]])
+    keeps_word = any(re.search(any_word, words, re.IGNORECASE) for words in classes - {None})
+    optimizer, device, trained = OPTIMIZERS[values["optimizer"]], values["device"], values["train_text_encoder"]
+    stops_text = trained and values["text_encoder_stop"] < 1
     same_folder = regularization and os.path.realpath(regularization) == os.path.realpath(values["dataset_path"])
     no_file = initial and not (Path(initial).is_file() and initial.lower().endswith(".safetensors"))
     nf4 = values["quantize_base"] != "none"
@@ -719,13 +719,14 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
         (lokr and values["save_format"] == "diffusers", "save_format", "must be kohya: diffusers reads no lokr"),
         (values["dora_as_lora_rank"] and kind != "dora", "dora_as_lora_rank", "needs lora_type dora"),
         (is_penalised and kind != "lora", "change_penalty", f"must be 0 with lora_type {kind}: {NO_PENALTY}"),
-        (lacks_class, "class_words", "is needed by class_preservation_weight, here or in each concept"),
-        (keeps_word, "class_words", "must not contain a trigger word, here or in a concept: they stand in its place"),
+        (None in classes, "class_words", "is needed by class_preservation_weight, here or in each concept"),
+        (keeps_word, "class_words", "must not contain a trigger word, here or in a concept, because they replace it"),
         (lokr and values["use_rslora"], "use_rslora", "must be false with lora_type lokr"),
         (lokr and values["lora_dropout"], "lora_dropout", "must be 0 with lora_type lokr"),
         (lokr and nf4, "quantize_base", "must be none with lora_type lokr"),
         (nf4 and device in ("cpu", "mps"), "quantize_base", f"must be none with device {device}: nf4 needs CUDA"),
         (end is not None and end <= first, "max_timestep", f"must be more than min_timestep ({first})"),
+        (stops_text and optimizer.adapts, "text_encoder_stop", "must be 1: prodigy has one rate for all weights"),
         (optimizer.averages and values["ema_decay"], "ema_decay", "must be null: this optimizer averages by itself"),
         (optimizer.averages and not values["adam_beta1"], "adam_beta1", "must be more than 0 with this optimizer"),
     ]
@@ -733,11 +734,10 @@ def combination_problems(values: JSON) -> Iterator[dict[str, str]]:
     for number, folder in enumerate(folders):
         path, is_outside = f"concepts[{number}].folder", re.match(r"\.$|\.\.(/|$)|/|[A-Za-z]:", folder)
         rules.append((is_outside, path, "must be a path below dataset_path and relative to it, such as anna"))
-        # A folder comes before what is in it.
+        # Sorted by name, a folder comes before what is in it.
         near = any(f"{max(folder, other)}/".startswith(f"{min(folder, other)}/") for other in folders[:number])
         rules.append((not is_outside and near, path, "overlaps with the folder of another concept"))
-    trained = values["train_text_encoder"]
-    rules += [(trained and values[key] != off, key, NO_TEXT_TRAINING) for key, off in WITHOUT_BASE.items()]
+    rules += [(trained and values[key] != off, key, NO_TEXT_TRAINING) for key, off in NEEDS_BASE.items()]
     yield from (problem(path, message) for broken, path, message in rules if broken)
     packages = [("report_to", name) for name in values["report_to"]]
     packages += [("quantize_base", "bitsandbytes")] if nf4 else []
@@ -2444,7 +2444,8 @@ def scan_folder(config: TrainingConfig, root: Path, events: EventStream) -> tupl
     """Check every image of a folder, which is dataset_path or regularization_path."""
     folders = (config.output_path, config.dataset_path, config.regularization_path)
     files, issues = list_files(root, {Path(folder).resolve() for folder in folders if folder})
-    images = {name: path for name, path in files.items() if is_training_image(name)}
+    images = {name: path for name, path in files.items() if Path(name).suffix.lower() in IMAGE_SUFFIXES}
+    images = {name: path for name, path in images.items() if not MASK_FILE.fullmatch(name)}
     if any(REGULARIZATION_FOLDER.match(name) for name in images):
         message = f"{root} holds kohya's whole project: its regularization images would train as yours."
         hint = "Set dataset_path to its folder img, and regularization_path to its folder reg."
@@ -2484,10 +2485,6 @@ def list_files(root: Path, excluded: Collection[Path]) -> tuple[dict[str, Path],
             elif path.resolve() not in excluded:
                 folders.append(path)
     return dict(sorted(files.items(), key=lambda item: item[1])), issues
-
-
-def is_training_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not MASK_FILE.fullmatch(name)
 
 
 NOT_READ = {
@@ -2612,26 +2609,27 @@ def with_trigger_words(caption: str, words: Sequence[str], config: TrainingConfi
     return f"{config.caption_separator} ".join(filter(None, [*missing, caption]))
 
 
-def class_caption(caption: str, concept: Mapping[str, Any], config: TrainingConfig) -> str:
-    """Return a caption with the class words in place of trigger words; the same caption where it has none of them.
+def class_caption(caption: str, folder: str, config: TrainingConfig) -> str:
+    """Return a caption of a concept's folder ("" for the others) with the class words in place of trigger words.
 
     "ohwx, anna, a photo of ohwx woman" becomes "woman, a photo of woman", with the class words woman. Without class
-    words the trigger words are left out.
+    words the trigger words are left out. A caption with none of them, or with another concept's, stays as it is.
     """
+    concept = concept_of(f"{folder}/", config)
     class_words, words = concept["class_words"] or "", concept["trigger_words"]
     between, one = rf"[\s{re.escape(config.caption_separator)}]", whole_words(words)
-    behind = rf"(?:\s+{re.escape(class_words)}(?!\w))?" if class_words else f"{between}*"
+    behind = rf"(?:{between}+{re.escape(class_words)}(?!\w))?" if class_words else f"{between}*"
     several = rf"{one}(?:{between}+{one})*{behind}"
-    text = re.sub(several, lambda _: class_words, caption, flags=re.IGNORECASE) if words else caption
+    text, found = re.subn(several, lambda _: class_words, caption, flags=re.IGNORECASE) if words else (caption, 0)
+    if not found or re.search(whole_words(all_trigger_words(config)), text, re.IGNORECASE):
+        return caption
     return text if class_words else re.sub(rf"{between}+$", "", text)
 
 
 def class_captions(config: TrainingConfig, dataset: Dataset, variants: Sequence[Sequence[str]]) -> Iterator[str]:
     """List the texts that class preservation needs besides the captions; `variants` has each example's texts."""
-    for example, texts in zip(dataset.examples, variants, strict=True):
-        if config.class_preservation_weight and example.role == "train":
-            concept = concept_of(f"{example.concept}/", config)
-            yield from (class_caption(text, concept, config) for text in texts)
+    pairs = zip(dataset.examples, variants, strict=True) if config.class_preservation_weight else ()
+    return (class_caption(text, e.concept, config) for e, texts in pairs if e.role == "train" for text in texts)
 
 
 def caption_texts(caption: str, config: TrainingConfig) -> tuple[str, ...]:
@@ -3161,7 +3159,7 @@ class PromptEncoder:
             if self.clip_skip:
                 norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
                 state = norm(output.hidden_states[-1 - self.clip_skip])
-            if not torch.is_grad_enabled():
+            if not (torch.is_grad_enabled() or encoder.training):  # In training, a bad step is left out.
                 check_finite(row.folder, encoder.dtype, state)
             states.append(state)
             pooled = output.text_embeds if row.pooled else pooled
@@ -3447,13 +3445,10 @@ class Adapter:
         one kernel where it would launch one for each layer.
         """
 
-        def group_of(row: tuple[str, Tensor, Tensor]) -> str:
-            part = row[0].partition(".")[0]
-            return part if part in self.rates else "text_encoder"
-
         views = zip(self.names, self.split(self.weights), self.gradient_views, strict=True)
         groups, start = [], 0
-        for rows in grouped(views, group_of).values():  # The order of the names is that of the rates.
+        # The rate of text_encoder_2 may be that of text_encoder. The order of the names is that of the rates.
+        for rows in grouped(views, lambda row: max(rate for rate in self.rates if row[0].startswith(rate))).values():
             pairs = [(view, gradient) for _, view, gradient in rows]
             end = start + sum(view.numel() for view, _ in pairs)
             if whole:
@@ -3505,13 +3500,13 @@ class Adapter:
     def set_rates(self, factor: float, text_rests: bool = False) -> dict[str, float]:
         """Set this step's learning rates, and let text encoders rest; return the rates, with prodigy's own factor d."""
         self.text_rests = text_rests
-        for (name, rate), group in zip(self.rates.items(), self.optimizer.param_groups, strict=True):
-            group["lr"] = 0.0 if self.rests(name) else rate * factor
+        groups = dict(zip(self.rates, self.optimizer.param_groups, strict=True))
+        for name, group in groups.items():
+            group["lr"] = 0.0 if self.rests(name) else self.rates[name] * factor
             for parameter in group["params"]:
                 # An optimizer changes neither a parameter without a gradient nor what it keeps for it.
                 parameter.grad = None if self.rests(name) else self.gradients[parameter]
-        pairs = zip(self.rates, self.optimizer.param_groups, strict=True)
-        return {name: group["lr"] * group.get("d", 1.0) for name, group in pairs}
+        return {name: group["lr"] * group.get("d", 1.0) for name, group in groups.items()}
 
     def rests(self, name: str) -> bool:
         """Tell whether a weight, or a group, is of a text encoder that rests."""
@@ -4888,20 +4883,20 @@ class Cache:
         return folder / key[:2] / f"{key}.safetensors"
 
 
-class Shown(NamedTuple):
+class BatchItem(NamedTuple):
     """One sample of a micro-batch: an image, its text, its loss's weight, and what it teaches."""
 
     variant: ImageVariant
     text: str
     weight: float = 1.0
-    to_base: bool = False  # It teaches what the base model predicts for it, and not what is in it.
+    to_base: bool = False  # Its target is what the base model predicts, and not the image.
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device: latents' mean and std [B, C, h, w], the UNet's conditions, the loss's weights.
 
-    `weights` [B] belong to whole samples. Two masks [B, 1, h, w], or with sides of 1, weigh their pixels: `mask` the
+    `weights` [B] belong to whole samples. Two masks, [B, 1, h, w] or [B, 1, 1, 1], weigh their pixels: `mask` the
     error against the image (None: 1), `base_mask` the one against the base's prediction, which only the samples
     in `base_rows` need. Of the `total` samples of all processes' micro-batch, these are the ones in `part`.
     """
@@ -5027,7 +5022,7 @@ class EncodedDataset:
                     self.cache.put(self.keys[item], entry)
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode prompts that came with a request, which loads the text encoders once more."""
+        """Encode prompts that the run did not plan, which loads the text encoders once more."""
         known = self.cache.get
         new = [text for text in dict.fromkeys(prompts) if known(self.keys.get(text, "")) is None and not self.encoder]
         if new:
@@ -5070,7 +5065,7 @@ class EncodedDataset:
         pooled = to_device(pooled, self.device).to(self.dtype)
         return context, {"text_embeds": pooled, "time_ids": to_device(time_ids, self.device)}
 
-    def batch(self, samples: Mapping[int, Shown], part: Sequence[int], total: int) -> Batch:
+    def batch(self, samples: Mapping[int, BatchItem], part: Sequence[int], total: int) -> Batch:
         """Put the samples at some places of a micro-batch together; `samples` has those of all processes."""
         texts = [sample.text for sample in samples.values()]
         longest = max(map(self.context_length, texts)) if self.group.size > 1 else 0
@@ -5085,7 +5080,7 @@ class EncodedDataset:
             std=to_device(torch.stack([image.std for image in images]), self.device).float(),
             conditions=self.conditions([sample.text for sample in shown], time_ids, longest),
             weights=to_device(torch.tensor([sample.weight for sample in shown]), self.device),
-            **{name: None if part is None else to_device(part, self.device) for name, part in masks.items()},
+            **{name: None if values is None else to_device(values, self.device) for name, values in masks.items()},
             total=total,
             part=part,
         )
@@ -5102,22 +5097,19 @@ class EncodedDataset:
 
     def held_out_batch(self, indices: Sequence[int], timestep: int) -> tuple[Batch, Tensor]:
         """Put held-out images together, each with a noise [B, C, h, w] of its own for this timestep."""
-        shown = [Shown(self.plan.variant(index), self.plan.variants[index][0]) for index in indices]
+        shown = [BatchItem(self.plan.variant(index), self.plan.variants[index][0]) for index in indices]
         batch = self.batch(dict(enumerate(shown)), range(len(shown)), len(shown))
         sources = [generator("validation", self.plan.config.seed, index, timestep) for index in indices]
         noise = torch.stack([torch.randn(batch.mean.shape[1:], generator=source) for source in sources])
         return batch, noise.to(self.device)
 
     def masks(self, images: Sequence[CachedImage], to_base: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Return a batch's two masks. An image without a mask counts in full, and what a mask leaves out by
-        unmasked_weight; there and where a whole image is `to_base`, the base's prediction counts.
+        """Return a batch's `mask` and `base_mask`: 1 and 0 for a pixel that trains; for one that an image's own mask
+        leaves out unmasked_weight, and 1 if unmasked_target is base; 0 and 1 all over an image that is `to_base`.
         """
-        config = self.plan.config
-        if not (config.masked_loss or any(to_base)):
-            return None, None
-        whole = torch.tensor(to_base).float().view(-1, 1, 1, 1)
+        config, whole = self.plan.config, torch.tensor(to_base).float().view(-1, 1, 1, 1)
         if not config.masked_loss:
-            return 1 - whole, whole
+            return (1 - whole, whole) if any(to_base) else (None, None)
         full = torch.full_like(images[0].mean[:1], 255, dtype=torch.uint8)
         inside = torch.stack([full if image.mask is None else image.mask for image in images]) / 255
         base = torch.maximum(whole, (1 - inside) * (config.unmasked_target == "base"))
@@ -5140,22 +5132,22 @@ class EncodedDataset:
         With class preservation the training images follow once more, with the class words' texts. As their places
         are the same, so are their noise and timesteps.
         """
-        config, samples, again = self.plan.config, dict[int, Shown](), dict[int, Shown]()
+        config, samples, class_samples = self.plan.config, dict[int, BatchItem](), dict[int, BatchItem]()
         epoch, indices = self.batch_at(micro_batch)
         for position, index in enumerate(indices):
             mirrored, dropped = draw_augmentation(config, micro_batch, position)
             variant, captions = self.plan.variant(index, mirrored), self.plan.variants[index]
-            example, text = variant.example, captions[epoch % len(captions)]
-            is_prior = example.role == "prior"
+            example, caption = variant.example, captions[epoch % len(captions)]
+            is_prior, text = example.role == "prior", "" if dropped else caption
             weight = config.prior_loss_weight if is_prior else example.loss_weight
             to_base = is_prior and config.regularization_target == "base"
-            samples[position] = Shown(variant, "" if dropped else text, weight, to_base)
-            if config.class_preservation_weight and not is_prior:
-                class_text = class_caption(text, concept_of(f"{example.concept}/", config), config)
-                if class_text != text:  # The same text cannot teach the image and the base's prediction.
-                    again[position] = Shown(variant, class_text, weight * config.class_preservation_weight, True)
+            samples[position] = BatchItem(variant, text, weight, to_base)
+            if class_weight := 0 if is_prior else weight * config.class_preservation_weight:
+                class_text = class_caption(caption, example.concept, config)
+                if class_text not in (caption, text):  # One text cannot teach the image and the base's prediction.
+                    class_samples[position] = BatchItem(variant, class_text, class_weight, True)
         part = range(len(indices))[self.group.part(len(indices))]
-        parts = [(shown, [position for position in part if position in shown]) for shown in (samples, again)]
+        parts = [(shown, [position for position in part if position in shown]) for shown in (samples, class_samples)]
         return [self.batch(shown, places, len(indices)) for shown, places in parts if places]
 
 
@@ -5174,7 +5166,7 @@ text{font-size:14px;fill:currentColor;text-anchor:end}"""
 
 @dataclass
 class Sampler:
-    """Draws one image per call with DDIM and classifier-free guidance, from the model's own scheduler config."""
+    """Draws images, with DDIM and classifier-free guidance by the model's own scheduler config; measures the drift."""
 
     source: ModelSource
     prediction_type: str
@@ -5225,16 +5217,15 @@ class Sampler:
         points = DRIFT_STEPS * len(DRIFT_PROMPTS) // 2
         if not self.base_walk:
             with as_base():
-                walk = [*self.events.track("Finding out what the base predicts.", self.walk(side), points)]
-            if self.stop.requested:
-                return None
-            self.base_walk = walk
+                self.base_walk = [*self.events.track("Finding out what the base predicts.", self.walk(side), points)]
         numbers = []
         for texts, latents, timestep, base in self.events.track("Measuring the drift.", self.base_walk, points):
             if self.stop.requested:
-                return None
+                break
             error = self.predict_texts(texts, latents, timestep) - base
             numbers.append(torch.stack([error.square().sum(), base.square().sum()]))
+        if self.stop.requested:
+            return None
         error_sum, base_sum = torch.stack(numbers).sum(0)
         return float((error_sum / base_sum).sqrt())
 
@@ -5372,7 +5363,7 @@ def recommend(log: Path, last_step: int, loras: Mapping[int, Path]) -> JSON | No
     """
     try:
         history = read_history(log, last_step)
-    except OSError:
+    except Exception:  # Whatever the log holds, this must not end the run.
         return None
     measured = {e["step"]: e for e in history if e["type"] == "validation" and e["loss"] is not None}
     usable = [measured[step] for step in loras if step in measured]
@@ -5381,8 +5372,8 @@ def recommend(log: Path, last_step: int, loras: Mapping[int, Path]) -> JSON | No
     lowest = min(event["loss"] for event in usable)
     close = [event for event in usable if event["loss"] <= 1.01 * lowest]
     best = min(close, key=lambda event: (math.inf if event.get("drift") is None else event["drift"], event["loss"]))
-    among = "" if len(close) == 1 else f", or within 1 % of it, and of {len(close)} such files the least drift"
-    why = f"It has the lowest loss of the held-out images{among}: {best['loss']:.4g}."
+    why = f"Of the {len(close)} saved files with a held-out loss within 1 % of the lowest, it has drifted least"
+    why = f"{why if len(close) > 1 else 'Of the saved files, it has the lowest held-out loss'} ({best['loss']:.4g})."
     return {"step": best["step"], "path": str(loras[best["step"]]), "why": why}
 
 
@@ -5578,9 +5569,10 @@ def resume_warnings(
 
 def schedule_warnings(planned_steps: int | None, config: TrainingConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (code, message, hint) where another length makes the learning rate jump."""
-    if planned_steps != config.steps and config.lr_scheduler != "constant":
-        message = f"The run was planned for {planned_steps} steps and now has {config.steps}: the rate jumps."
-        hint = f"{config.lr_scheduler} is computed over the new length from here on; constant would not jump."
+    stops = config.train_text_encoder and config.text_encoder_stop < 1
+    if planned_steps != config.steps and (stops or config.lr_scheduler != "constant"):
+        message = f"The run was planned for {planned_steps} steps and now has {config.steps}: a rate may jump."
+        hint = "lr_scheduler and text_encoder_stop count with the new length from here on; constant and 1 do not jump."
         yield "schedule_stretched", message, hint
 
 
@@ -5605,6 +5597,15 @@ def tolerated(code: str, events: EventStream) -> Iterator[None]:
         if failure.code == "device_failed":
             raise
         events.warning(code, failure.message, failure.hint)
+
+
+def first_gradient(trainer: LoRATrainer) -> Tensor:
+    """Return the first step's gradient; a later one's where all its targets are the base's, which give none yet."""
+    for step in range(8):
+        trainer.accumulate(step)
+        if trainer.adapter.gradient.norm() > 1e-6:
+            break
+    return trainer.adapter.gradient.clone()
 
 
 def judge(trainer: LoRATrainer, step: int, loss: float, norm: float) -> bool | None:
@@ -5763,7 +5764,7 @@ class LoRATrainer:
         if self.checkpointing:
             self.enable_checkpointing()
         if config.compile:
-            compile_blocks(self.unet, self.first_gradient, self.events)
+            compile_blocks(self.unet, functools.partial(first_gradient, self), self.events)
         places = {
             f"{part}.{saved_name(name)}": layer
             for part in components
@@ -5777,10 +5778,6 @@ class LoRATrainer:
         self.checkpointing = True
         options: JSON = {"use_reentrant": False, "preserve_rng_state": self.config.lora_dropout > 0}
         self.unet.enable_gradient_checkpointing(functools.partial(torch.utils.checkpoint.checkpoint, **options))
-
-    def first_gradient(self) -> Tensor:
-        self.accumulate(0)
-        return self.adapter.gradient.clone()
 
     @main_only
     def prepare_output(self) -> None:
@@ -5821,7 +5818,7 @@ class LoRATrainer:
         self.last_save = self.clock = time.monotonic()
         while (step := self.state.step) < (total := self.plan.total_steps):
             factor = learning_rate_factor(self.config.lr_scheduler, step, total, self.config.lr_warmup_steps)
-            self.data.text_rests = step >= self.config.text_encoder_stop * total
+            self.data.text_rests = step >= round(self.config.text_encoder_stop * total, 9)  # 0.07 * 100 is above 7.
             rates = self.adapter.set_rates(factor, self.data.text_rests)
             loss = self.accumulate_in_memory(step)
             if self.group.any(loss is None) or loss is None:
@@ -5911,7 +5908,7 @@ class LoRATrainer:
         return losses if base is None else losses + sample_error(prediction, base, batch.base_mask, huber_c)
 
     def predict_base(self, latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor | None:
-        """Return what the base model predicts for the samples in which that counts, and 0 for the others."""
+        """Return what the base model predicts for the samples in `base_rows`, and 0 for the others."""
         if (rows := batch.base_rows) is None:
             return None
         context, added = batch.conditions
@@ -5994,11 +5991,11 @@ class LoRATrainer:
     @main_only
     def validate(self, step: int) -> None:
         """Report the drift, and the held-out images' mean loss at the same noise and timesteps each time."""
-        self.events.phase = "validating"
         losses: list[Tensor] = []
         work = self.data.held_out_work(len(self.alpha_bar))
         with tolerated("validation_failed", self.events), self.adapter.evaluating():
             self.data.encode_prompts(DRIFT_PROMPTS)
+            self.events.phase = "validating"
             drift = self.sampler.drift(self.plan.resolution, self.adapter.off)
             for indices, timestep in self.events.track("Validating.", work, len(work)) if work else ():
                 if self.stop.requested:
