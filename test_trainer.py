@@ -3567,17 +3567,15 @@ def test_text_encoders_that_train_start_as_the_pipelines(prepared: Prepare, kind
 @pytest.mark.parametrize("optimizer", ["adafactor", "schedulefree_adamw"])
 def test_two_text_encoders_have_rates_of_their_own_and_rest_after_their_share(tiny: TinyRuns, optimizer: str) -> None:
     pytest.importorskip(trainer.OPTIMIZERS[optimizer].module.partition(".")[0])
-    # As a float, 0.28 * 25 is above 7.
-    keys: Json = {"train_text_encoder": True, "text_encoder_stop": 0.28, "checkpoint_steps": 12, "steps": 25}
-    keys |= {"optimizer": optimizer, "text_encoder_learning_rate": [1e-3, 2e-3]}
-    made = tiny.train(kind="sdxl", weight_decay=0.5, **keys)
+    keys: Json = STOPS_TEXT | {"text_encoder_learning_rate": [1e-3, 2e-3], "checkpoint_steps": 1}
+    made = tiny.train(kind="sdxl", weight_decay=0.5, optimizer=optimizer, **keys)
     rates = [[*event["learning_rates"].items()][1:] for event in emitted(made, "progress")]
     learning, resting = (
         [("text_encoder", first), ("text_encoder_2", second)] for first, second in ((1e-3, 2e-3), (0, 0))
     )
-    assert rates == [learning] * 7 + [resting] * 18
+    assert rates == [learning] * 2 + [resting] * 2
     states = [trainer.decode_state(path)[0]["weights"] for _, path in sorted(made.checkpoints.states())]
-    before, after = (made.adapter.named(state) for state in states)  # The newest two, of the steps 24 and 25.
+    before, after = (made.adapter.named(state) for state in states)  # The newest two, of the steps 3 and 4.
     moved = {key.partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert moved == {"unet"}
     assert any(part.any() for key, part in after.items() if key.startswith("text_encoder_2"))
@@ -5693,7 +5691,7 @@ def test_class_preservation_leaves_out_what_has_no_trigger_word(tiny: TinyRuns) 
     assert (plain.total, again.total, again.weights.tolist()) == (3, 3, [0.5])
     assert "woman" in made.plan.captions
     assert made.accumulate(0) is not None
-    keys |= {"concepts": [], "class_words": "", "caption_dropout": 0.5, "cache_dir": None}
+    keys |= {"concepts": [], "class_words": "", "caption_dropout": 0.5}
     made = tiny.set_up(steps=9, output="dropped", **keys)
     batches = [made.data.collate(index) for index in range(9)]
     dropped = [trainer.draw_augmentation(made.config, index, place)[1] for index in range(9) for place in range(3)]
@@ -5701,12 +5699,12 @@ def test_class_preservation_leaves_out_what_has_no_trigger_word(tiny: TinyRuns) 
     assert sum(len(batch.part) for _, *again in batches for batch in again) == dropped.count(False) < 27
 
 
-def test_what_checks_the_compiler_has_a_gradient(tiny: TinyRuns) -> None:
-    fill(tiny.folder / "prior", "1.png", "2.png")
-    keys: Json = {"regularization_path": str(tiny.folder / "prior"), "regularization_target": "base", "batch_size": 1}
-    made = [tiny.set_up(seed=seed, output=f"{seed}", **keys) for seed in range(4)]
-    assert any(run.data.collate(0)[0].base_mask is not None for run in made), "one begins with a regularization image"
-    assert all(trainer.first_gradient(run).norm() > 1e-6 for run in made)
+@needs_torch
+def test_what_checks_the_compiler_is_a_gradient_that_is_not_zero() -> None:
+    gradient = torch.zeros(3)  # At the start it is zero where all targets are the base's.
+    run: Any = SimpleNamespace(adapter=SimpleNamespace(gradient=gradient))
+    run.accumulate = lambda step: gradient.fill_(max(0, step - 2))
+    assert trainer.first_gradient(run).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("changes", [{"lora_targets": "all"}, {"train_text_encoder": True, "use_rslora": True}])
