@@ -5217,15 +5217,16 @@ class Sampler:
         points = DRIFT_STEPS * len(DRIFT_PROMPTS) // 2
         if not self.base_walk:
             with as_base():
-                self.base_walk = [*self.events.track("Finding out what the base predicts.", self.walk(side), points)]
+                walk = [*self.events.track("Finding out what the base predicts.", self.walk(side), points)]
+            if self.stop.requested:
+                return None
+            self.base_walk = walk
         numbers = []
         for texts, latents, timestep, base in self.events.track("Measuring the drift.", self.base_walk, points):
             if self.stop.requested:
-                break
+                return None
             error = self.predict_texts(texts, latents, timestep) - base
             numbers.append(torch.stack([error.square().sum(), base.square().sum()]))
-        if self.stop.requested:
-            return None
         error_sum, base_sum = torch.stack(numbers).sum(0)
         return float((error_sum / base_sum).sqrt())
 
